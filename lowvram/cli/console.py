@@ -1,0 +1,332 @@
+"""What the command line says, and where: results on stdout, everything for people on stderr.
+
+Nothing here decides anything about a job. A reader that goes away (`lowvram ... | head`) never stops a job.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Literal, Self, TextIO
+
+from lowvram.errors import LowvramError, OutOfMemoryError, StorageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+INTERRUPTED, TERMINATED, BUG = 130, 143, 70
+
+# ---- plain output
+
+
+def emit(text: str) -> None:
+    """A result: `text` and a newline on stdout, at once. Raises StorageError if stdout is a file on a full disk."""
+    try:
+        _write(sys.stdout, text)
+    except OSError as error:
+        raise StorageError(
+            f"the result could not be written ({error.strerror})",
+            where="stdout",
+            advice="free space where the output goes",
+        ) from error
+
+
+def emit_json(obj: Mapping[str, object]) -> None:
+    """A result for programs: one object on one line of stdout, ASCII, at once.
+
+    Raises ValueError for NaN or infinity, which JSON does not have.
+    """
+    emit(json.dumps(obj, allow_nan=False, separators=(",", ":")))
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr. A log that cannot be written is no reason to stop a job."""
+    with suppress(OSError):
+        _write(sys.stderr, text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        try:
+            stream.write(f"{text}\n")
+        except UnicodeEncodeError:
+            encoding = stream.encoding or "ascii"
+            stream.write(f"{text.encode(encoding, 'backslashreplace').decode(encoding)}\n")
+        stream.flush()
+    except OSError as error:
+        # Windows reports a pipe without a reader as an invalid argument.
+        if not isinstance(error, BrokenPipeError) and error.errno != errno.EINVAL:
+            raise
+        # What is still buffered has to go somewhere, or the interpreter complains once more as it exits.
+        with open(os.devnull, "w", encoding="ascii") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+# ---- errors
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. What saves the state on Ctrl-C saves it on this too."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Inside the block SIGTERM raises Terminated in the main thread. Only the main thread may enter it."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def explain(error: BaseException) -> tuple[int, tuple[str, ...]]:
+    """Exit code and at most three lines for people, free of control characters."""
+    lines: Sequence[str]
+    match error:
+        case LowvramError():
+            first = f"{error.where}: {error.found}" if error.where else error.found
+            expected = [f"expected {error.expected}"] if error.expected else []
+            code, lines = error.exit_code, [first, *expected, error.advice]
+        case Terminated():
+            code, lines = TERMINATED, [str(error) or "terminated"]
+        case KeyboardInterrupt():
+            code, lines = INTERRUPTED, [str(error) or "interrupted"]
+        case MemoryError():
+            code = OutOfMemoryError.exit_code
+            lines = ["the system has no RAM left", "close other programs, or give a smaller --ram"]
+        case _:
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            code, lines = BUG, [f"this is a bug in lowvram ({what}); run again with --debug and report it"]
+    return code, tuple(_printable(line) for line in lines)
+
+
+def print_error(error: BaseException, debug: bool) -> int:
+    """Tell people about `error` on stderr (traceback first if `debug`) and return the exit code.
+
+    The first line begins with "error: ", the one or two after it are indented by the same width.
+    """
+    code, lines = explain(error)
+    if debug:
+        say("".join(traceback.format_exception(error)).rstrip())
+    say("\n".join(("error: " if i == 0 else "       ") + line for i, line in enumerate(lines)))
+    return code
+
+
+def error_record(error: BaseException) -> dict[str, object]:
+    """The same facts as an object for `emit_json`."""
+    code, lines = explain(error)
+    return {"schema": "lowvram.error/1", "exit_code": code, "error": lines[0], "details": list(lines[1:])}
+
+
+def _printable(text: str) -> str:
+    """One line: names from files may hold newlines and terminal commands."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+# ---- progress
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What the plan says of one stage."""
+
+    name: str
+    steps: int
+    """Denoise steps, text layers, VAE chunks: how often `Progress.step` will be called."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a job is at one moment."""
+
+    stage: str
+    index: int
+    """Place of the stage in the job, from 1."""
+    stages: int
+    step: int
+    """Steps of the stage that are done."""
+    steps: int
+    per_step: float | None
+    """Median seconds per step so far; None before the first is done."""
+    eta: float
+    """Seconds left in the whole job."""
+    vram: int | None
+    """Bytes in use; None if not known."""
+    budget: int
+    """Bytes allowed."""
+
+    def line(self) -> str:
+        """The status for people, e.g. `[3/5] denoise 12/40  15.1 s/it  ETA 7:03  VRAM 9.3/16.0 GB`."""
+        parts = [f"[{self.index}/{self.stages}] {self.stage} {self.step}/{self.steps}"]
+        if self.per_step is not None:
+            parts.append(f"{self.per_step:.{1 if self.per_step >= 1 else 2}f} s/it")
+        parts.append(f"ETA {clock_time(self.eta)}")
+        if self.vram is not None:
+            parts.append(f"VRAM {self.vram / 1e9:.1f}/{self.budget / 1e9:.1f} GB")
+        return "  ".join(parts)
+
+
+def clock_time(seconds: float) -> str:
+    """75 -> "1:15", 4000 -> "1:06:40"; rounded up, so that it reaches zero only at the end."""
+    whole = max(0, -int(-seconds // 1))
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def remaining(forecast: Sequence[Forecast], index: int, durations: Sequence[float], elapsed: float) -> float:
+    """Seconds left in the whole job.
+
+    index      stage that runs, from 0
+    durations  seconds of each of its steps that is done; their median speaks for the rest, because the first step
+               holds compilation and cold caches. Before there is one, the forecast speaks.
+    elapsed    seconds since the last of them ended, or since the stage began
+
+    Later stages are taken from the forecast as it stands.
+    """
+    stage = forecast[index]
+    left = max(0, stage.steps - len(durations))
+    per_step = statistics.median(durations) if durations else stage.seconds / max(1, stage.steps)
+    here = max(0.0, left * per_step - min(elapsed, per_step)) if left else 0.0
+    return here + sum(later.seconds for later in forecast[index + 1 :])
+
+
+Mode = Literal["live", "plain", "off"]
+
+
+def progress_mode(quiet: bool, as_json: bool) -> Mode:
+    """`off` for --quiet and --json, `live` if stderr is a terminal, else `plain` lines."""
+    if quiet or as_json:
+        return "off"
+    return "live" if sys.stderr.isatty() else "plain"
+
+
+class Progress:
+    """Shows on stderr how far a job is.
+
+        with Progress(plan_forecast, budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:
+            progress.begin("denoise")
+            for ...:
+                progress.step(vram=device.used())
+            progress.end()
+
+    live   one line that is redrawn, with a bar; each finished stage leaves a line
+    plain  one line per step, but not more often than every `every` seconds, except the last step of a stage
+    off    nothing, `note` included
+
+    `clock` returns seconds that only grow. Not for use by several threads.
+    """
+
+    def __init__(
+        self,
+        forecast: Sequence[Forecast],
+        budget: int,
+        clock: Callable[[], float],
+        mode: Mode,
+        *,
+        every: float = 5.0,
+    ) -> None:
+        self._forecast, self._budget, self._clock = tuple(forecast), budget, clock
+        self._mode, self._every = mode, every
+        self._index = 0
+        self._durations: list[float] = []
+        self._began = self._last_step = self._last_line = clock()
+        self._vram: int | None = None
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._mode == "live":
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(
+                console=Console(stderr=True),
+                get_renderable=self._renderable,
+                refresh_per_second=4,
+                transient=True,
+                redirect_stdout=False,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def begin(self, stage: str) -> None:
+        """The stage of this name of the forecast starts. Raises ValueError if there is none."""
+        index = [each.name for each in self._forecast].index(stage)
+        self._durations, self._index = [], index
+        self._began = self._last_step = self._last_line = self._clock()
+
+    def step(self, vram: int | None = None) -> None:
+        """One more step of the stage is done; `vram` is the bytes in use now."""
+        now = self._clock()
+        self._durations.append(now - self._last_step)
+        self._last_step, self._vram = now, vram
+        last = len(self._durations) >= self._forecast[self._index].steps
+        if self._mode == "plain" and (last or now - self._last_line >= self._every):
+            self._last_line = now
+            say(self.status().line())
+
+    def end(self) -> None:
+        """The stage is done."""
+        stage = self._forecast[self._index]
+        seconds = self._clock() - self._began
+        self.note(f"[{self._index + 1}/{len(self._forecast)}] {stage.name} done in {seconds:.1f} s")
+
+    def note(self, text: str) -> None:
+        """A line for people that the progress does not overwrite."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self._mode != "off":
+            say(text)
+
+    def status(self) -> Status:
+        """Where the job is now."""
+        stage = self._forecast[self._index]
+        durations = self._durations
+        return Status(
+            stage=stage.name,
+            index=self._index + 1,
+            stages=len(self._forecast),
+            step=len(durations),
+            steps=stage.steps,
+            per_step=statistics.median(durations) if durations else None,
+            eta=remaining(self._forecast, self._index, durations, self._clock() - self._last_step),
+            vram=self._vram,
+            budget=self._budget,
+        )
+
+    def _renderable(self) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        status = self.status()
+        grid = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=max(1, status.steps), completed=status.step, width=24)
+        grid.add_row(bar, Text(status.line(), no_wrap=True, overflow="ellipsis"))
+        return grid

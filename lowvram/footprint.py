@@ -1,0 +1,84 @@
+"""What the networks allocate while they run: the product's own code on fake tensors, at the real geometry.
+
+Every function returns bytes above what its inputs take. Buffers that are allocated once, by name, are inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowvram.model import Group
+from lowvram.models import dit, umt5, vae
+from lowvram.offload.budget import allocated_size
+from lowvram.offload.estimate import peak_memory
+from lowvram.offload.slab import BlockLayout, build_layout, carve
+from lowvram.quant.linear import Params
+from lowvram.quant.spec import HEAD_DIM, DitSpec, TextSpec, VaeSpec
+from lowvram.stages.weights import Dense, to_params
+
+
+def _fake_params(group: Group, layout: BlockLayout) -> Params:
+    return to_params(group, carve(layout, torch.empty(layout.nbytes, dtype=torch.uint8)))
+
+
+def _peak(run: Callable[[Tensor], object], x: Tensor) -> int:
+    return peak_memory(run, x, rounding=allocated_size).peak_bytes
+
+
+def block_scratch(spec: DitSpec, block: Group, tokens: int, per_frame: int, dtype: torch.dtype) -> int:
+    """Transient bytes of `dit.block_` on a long sequence. Two chunks tell: later ones repeat the second.
+
+    per_frame: tokens that share a time row, or 0 if all do.
+    """
+    n = min(tokens, 2 * dit.CHUNK)
+    mode = FakeTensorMode()
+    with mode:
+        p = _fake_params(block, build_layout(block.refs))
+        rows = 1 if not per_frame else -(-n // per_frame)
+        time = dit.Time(torch.empty(rows, spec.dim), torch.empty(rows, 6, spec.dim), per_frame or n)
+        text = torch.empty(spec.text_len, spec.dim, dtype=dtype)
+        image = torch.empty(spec.image_tokens, spec.dim, dtype=dtype) if spec.image_tokens else None
+        context = dit.Context(text, torch.empty(spec.text_len), image)
+        k, v = (torch.empty(spec.heads, n, HEAD_DIM, dtype=dtype) for _ in "kv")
+        x, rope = torch.empty(n, spec.dim, dtype=dtype), torch.empty(n, HEAD_DIM // 2, 2)
+        work = dit.Workspace(k, v)
+    return _peak(lambda x: dit.block_(p, x, time, context, rope, work), x)
+
+
+def head_scratch(spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """Transient bytes of `dit.head`, its result included."""
+    mode = FakeTensorMode()
+    with mode:
+        p = _fake_params(outer, build_layout(outer.refs))
+        n = grid[0] * grid[1] * grid[2]
+        time = dit.Time(torch.empty(1, spec.dim), torch.empty(1, 6, spec.dim), n)
+        x = torch.empty(n, spec.dim, dtype=dtype)
+    return _peak(lambda x: dit.head(p, spec, x, time, grid), x)
+
+
+def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) -> int:
+    """Transient bytes of one text layer on `rows` tokens."""
+    mode = FakeTensorMode()
+    with mode:
+        p = _fake_params(layer, build_layout(layer.refs))
+        x, buckets = torch.empty(rows, spec.dim, dtype=dtype), umt5.relative_buckets(rows)
+    return _peak(lambda x: umt5.layer(p, spec, x, buckets), x)
+
+
+def decode_scratch(spec: VaeSpec, weights: Group, latent: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    """Transient bytes of `vae.decode`, its history and one chunk of frames included: three chunks tell."""
+    z, frames, height, width = latent
+    mode = FakeTensorMode()
+    with mode:
+        w = Dense(_fake_params(weights, build_layout(weights.refs)), dtype)
+        x = torch.empty(1, z, min(frames, 3), height, width, dtype=dtype)
+
+    def run(x: Tensor) -> None:
+        for _ in vae.decode(spec, w, x):
+            pass
+
+    return _peak(run, x)

@@ -1,0 +1,204 @@
+"""A job: everything one video needs to know, settled and checked before anything is loaded.
+
+A `Job` holds no defaults to be looked up later: two equal jobs make the same frames. It is what the planner reads,
+what is saved for `resume`, and what is written into the finished file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lowvram.errors import FileError, UsageError
+from lowvram.quant.spec import ModelSpec
+from lowvram.sampling.presets import few_step
+from lowvram.sampling.schedules import Schedule, few_step_schedule, make_schedule
+
+MAX_FRAMES = 4 * 1023 + 1
+"""The rotary table has 1024 positions per axis."""
+MAX_PIXELS = 1024 * 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraChoice:
+    """A LoRA file, the expert it belongs to and how strongly it acts."""
+
+    path: str
+    expert: str = "both"
+    """"high", "low", or "both"."""
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One video. Sizes in pixels, lengths in frames."""
+
+    model: str
+    """The name or path that was asked for."""
+    files: dict[str, str]
+    """Where each part lies: "high" and "low" or "single", "vae", "text", "tokenizer"."""
+    prompt: str
+    negative: str
+    loras: tuple[LoraChoice, ...]
+    width: int
+    height: int
+    frames: int
+    fps: int
+    seed: int
+    schedule: Schedule
+    preset: str | None = None
+    """The few-step preset the schedule came from."""
+
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @staticmethod
+    def from_json(data: bytes, where: str) -> Job:
+        """The job that `to_json` wrote; FileError naming `where` if it is anything else."""
+        try:
+            return msgspec.json.decode(data, type=Job, strict=True)
+        except msgspec.DecodeError as problem:
+            raise FileError(
+                f"not a saved job: {problem}", where=where, advice="start the job again with `lowvram generate`"
+            ) from None
+
+
+def make_job(
+    spec: ModelSpec,
+    *,
+    model: str,
+    files: dict[str, str],
+    prompt: str = "",
+    negative: str | None = None,
+    loras: tuple[LoraChoice, ...] = (),
+    width: int | None = None,
+    height: int | None = None,
+    frames: int | None = None,
+    fps: int | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    solver: str | None = None,
+    shift: float | None = None,
+    guidance: tuple[float, float] | None = None,
+    preset: str | None = None,
+) -> Job:
+    """A job on a model of `spec`; None means the model's own default. UsageError for what cannot be made."""
+    width, height = width or spec.width, height or spec.height
+    frames = spec.frames if frames is None else frames
+    check_size(spec, width, height, frames)
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed}", where="--seed", expected="0 to 2^63 - 1", advice="choose another seed")
+    if fps is not None and not 1 <= fps <= 120:
+        raise UsageError(f"{fps} frames a second", where="--fps", expected="1 to 120", advice="leave --fps out")
+    for lora in loras:
+        if not math.isfinite(lora.strength):
+            raise UsageError(
+                f"strength {lora.strength}", where="--lora", expected="a number", advice="1.0 is the usual strength"
+            )
+        if spec.experts == 1 and lora.expert != "both":
+            raise UsageError(
+                f"a LoRA for the {lora.expert}-noise expert, but {model} has one expert",
+                where="--lora",
+                advice=f"leave :{lora.expert} out",
+            )
+    return Job(
+        model=model,
+        files=files,
+        prompt=clean_prompt(prompt),
+        negative=clean_prompt(spec.negative if negative is None else negative),
+        loras=loras,
+        width=width,
+        height=height,
+        frames=frames,
+        fps=fps or spec.fps,
+        seed=seed,
+        schedule=_schedule(spec, steps, solver, shift, guidance, preset),
+        preset=preset,
+    )
+
+
+def check_size(spec: ModelSpec, width: int, height: int, frames: int) -> None:
+    """UsageError naming the two nearest sizes that the model can make."""
+    for name, size, stride in (("width", width, spec.vae.stride[2]), ("height", height, spec.vae.stride[1])):
+        unit = 2 * stride
+        if size < unit or size % unit or size > MAX_PIXELS:
+            raise UsageError(
+                f"{name} {size}",
+                where="--size",
+                expected=f"a multiple of {unit} up to {MAX_PIXELS}",
+                advice=f"the nearest are {_nearest(size, unit, 0, MAX_PIXELS)}",
+            )
+    if frames < 1 or (frames - 1) % 4 or frames > MAX_FRAMES:
+        raise UsageError(
+            f"{frames} frames",
+            where="--frames",
+            expected="4n + 1: one frame, then groups of four",
+            advice=f"the nearest are {_nearest(frames, 4, 1, MAX_FRAMES)}",
+        )
+
+
+def _nearest(value: int, unit: int, offset: int, largest: int) -> str:
+    below = max(offset or unit, min((value - offset) // unit * unit + offset, largest))
+    above = min(below + unit, largest)
+    return f"{below} and {above}" if above > below else str(below)
+
+
+def _schedule(
+    spec: ModelSpec,
+    steps: int | None,
+    solver: str | None,
+    shift: float | None,
+    guidance: tuple[float, float] | None,
+    preset: str | None,
+) -> Schedule:
+    if preset is None:
+        return make_schedule(
+            solver=solver or "unipc",
+            steps=spec.steps if steps is None else steps,
+            shift=spec.shift if shift is None else shift,
+            boundary=spec.boundary,
+            experts=spec.experts,
+            guidance=guidance or spec.guidance,
+        )
+    given = [n for n, v in (("--steps", steps), ("--solver", solver), ("--shift", shift)) if v is not None]
+    if given:
+        raise UsageError(
+            f"{' and '.join(given)} together with --preset {preset}",
+            expected="one or the other: a few-step preset fixes its own schedule",
+            advice=f"leave {' and '.join(given)} out, or leave --preset out",
+        )
+    return few_step_schedule(
+        few_step(preset), experts=spec.experts, boundary=spec.boundary, guidance=guidance
+    )
+
+
+def clean_prompt(text: str) -> str:
+    """Whitespace as upstream leaves it: every run one space, none at the ends."""
+    return " ".join(text.split())
+
+
+def describe(job: Job, version: str) -> dict[str, Any]:
+    """What is written into the finished file: enough to make the video again."""
+    return {
+        "lowvram": version,
+        "model": job.model,
+        "prompt": job.prompt,
+        "negative": job.negative,
+        "seed": job.seed,
+        "width": job.width,
+        "height": job.height,
+        "frames": job.frames,
+        "fps": job.fps,
+        "solver": job.schedule.solver,
+        "steps": len(job.schedule),
+        "sigmas": job.schedule.sigmas,
+        "guidance": job.schedule.guidance,
+        "preset": job.preset,
+        "loras": [
+            {"file": Path(lora.path).name, "expert": lora.expert, "strength": lora.strength} for lora in job.loras
+        ],
+    }

@@ -1,0 +1,386 @@
+"""Frames into a file that is playable at every moment, and out of a file again.
+
+While frames arrive they go into `NAME.partial.mp4`, a fragmented mp4: a fragment reaches the disk about once per
+second of video, and whatever kills the process, the fragments before it play. At the end the same packets are
+copied, not encoded again, into an ordinary mp4 with its index in front, every frame of that file is decoded, and
+only then does it take the target's name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowvram.errors import FileError, InternalError, LowvramError, StorageError, UsageError
+from lowvram.media.color import BT709, LIMITED, convert, to_rgb, to_yuv
+from lowvram.media.probe import open_media
+
+if TYPE_CHECKING:
+    from av.container import InputContainer, OutputContainer
+    from av.filter import Graph
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+Frames = NDArray[np.uint8]
+
+THREADS = 4
+"""Encoder threads. x264 writes other bytes for another number of threads, so it never follows the machine."""
+BITS_PER_PIXEL = 0.25
+"""Bit rate of the encoders that have no constant quality; about what x264 spends on detailed video at CRF 17."""
+
+ENCODERS = ("libx264", "libopenh264", "h264_mf", "h264_videotoolbox")
+"""H.264 encoders in order of choice. Those of GPU vendors take video memory that no budget knows of."""
+
+
+def partial_path(target: Path) -> Path:
+    """Where frames go until the video is whole: `a/b.mp4` -> `a/b.partial.mp4`."""
+    return target.with_name(f"{target.stem}.partial{target.suffix}")
+
+
+def finishing_path(target: Path) -> Path:
+    """Where the finished file is made before it takes the target's name."""
+    return target.with_name(f"{target.stem}.finishing{target.suffix}")
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Everything about the output that can be known before a job starts.
+
+    Raises UsageError for a name that is not `*.mp4`, a folder that does not exist, or an existing file unless
+    `overwrite`; StorageError if no file can be made in the folder (tried, because permission bits do not tell).
+    """
+    if path.suffix.lower() != ".mp4":
+        raise UsageError(
+            "the output is not an mp4 file", where=str(path), advice="give a name that ends in .mp4"
+        )
+    if path.is_dir():
+        raise UsageError("the output is a folder", where=str(path), advice="give a file name inside it")
+    if not path.parent.is_dir():
+        raise UsageError(
+            "the folder of the output does not exist",
+            where=str(path.parent),
+            advice="make the folder, or choose another output",
+        )
+    if path.exists() and not overwrite:
+        raise UsageError(
+            "the output exists already", where=str(path), advice="choose another name, or add --overwrite"
+        )
+    try:
+        # As long as the longest name that will be needed, so that a name too long is met now.
+        handle, name = tempfile.mkstemp(prefix=f"{path.stem}.check-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise StorageError(
+            f"no file can be made here ({error.strerror})",
+            where=str(path.parent),
+            advice="choose a folder that you may write to, with free space",
+        ) from error
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises UsageError unless both are positive and even: yuv420p holds one colour sample per 2x2 pixels."""
+    if width < 2 or height < 2 or width % 2 or height % 2:
+        even = f"{max(2, width - width % 2)}x{max(2, height - height % 2)}"
+        raise UsageError(
+            f"a video of {width}x{height} cannot be written",
+            expected="an even width and an even height",
+            advice=f"use {even}",
+        )
+
+
+class VideoWriter:
+    """Writes frames to `path` as H.264, yuv420p, BT.709 limited range, in an mp4.
+
+        with VideoWriter(path, 1280, 720, 24, {"comment": "..."}) as video:
+            for frames in decoded:      # uint8 [T, H, W, 3] RGB, any T
+                video.write(frames)
+
+    Frames are encoded as they come, so memory does not grow with their number. Leaving the block in peace
+    finishes the file (remux, decode every frame, sync, rename); leaving it by an exception keeps what came so far
+    as `NAME.partial.mp4` and leaves the target as it was. The same frames give the same bytes, however they are
+    cut into writes, as long as PyAV is the same and the encoder is libx264.
+
+    encoder    the encoder in use, from ENCODERS
+    fallback   why it is not libx264; "" if it is
+    frames     frames given so far
+    durable    frames that are surely in the partial file, whatever happens to this process
+
+    Raises what `check_target` and `check_size` raise, UsageError if this PyAV has no H.264 encoder, StorageError if
+    the disk fills up, the folder goes away or the written file does not decode.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        width: int,
+        height: int,
+        fps: Fraction | float,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        check_target(path, overwrite)
+        check_size(width, height)
+        if not (math.isfinite(fps) and 1 <= fps <= 1000):
+            raise UsageError(f"{fps} frames per second", expected="1 to 1000", advice="use 16 or 24")
+        self.path, self.width, self.height = path, width, height
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self.metadata = dict(metadata or {})
+        self.overwrite = overwrite
+        self.encoder, self.fallback = choose_encoder(width, height, self.fps)
+        self.partial = partial_path(path)
+        self.frames = 0
+        self.durable = 0
+        self._muxed = 0
+
+    def __enter__(self) -> Self:
+        with self._storage():
+            self._container = open_mp4(
+                self.partial, "frag_keyframe+empty_moov+default_base_moof", self.metadata
+            )
+            self._stream: VideoStream = self._container.add_stream(self.encoder, rate=self.fps)  # type: ignore[assignment]
+            configure(self._stream.codec_context, self.encoder, self.width, self.height, self.fps)
+            # Writes the header now; left alone, PyAV makes the file when the first packet leaves the encoder.
+            self._container.start_encoding()
+            self._to_yuv = to_yuv(self.width, self.height)
+        return self
+
+    def write(self, frames: Frames) -> None:
+        """Encode `frames`, uint8 [T, H, W, 3] RGB."""
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (self.height, self.width, 3):
+            raise InternalError(
+                f"frames of shape {list(frames.shape)}, {frames.dtype}",
+                where="video writer",
+                expected=f"[T, {self.height}, {self.width}, 3], uint8",
+                advice="report this",
+            )
+        import av
+
+        with self._storage():
+            for rgb in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+                frame = convert(self._to_yuv, frame)
+                frame.pts, frame.time_base = self.frames, 1 / self.fps
+                self._mux(self._stream.encode(frame))
+                self.frames += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None or not self.frames:
+            # The first error is the one to be told; what closing adds to it is not.
+            with suppress(OSError, LowvramError):
+                self._close()
+            if not self.frames:
+                with suppress(OSError):
+                    self.partial.unlink(missing_ok=True)
+            if kind is None:
+                raise InternalError("no frames were written", where=str(self.path), advice="report this")
+            return
+        self._close()
+        self._publish()
+
+    def _close(self) -> None:
+        with self._storage():
+            try:
+                self._mux(self._stream.encode(None))
+            finally:
+                self._container.close()
+        self.durable = self.frames
+
+    def _mux(self, packets: Iterable[Packet[VideoStream]]) -> None:
+        for packet in packets:
+            self._container.mux(packet)
+            if packet.is_keyframe:
+                self.durable = self._muxed
+            self._muxed += 1
+
+    def _publish(self) -> None:
+        finishing = finishing_path(self.path)
+        with self._storage():
+            try:
+                remux(self.partial, finishing, self.metadata)
+                verify(finishing, self.frames, self.width, self.height)
+                sync(finishing)
+                if not self.overwrite and self.path.exists():
+                    raise StorageError(
+                        "the output appeared while the job ran",
+                        where=str(self.path),
+                        advice=f"the whole video is in {self.partial}; rename it",
+                    )
+                os.replace(finishing, self.path)
+            except BaseException:
+                with suppress(OSError):
+                    finishing.unlink(missing_ok=True)
+                raise
+        # The video is there now: what fails from here on takes nothing away.
+        with suppress(OSError):
+            self.partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            sync_folder(self.path.parent)
+
+    @contextmanager
+    def _storage(self) -> Iterator[None]:
+        import av
+
+        try:
+            yield
+        except (OSError, av.error.FFmpegError, FileError) as error:
+            reason = error.found if isinstance(error, FileError) else error.strerror
+            kept = f"; {self.partial} holds the frames so far" if self.durable else ""
+            raise StorageError(
+                f"the video could not be written ({reason})",
+                where=str(self.path),
+                advice=f"free space or choose another folder, and run again{kept}",
+            ) from error
+
+
+def read_frames(path: Path) -> Iterator[Frames]:
+    """The frames of the first video stream, each uint8 [H, W, 3] RGB, one in memory at a time.
+
+    The file's own matrix and range are used; a file that does not name its matrix is taken as BT.601, as FFmpeg does.
+    Raises FileError if the file is not a video, or where it stops being one: what lies before that has come out then.
+    """
+    with open_media(path) as container:
+        graph: Graph | None = None
+        first: tuple[int, int, str] | None = None
+        for frame in decoded(container):
+            shape = (frame.width, frame.height, frame.format.name)
+            if graph is None or shape != first:
+                first, graph = shape, to_rgb(*shape)
+            yield cast(Frames, convert(graph, frame).to_ndarray())
+
+
+def decoded(container: InputContainer) -> Iterator[VideoFrame]:
+    """The frames of the first video stream; those that wait for their turn come out before an error does."""
+    import av
+
+    for packet in container.demux(container.streams.video[0]):
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            yield from packet.stream.codec_context.decode(None)
+            raise
+        yield from frames
+
+
+# ---- the encoder
+
+
+def choose_encoder(width: int, height: int, fps: Fraction) -> tuple[str, str]:
+    """The first encoder of ENCODERS that opens here, and why those before it did not ("" for the first).
+
+    Raises UsageError if none does.
+    """
+    import av
+
+    refused: list[str] = []
+    for name in ENCODERS:
+        try:
+            context = av.CodecContext.create(name, "w")
+            configure(context, name, width, height, fps)
+            context.open()
+        except (av.error.FFmpegError, ValueError) as error:
+            refused.append(f"{name}: {getattr(error, 'strerror', None) or 'not in this build of PyAV'}")
+            continue
+        return name, "; ".join(refused)
+    raise UsageError(
+        f"no H.264 encoder opens ({'; '.join(refused)})",
+        where=f"PyAV {av.__version__}",
+        advice="install the PyAV of PyPI: pip install --force-reinstall av",
+    )
+
+
+def configure(context: Any, encoder: str, width: int, height: int, fps: Fraction) -> None:
+    """Set size, rate, colour tags and quality on an encoder's codec context that is not open yet."""
+    context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+    context.framerate, context.time_base = fps, 1 / fps
+    context.color_primaries = context.color_trc = context.colorspace = BT709
+    context.color_range = LIMITED
+    context.gop_size = round(fps)
+    context.thread_count = THREADS
+    if encoder == "libx264":
+        # x264's macroblock tree reads memory that it did not set: at 320x192 eight of ten runs differed (core 165).
+        # Without it there is no rate lookahead either, so frames reach the disk sooner.
+        context.options = {"crf": "17", "preset": "medium", "mbtree": "0"}
+    else:
+        context.bit_rate = int(width * height * fps * BITS_PER_PIXEL)
+
+
+# ---- the file
+
+
+def open_mp4(path: Path, movflags: str, metadata: Mapping[str, str]) -> OutputContainer:
+    """A new mp4 with `metadata` in it. Each packet goes to the system at once; no dates and versions are stored."""
+    import av
+
+    options = {"movflags": f"{movflags}+use_metadata_tags", "fflags": "+bitexact+flush_packets"}
+    container = av.open(f"file:{path}", mode="w", format="mp4", container_options=options)
+    container.metadata.update(metadata)
+    return container
+
+
+def remux(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
+    """Copy the video packets of `source` into an ordinary mp4 with its index in front, starting at time 0."""
+    import av
+
+    with av.open(f"file:{source}") as reader, open_mp4(target, "faststart", metadata) as writer:
+        stream = reader.streams.video[0]
+        copy = writer.add_stream_from_template(stream)
+        start: int | None = None
+        for packet in reader.demux(stream):
+            if packet.dts is None or packet.pts is None:
+                continue
+            # Frames are reordered, so the fragmented file begins at the first frame's delay.
+            start = packet.pts if start is None else start
+            packet.pts -= start
+            packet.dts -= start
+            packet.stream = copy
+            writer.mux(packet)
+
+
+def verify(path: Path, frames: int, width: int, height: int) -> None:
+    """Decode the whole file. Raises StorageError unless it holds `frames` whole frames of `width` x `height`."""
+    count = 0
+    with open_media(path) as container:
+        for frame in container.decode(container.streams.video[0]):
+            if (frame.width, frame.height) != (width, height):
+                break
+            count += 1
+    if count != frames:
+        raise StorageError(
+            f"only {count} of {frames} frames of the written video decode",
+            where=str(path),
+            advice="check the disk, and run again",
+        )
+
+
+def sync(path: Path) -> None:
+    """Make the file's bytes survive a loss of power."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make a rename inside `path` survive a loss of power. Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,242 @@
+"""A whole model as files: its networks recognised from headers, its LoRAs matched. Nothing else is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lowvram.discovery import default_spec
+from lowvram.errors import FileError
+from lowvram.job import Job, LoraChoice
+from lowvram.offload.io import FileReader
+from lowvram.quant.encodings.base import TORCH_DTYPES
+from lowvram.quant.encodings.plain import Plain
+from lowvram.quant.encodings.registry import planned_encoding
+from lowvram.quant.files.shards import open_checkpoint_files
+from lowvram.quant.identify import Checkpoint, identify_path
+from lowvram.quant.lora import LoraSet, match_lora
+from lowvram.quant.refs import Part, Shape, TensorRef
+from lowvram.quant.spec import DitSpec, ModelSpec, TextSpec, VaeSpec
+from lowvram.sampling.presets import load_models
+
+EXPERT_LABELS = {"high": "high-noise transformer", "low": "low-noise transformer", "single": "transformer"}
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA on one transformer."""
+
+    matched: LoraSet
+    strength: float
+    scales: Mapping[str, float]
+    """strength * alpha / rank by the native name of the weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transformer:
+    """One expert: where its tensors lie, and the LoRAs beside them."""
+
+    refs: Mapping[str, TensorRef]
+    """By native name."""
+    loras: tuple[Lora, ...] = ()
+
+    def groups(self) -> dict[str, Group]:
+        """"outer" and "blocks.0" to "blocks.N": each with the names its tensors have inside it."""
+        refs: dict[str, dict[str, TensorRef]] = {}
+        branches: dict[str, dict[str, tuple[float, ...]]] = {}
+        for name, ref in self.refs.items():
+            group, inner = _split(name)
+            refs.setdefault(group, {})[inner] = replace(ref, name=inner)
+        for lora in self.loras:
+            for pair in lora.matched.pairs:
+                group, inner = _split(pair.target.removesuffix(".weight"))
+                scales = branches.setdefault(group, {})
+                index = len(scales.get(inner, ()))
+                scales[inner] = (*scales.get(inner, ()), lora.scales[pair.target])
+                for role, part in (("down", pair.down), ("up", pair.up)):
+                    key = branch_name(inner, index, role)
+                    refs[group][key] = TensorRef(key, part.shape, Plain(part.dtype), (replace(part, role="weight"),))
+        return {g: Group(tuple(r.values()), branches.get(g, {})) for g, r in refs.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors that travel together: a transformer block, or all that is outside the blocks."""
+
+    refs: tuple[TensorRef, ...]
+    """Under their names inside the group, LoRA factors included (see `branch_name`)."""
+    branches: Mapping[str, tuple[float, ...]]
+    """By name of a Linear: the scale of each of its LoRA branches."""
+
+
+def branch_name(linear: str, index: int, role: str) -> str:
+    """Name under which factor `role` ("down", "up") of LoRA branch `index` travels beside a Linear."""
+    return f"{linear}.lora.{index}.{role}"
+
+
+def _split(name: str) -> tuple[str, str]:
+    """blocks.3.ffn.0.weight -> (blocks.3, ffn.0.weight); a name outside the blocks -> (outer, name)."""
+    if not name.startswith("blocks."):
+        return "outer", name
+    _, n, inner = name.split(".", 2)
+    return f"blocks.{n}", inner
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The networks of a model and where they lie."""
+
+    name: str
+    spec: ModelSpec
+    transformers: Mapping[str, Transformer]
+    """By expert: "high" and "low", or "single"."""
+    vae: Mapping[str, TensorRef]
+    text: Mapping[str, TensorRef]
+    tokenizer: Path | Part | None
+    """A sentencepiece file, or the copy of one inside the text encoder's file."""
+
+
+def open_model(name: str, files: Mapping[str, str]) -> Model:
+    """Recognise the files of a model. FileError for a part that is missing or not what it should be."""
+    experts = ("high", "low") if "high" in files or "low" in files else ("single",)
+    for part, flag in [*((e, f"--{e if e != 'single' else 'transformer'}") for e in experts), ("vae", "--vae"), ("text", "--text-encoder")]:
+        if part not in files:
+            label = EXPERT_LABELS.get(part, {"vae": "VAE", "text": "text encoder"}.get(part, part))
+            raise FileError(f"no {label} was found", where=name, advice=f"give its file with {flag} FILE")
+    found = {e: identify_path(Path(files[e]), FileReader, "dit") for e in experts}
+    vae = identify_path(Path(files["vae"]), FileReader, "vae")
+    text = identify_path(Path(files["text"]), FileReader, "text")
+    _check_pair(found, files)
+    dit = found[experts[0]]
+    assert isinstance(dit.spec, DitSpec) and isinstance(vae.spec, VaeSpec) and isinstance(text.spec, TextSpec)
+    spec = _model_spec(name, dit, len(experts))
+    _check_fit(spec, dit.spec, vae.spec, text.spec, files)
+    spec = replace(spec, dit=dit.spec, vae=replace(vae.spec, mean=spec.vae.mean, std=spec.vae.std), text=text.spec)
+    tokenizer = Path(files["tokenizer"]) if "tokenizer" in files else text.tokenizer
+    return Model(name, spec, {e: Transformer(c.refs) for e, c in found.items()}, vae.refs, text.refs, tokenizer)
+
+
+def with_loras(model: Model, choices: tuple[LoraChoice, ...]) -> Model:
+    """The model with the LoRAs beside its transformers. FileError for one that does not fit."""
+    loras: dict[str, list[Lora]] = {e: [] for e in model.transformers}
+    for choice in choices:
+        matched = match_lora(open_checkpoint_files(Path(choice.path), FileReader), model.spec.dit)
+        if matched.deltas:
+            raise FileError(
+                f"{len(matched.deltas)} of its entries replace whole parameters (.diff)",
+                where=choice.path,
+                expected="pairs of factors (lora_down and lora_up)",
+                advice="use a LoRA without .diff entries: they are not supported yet",
+            )
+        for expert in loras:
+            if choice.expert in ("both", expert):
+                loras[expert].append(Lora(matched, choice.strength, _scales(matched, choice.strength)))
+    return replace(
+        model, transformers={e: replace(t, loras=tuple(loras[e])) for e, t in model.transformers.items()}
+    )
+
+
+def _scales(matched: LoraSet, strength: float) -> dict[str, float]:
+    """Alphas stored in the file are single numbers: the only tensor values read before a plan exists."""
+    scales = {}
+    with ExitStack() as stack:
+        readers = {f: stack.enter_context(FileReader(f)) for f in matched.files}
+        for pair in matched.pairs:
+            alpha = pair.alpha
+            if isinstance(alpha, Part):
+                data = readers[alpha.file].read_at(alpha.offset, alpha.nbytes)
+                alpha = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[alpha.dtype])[0].item()
+            scales[pair.target] = strength if alpha is None else strength * float(alpha) / pair.rank
+    return scales
+
+
+def open_job_model(job: Job) -> Model:
+    """The model of a job, its LoRAs included."""
+    return with_loras(open_model(job.model, job.files), job.loras)
+
+
+def imagined_model(name: str, spec: ModelSpec, weights: str) -> Model:
+    """A model of `spec` stored in the encoding `weights`, without files: for plans."""
+    nowhere = Path(f"<{name} in {weights}>")
+    transformer = Transformer(_imagined(spec.dit.shapes(), weights, nowhere))
+    return Model(
+        name,
+        spec,
+        dict.fromkeys(spec.expert_names(), transformer),
+        _imagined(spec.vae.shapes(), "bf16", nowhere),
+        _imagined(spec.text.shapes(), "bf16", nowhere),
+        None,
+    )
+
+
+def _imagined(shapes: Mapping[str, Shape], weights: str, file: Path) -> dict[str, TensorRef]:
+    refs, offset = {}, 0
+    for name, shape in shapes.items():
+        encoding = planned_encoding(name, shape, weights)
+        parts = []
+        for part in encoding.layout(shape):
+            parts.append(Part(part.role, file, offset, part.nbytes, part.dtype, part.shape))
+            offset += part.nbytes
+        refs[name] = TensorRef(name, shape, encoding, tuple(parts))
+    return refs
+
+
+def _model_spec(name: str, dit: Checkpoint, experts: int) -> ModelSpec:
+    """The defaults of a model: of its name, else of the first known model with the same transformers."""
+    preset = default_spec(name)
+    if preset is not None:
+        return preset
+    for candidate in load_models().values():
+        if candidate.dit == dit.spec and candidate.experts == experts:
+            return candidate
+    raise FileError(
+        f"a transformer with {experts} expert(s) that is no model known here",
+        where=name,
+        expected=", ".join(load_models()),
+        advice="name the model it was made from with --model NAME, and give its files",
+    )
+
+
+def _check_pair(found: Mapping[str, Checkpoint], files: Mapping[str, str]) -> None:
+    specs = {c.spec for c in found.values()}
+    if len(specs) > 1:
+        raise FileError(
+            "the two transformers are of different sizes",
+            where=" and ".join(files[e] for e in found),
+            expected="the high-noise and the low-noise expert of one model",
+            advice="check --high and --low",
+        )
+    if len(found) == 2 and found["high"].files == found["low"].files:
+        raise FileError(
+            "the same file for both experts",
+            where=files["high"],
+            expected="the high-noise and the low-noise expert",
+            advice="check --high and --low",
+        )
+
+
+def _check_fit(spec: ModelSpec, dit: DitSpec, vae: VaeSpec, text: TextSpec, files: Mapping[str, str]) -> None:
+    if dit.out_channels != vae.z:
+        raise FileError(
+            f"a VAE with {vae.z} latent channels, the transformer has {dit.out_channels}",
+            where=files["vae"],
+            expected=f"the Wan {spec.vae.version} VAE",
+            advice="give the VAE that belongs to this model",
+        )
+    if text.dim != dit.text_dim:
+        raise FileError(
+            f"a text encoder of width {text.dim}, the transformer expects {dit.text_dim}",
+            where=files["text"],
+            advice="give the UMT5 encoder that belongs to this model",
+        )
+    if spec.dit != dit:
+        raise FileError(
+            f"a transformer with width {dit.dim}, {dit.layers} layers, {dit.in_channels} input channels",
+            where=next(files[e] for e in ("high", "single", "low") if e in files),
+            expected=f"width {spec.dit.dim}, {spec.dit.layers} layers, {spec.dit.in_channels} input channels",
+            advice="give the files of the model you named, or leave the name out",
+        )

@@ -1,0 +1,340 @@
+"""The Wan diffusion transformer.
+
+Order of operations, formulas and dtypes follow the native implementation (Wan-Video/Wan2.2
+`wan/modules/model.py`); deviations are stated where they stand. Two forms of a block live here: `block`, plain
+and differentiable, is the reference; `block_` does the same in place and by chunks, so that beside the residual
+stream only K and V of all tokens exist.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowvram.quant.linear import Params
+from lowvram.quant.spec import HEAD_DIM, DitSpec
+from lowvram.triton_kernels.attention import attention
+
+EPS = 1e-6
+ROPE_THETA = 10000.0
+ROPE_PAIRS = (22, 21, 21)
+"""Complex pairs of a head given to time, rows and columns."""
+CHUNK = 4096
+"""Tokens processed at once. Fixed, so that a budget never changes how a matmul is cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What cross attention sees for one prompt."""
+
+    text: Tensor
+    """[..., n, dim] embedded text rows; zero padding merged into the last one or two (see `embed_text`)."""
+    bias: Tensor
+    """[..., n] float32, added to the attention logits of each row."""
+    image: Tensor | None = None
+    """[..., 257 or 514, dim] embedded CLIP tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Time embedding of one step: one row for all tokens, or one row per latent frame."""
+
+    head: Tensor
+    """[..., rows, dim] float32: modulates the head."""
+    blocks: Tensor
+    """[..., rows, 6, dim] float32: modulates the blocks."""
+    tokens_per_row: int
+    """Tokens that share a row; the whole sequence if there is one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The buffers of `block_` that grow with the sequence; allocated once, used by every block and pass."""
+
+    k: Tensor
+    """[heads, L, 128]"""
+    v: Tensor
+    """[heads, L, 128]"""
+    chunk: int = CHUNK
+
+
+# ---- embeddings
+
+
+def embed_latent(outer: Params, spec: DitSpec, latent: Tensor, dtype: torch.dtype) -> Tensor:
+    """latent [..., C, F, H, W] -> tokens [..., F*H/2*W/2, dim] in `dtype`, row-major over (f, h, w).
+
+    A convolution with kernel = stride = (1, 2, 2) is a Linear on each patch, channel slowest.
+    """
+    patches = latent.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [..., C, F, h, 2, w, 2]
+    patches = patches.movedim((-6, -3, -1), (-3, -2, -1)).flatten(-3)  # [..., F, h, w, C*4]
+    patches = patches.flatten(-4, -2).to(dtype)
+    weight = outer.dense("patch_embedding.weight", dtype).reshape(spec.dim, -1)
+    return functional.linear(patches, weight, outer.dense("patch_embedding.bias", dtype))
+
+
+def embed_text(outer: Params, spec: DitSpec, text: Tensor, image: Tensor | None = None) -> Context:
+    """UMT5 output [n, text_dim] of the prompt's true length -> Context of up to n + 2 rows, at most text_len.
+
+    Upstream pads the text with zero rows to `text_len` and attends to all of them. Those rows are equal, so one
+    or two of them, with the logarithm of the number each stands for added to its logit, are the same attention.
+    """
+    padding = _padding_bias(spec.text_len - text.shape[0])
+    bias = torch.tensor([0.0] * text.shape[0] + padding, dtype=torch.float32, device=text.device)
+    text = torch.cat([text, text.new_zeros(len(padding), text.shape[1])])
+    rows = outer.linear("text_embedding.0", text)
+    rows = outer.linear("text_embedding.2", functional.gelu(rows, approximate="tanh"))
+    return Context(rows, bias, None if image is None else embed_image(outer, image))
+
+
+def _padding_bias(count: int) -> list[float]:
+    """Logit offsets of the rows that stand for `count` equal rows, at most two: sum(exp) = count.
+
+    ln(count) alone would lose up to 1.6 % of the padding's weight when it is rounded to bfloat16. A multiple of
+    1/32 is exact there and takes at least 97 % of the weight, so rounding the rest costs 0.03 % at most.
+    """
+    if count == 0:
+        return []
+    first = math.floor(32 * math.log(count)) / 32
+    rest = count - math.exp(first)
+    return [first, math.log(rest)] if rest > 0 else [first]
+
+
+def embed_image(outer: Params, image: Tensor) -> Tensor:
+    """CLIP tokens [257 or 514, image_dim] -> [.., dim]. LayerNorm eps 1e-5, exact GELU."""
+    if "img_emb.emb_pos" in outer:
+        image = image + outer.dense("img_emb.emb_pos", image.dtype)[0]
+    x = _affine_norm(image, outer["img_emb.proj.0.weight"], outer["img_emb.proj.0.bias"], 1e-5)
+    x = outer.linear("img_emb.proj.3", functional.gelu(outer.linear("img_emb.proj.1", x)))
+    return _affine_norm(x, outer["img_emb.proj.4.weight"], outer["img_emb.proj.4.bias"], 1e-5)
+
+
+def embed_time(outer: Params, spec: DitSpec, t: Tensor, tokens_per_row: int) -> Time:
+    """t [..., rows] on the 0..1000 scale -> Time. Sinusoid in float64 (cosines first), the rest in float32."""
+    half = spec.freq_dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
+    angle = t.double().unsqueeze(-1) * ROPE_THETA**-exponent
+    x = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+    e = outer.linear("time_embedding.2", functional.silu(outer.linear("time_embedding.0", x)))
+    e0 = outer.linear("time_projection.1", functional.silu(e)).unflatten(-1, (6, spec.dim))
+    return Time(e, e0, tokens_per_row)
+
+
+def rope_table(frames: int, rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """Rotations [F*h*w, 64, 2] float32 (cos, sin) of a grid of tokens, from float64 angles.
+
+    Each axis has its own spectrum: pos * 10000^(-2i/D) with D = 44, 42, 42 channels for time, rows, columns.
+    """
+    angles = []
+    for size, pairs in zip((frames, rows, columns), ROPE_PAIRS, strict=True):
+        frequency = ROPE_THETA ** -(torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
+        angles.append(torch.arange(size, dtype=torch.float64, device=device).outer(frequency))
+    t, h, w = angles
+    grid = torch.cat(
+        [
+            t[:, None, None].expand(-1, rows, columns, -1),
+            h[None, :, None].expand(frames, -1, columns, -1),
+            w[None, None, :].expand(frames, rows, -1, -1),
+        ],
+        dim=-1,
+    ).flatten(0, 2)
+    return torch.stack([grid.cos().float(), grid.sin().float()], dim=-1)
+
+
+# ---- pieces of a block
+
+
+def _layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
+    """LayerNorm without weights, computed and returned in float32."""
+    return functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+def _affine_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
+    return functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) * (1 + scale) + shift in float32, rounded once to the dtype of x."""
+    return (_layer_norm(x) * (1 + scale) + shift).to(x.dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMS over the full width, before the split into heads: float32, cast, then the weight."""
+    full = x.float()
+    return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight.to(x.dtype)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """[..., n, dim] -> [..., heads, n, 128] (a view)."""
+    return x.unflatten(-1, (-1, HEAD_DIM)).transpose(-2, -3)
+
+
+def _rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate interleaved pairs of x [..., heads, n, 128] by rope [n, 64, 2], in float32, rounded once."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """q [..., heads, m, 128], k and v [..., heads, n, 128] -> [..., m, dim]."""
+    return attention(q, k, v, bias).transpose(-2, -3).flatten(-2)
+
+
+def _self_q(p: Params, h: Tensor, rope: Tensor) -> Tensor:
+    return _rotate(_heads(_rms_norm(p.linear("self_attn.q", h), p["self_attn.norm_q.weight"])), rope)
+
+
+def _self_k(p: Params, h: Tensor, rope: Tensor) -> Tensor:
+    return _rotate(_heads(_rms_norm(p.linear("self_attn.k", h), p["self_attn.norm_k.weight"])), rope)
+
+
+def _self_v(p: Params, h: Tensor) -> Tensor:
+    return _heads(p.linear("self_attn.v", h))
+
+
+@dataclass(frozen=True, slots=True)
+class _CrossKV:
+    """Keys and values of one block's cross attention: [..., heads, n, 128]."""
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    k_image: Tensor | None = None
+    v_image: Tensor | None = None
+
+
+def _cross_kv(p: Params, context: Context) -> _CrossKV:
+    k = _heads(_rms_norm(p.linear("cross_attn.k", context.text), p["cross_attn.norm_k.weight"]))
+    v = _heads(p.linear("cross_attn.v", context.text))
+    bias = context.bias.to(k.dtype)[..., None, None, :]
+    if context.image is None:
+        return _CrossKV(k, v, bias)
+    k_image = _heads(_rms_norm(p.linear("cross_attn.k_img", context.image), p["cross_attn.norm_k_img.weight"]))
+    return _CrossKV(k, v, bias, k_image, _heads(p.linear("cross_attn.v_img", context.image)))
+
+
+def _cross(p: Params, x: Tensor, kv: _CrossKV) -> Tensor:
+    """Cross attention of the residual stream x [..., n, dim] to text and, if there is one, image."""
+    h = _affine_norm(x, p["norm3.weight"], p["norm3.bias"])
+    q = _heads(_rms_norm(p.linear("cross_attn.q", h), p["cross_attn.norm_q.weight"]))
+    y = _attend(q, kv.k, kv.v, kv.bias)
+    if kv.k_image is not None and kv.v_image is not None:
+        y = y + _attend(q, kv.k_image, kv.v_image)
+    return p.linear("cross_attn.o", y)
+
+
+def _ffn(p: Params, h: Tensor) -> Tensor:
+    return p.linear("ffn.2", functional.gelu(p.linear("ffn.0", h), approximate="tanh"))
+
+
+def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return (x.float() + y.float() * gate).to(x.dtype)
+
+
+class _Modulation:
+    """Shift, scale and gate of attention, then of the FFN, for any run of tokens."""
+
+    def __init__(self, p: Params, time: Time) -> None:
+        self._values = p["modulation"].float() + time.blocks  # [..., rows, 6, dim]
+        self._tokens_per_row = time.tokens_per_row
+
+    def __call__(self, index: int, start: int, stop: int) -> Tensor:
+        """Part `index` (0..5) for tokens start..stop: [..., 1, dim] if all tokens share a row, else one each."""
+        values = self._values[..., index, :]
+        if values.shape[-2] == 1:
+            return values
+        tokens = torch.arange(start, stop, device=values.device)
+        return values.index_select(-2, tokens // self._tokens_per_row)
+
+
+# ---- blocks
+
+
+def block(p: Params, x: Tensor, time: Time, context: Context, rope: Tensor) -> Tensor:
+    """One transformer block, plain and differentiable: x [..., L, dim] -> the same shape and dtype."""
+    n = x.shape[-2]
+    mod = _Modulation(p, time)
+    h = _modulate(x, mod(0, 0, n), mod(1, 0, n))
+    y = _attend(_self_q(p, h, rope), _self_k(p, h, rope), _self_v(p, h))
+    x = _gated(x, p.linear("self_attn.o", y), mod(2, 0, n))
+    x = x + _cross(p, x, _cross_kv(p, context))
+    h = _modulate(x, mod(3, 0, n), mod(4, 0, n))
+    return _gated(x, _ffn(p, h), mod(5, 0, n))
+
+
+def block_(p: Params, x: Tensor, time: Time, context: Context, rope: Tensor, work: Workspace) -> None:
+    """`block` on x [L, dim] in place, `work.chunk` tokens at a time.
+
+    The first sweep fills K and V; the second carries each chunk through the whole block. A chunk of x is
+    overwritten only after its own query was taken, and keys and values were taken before, so no copy is needed.
+    """
+    mod = _Modulation(p, time)
+    length = x.shape[0]
+    for i, j in _chunks(length, work.chunk):
+        h = _modulate(x[i:j], mod(0, i, j), mod(1, i, j))
+        work.k[:, i:j] = _self_k(p, h, rope[i:j])
+        work.v[:, i:j] = _self_v(p, h)
+    kv = _cross_kv(p, context)
+    for i, j in _chunks(length, work.chunk):
+        c = x[i:j]
+        q = _self_q(p, _modulate(c, mod(0, i, j), mod(1, i, j)), rope[i:j])
+        c = _gated(c, p.linear("self_attn.o", _attend(q, work.k, work.v)), mod(2, i, j))
+        c = c + _cross(p, c, kv)
+        x[i:j] = _gated(c, _ffn(p, _modulate(c, mod(3, i, j), mod(4, i, j))), mod(5, i, j))
+
+
+def _chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, length, chunk):
+        yield start, min(start + chunk, length)
+
+
+# ---- head and whole
+
+
+def head(outer: Params, spec: DitSpec, x: Tensor, time: Time, grid: tuple[int, int, int], chunk: int = CHUNK) -> Tensor:
+    """x [..., L, dim] -> velocity [..., C_out, F, H, W] float32. Modulated by e, not e0; all in float32.
+
+    grid: latent frames, and rows and columns of tokens. A token's vector is ordered (p_h, p_w, channel).
+    """
+    shift, scale = (outer["head.modulation"].float() + time.head.unsqueeze(-2)).unbind(-2)
+    pieces = []
+    for i, j in _chunks(x.shape[-2], chunk):
+        if shift.shape[-2] > 1:
+            row = torch.arange(i, j, device=x.device) // time.tokens_per_row
+            s, g = shift.index_select(-2, row), scale.index_select(-2, row)
+        else:
+            s, g = shift, scale
+        pieces.append(outer.linear("head.head", _layer_norm(x[..., i:j, :]) * (1 + g) + s))
+    f, h, w = grid
+    out = torch.cat(pieces, dim=-2).unflatten(-1, (2, 2, spec.out_channels)).unflatten(-4, (f, h, w))
+    # [..., F, h, w, p_h, p_w, C] -> [..., C, F, h, p_h, w, p_w]
+    return out.movedim((-1, -3), (-6, -3)).flatten(-2).flatten(-3, -2)
+
+
+def forward(
+    outer: Params,
+    blocks: Iterable[Params],
+    spec: DitSpec,
+    latent: Tensor,
+    time: Time,
+    contexts: Sequence[Context],
+    rope: Tensor,
+    work: Workspace,
+) -> list[Tensor]:
+    """One evaluation per context: latent [C, F, H, W] -> velocities [C_out, F, H, W] float32.
+
+    Each block is used for all contexts before the next is asked for, so guidance costs no second weight pass.
+    The residual streams are in the dtype of the workspace.
+    """
+    streams = [embed_latent(outer, spec, latent, work.k.dtype) for _ in contexts]
+    for p in blocks:
+        for x, context in zip(streams, contexts, strict=True):
+            block_(p, x, time, context, rope, work)
+    _, f, height, width = latent.shape
+    grid = (f, height // 2, width // 2)
+    return [head(outer, spec, x, time, grid, work.chunk) for x in streams]

@@ -1,0 +1,123 @@
+"""Where memory, bytes and time went: the facts of a finished job, as one JSON object and as a short table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+SCHEMA = "lowvram.report/1"
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What one stage took. Bytes are integers, times are seconds."""
+
+    name: str
+    seconds: float
+    vram_predicted: int
+    """Peak bytes that the plan stated."""
+    vram_measured: int | None
+    """Peak bytes that the device saw; None where nothing measures them."""
+    disk_bytes: int
+    """Bytes read from disk."""
+    h2d_bytes: int
+    """Bytes copied from host to device."""
+    stalls: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that computing waited, by cause: "disk", "copy", "decode"."""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values only."""
+        return {
+            "name": self.name,
+            "seconds": self.seconds,
+            "vram": {"predicted": self.vram_predicted, "measured": self.vram_measured},
+            "disk_read": self.disk_bytes,
+            "h2d": self.h2d_bytes,
+            "stalls": dict(self.stalls),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a whole job took, stage by stage in the order they ran."""
+
+    stages: tuple[StageReport, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Time in all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def vram_predicted(self) -> int:
+        """Highest peak that the plan stated for any stage, bytes."""
+        return max((stage.vram_predicted for stage in self.stages), default=0)
+
+    @property
+    def vram_measured(self) -> int | None:
+        """Highest peak measured in any stage, bytes; None unless every stage was measured."""
+        peaks = [stage.vram_measured for stage in self.stages if stage.vram_measured is not None]
+        return max(peaks, default=0) if len(peaks) == len(self.stages) else None
+
+    @property
+    def stalls(self) -> dict[str, float]:
+        """Seconds waited in the whole job, by cause, longest first."""
+        total: dict[str, float] = {}
+        for stage in self.stages:
+            for cause, seconds in stage.stalls.items():
+                total[cause] = total.get(cause, 0.0) + seconds
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    def to_json(self) -> dict[str, object]:
+        """The report as one JSON object; sums and peaks are stated, so that a reader need not fold the stages."""
+        return {
+            "schema": SCHEMA,
+            "seconds": self.seconds,
+            "vram": {"predicted": self.vram_predicted, "measured": self.vram_measured},
+            "disk_read": sum(stage.disk_bytes for stage in self.stages),
+            "h2d": sum(stage.h2d_bytes for stage in self.stages),
+            "stalls": self.stalls,
+            "stages": [stage.to_json() for stage in self.stages],
+        }
+
+
+def table(report: Report) -> str:
+    """The report for people: a heading, one line per stage, a line for the whole; no final newline."""
+    whole = StageReport(
+        name="whole job",
+        seconds=report.seconds,
+        vram_predicted=report.vram_predicted,
+        vram_measured=report.vram_measured,
+        disk_bytes=sum(stage.disk_bytes for stage in report.stages),
+        h2d_bytes=sum(stage.h2d_bytes for stage in report.stages),
+        stalls=report.stalls,
+    )
+    heading = ("stage", "time", "peak VRAM", "planned", "disk", "to device", "waited")
+    rows = [heading, *(_row(stage) for stage in (*report.stages, whole))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heading))]
+    last = len(heading) - 1
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in (0, last) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _row(stage: StageReport) -> tuple[str, ...]:
+    stalls = sorted(stage.stalls.items(), key=lambda item: -item[1])
+    waited = ", ".join(f"{cause} {seconds:.1f} s" for cause, seconds in stalls if seconds >= 0.05)
+    return (
+        stage.name,
+        f"{stage.seconds:.1f} s",
+        "-" if stage.vram_measured is None else _gb(stage.vram_measured),
+        _gb(stage.vram_predicted),
+        _gb(stage.disk_bytes),
+        _gb(stage.h2d_bytes),
+        waited or "-",
+    )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

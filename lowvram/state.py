@@ -1,0 +1,157 @@
+"""What survives a kill: jobs on disk, one folder each, written after every step.
+
+    job.json             the Job
+    state.safetensors    latent and solver state after the last finished step, replaced atomically
+    latent.safetensors   the finished latent: from then on the job can always be decoded
+    done                 the output was written and verified
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import platformdirs
+import psutil
+
+from lowvram.errors import BusyError, FileError, UsageError
+from lowvram.job import Job
+from lowvram.offload.io import read_small_text, write_atomic
+
+MAX_JOB_BYTES = 1 << 20
+KEPT = 20
+"""Finished jobs that are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """Everything `resume` needs beside the tensors."""
+
+    job: Job
+    output: str
+    """Absolute path of the video."""
+    vram: int
+    ram: int
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobFolder:
+    """The folder of one job."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def state_path(self) -> Path:
+        return self.path / "state.safetensors"
+
+    @property
+    def latent_path(self) -> Path:
+        return self.path / "latent.safetensors"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "done").exists()
+
+    def save(self, saved: Saved) -> None:
+        write_atomic(self.path / "job.json", msgspec.json.encode(saved))
+
+    def load(self) -> Saved:
+        path = self.path / "job.json"
+        try:
+            return msgspec.json.decode(read_small_text(path, MAX_JOB_BYTES).encode(), type=Saved, strict=True)
+        except msgspec.DecodeError as problem:
+            raise FileError(
+                f"not a saved job: {problem}", where=str(path), advice="start the job again with `lowvram generate`"
+            ) from None
+
+    def finish(self) -> None:
+        """The output exists: the state of single steps is no longer needed."""
+        write_atomic(self.path / "done", b"")
+        self.state_path.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the job for this process; BusyError if a living process holds it."""
+        lock = self.path / "lock"
+        while True:
+            try:
+                handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                break
+            except FileExistsError:
+                owner = _owner(lock)
+                if owner is not None and owner != os.getpid() and psutil.pid_exists(owner):
+                    raise BusyError(
+                        f"process {owner} is working on this job",
+                        where=self.name,
+                        advice="wait for it, or stop it first",
+                    ) from None
+                lock.unlink(missing_ok=True)
+        os.write(handle, str(os.getpid()).encode())
+        os.close(handle)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _owner(lock: Path) -> int | None:
+    """The process named in a lock file; None if it holds none (its writer was killed in between)."""
+    try:
+        return int(lock.read_text())
+    except (ValueError, OSError):
+        return None
+
+
+def jobs_root() -> Path:
+    """Where jobs are kept: LOWVRAM_STATE, or the user's state folder."""
+    root = os.environ.get("LOWVRAM_STATE")
+    return Path(root) if root else Path(platformdirs.user_state_dir("lowvram", appauthor=False)) / "jobs"
+
+
+def new_job(saved: Saved, root: Path, stamp: str) -> JobFolder:
+    """A new folder under `root` named after `stamp`, a time that sorts as text; old finished jobs are removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    for n in range(1000):
+        folder = root / (stamp if n == 0 else f"{stamp}-{n}")
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            continue
+    job = JobFolder(folder)
+    job.save(saved)
+    for old in [j for j in list_jobs(root) if j.finished][:-KEPT]:
+        shutil.rmtree(old.path, ignore_errors=True)
+    return job
+
+
+def list_jobs(root: Path) -> list[JobFolder]:
+    """All jobs under `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    return [JobFolder(p) for p in sorted(root.iterdir()) if (p / "job.json").exists()]
+
+
+def find_job(name: str, root: Path) -> JobFolder:
+    """The job called `name`, or the newest unfinished one for "last". UsageError if there is none."""
+    jobs = list_jobs(root)
+    if name == "last":
+        open_jobs = [job for job in jobs if not job.finished]
+        if open_jobs:
+            return open_jobs[-1]
+        raise UsageError("no unfinished job", where=str(root), advice="start one with `lowvram generate`")
+    for job in jobs:
+        if job.name == name:
+            return job
+    known = ", ".join(job.name for job in jobs[-5:]) or "none"
+    raise UsageError(f'no job is called "{name}"', where=str(root), expected=known, advice="or use `resume last`")

@@ -1,0 +1,226 @@
+"""Peak memory of a callable, on fake tensors or real ones, by the same count of live storages.
+
+    peak_memory(fn, *args)   run `fn` on fake tensors: no memory, no arithmetic, the same allocations
+    track(...)               count what really is allocated inside a `with` block
+
+What is counted: every storage made by an operation, from that operation until nothing refers to it. Views add
+nothing. What existed before (arguments, weights) is not counted, nor is memory that a kernel takes and gives
+back inside itself, the allocator's fragmentation, or the device's context. On a machine without CUDA, tensors
+on "cpu" stand for tensors on the GPU: the counts are the same.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lowvram.errors import OutOfMemoryError
+from lowvram.offload.budget import exact_size, format_bytes
+
+Rounding = Callable[[int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """One storage that was live at the peak."""
+
+    nbytes: int
+    """After rounding."""
+    where: str
+    """The operation that made it and the line that asked for it: "aten.mm.default at dit.py:120"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most memory that was live at once."""
+
+    peak_bytes: int
+    live: tuple[Live, ...]
+    """What made up the peak, largest first."""
+
+
+def peak_memory(
+    fn: Callable[..., object],
+    *args: object,
+    rounding: Rounding = exact_size,
+    capacity: int | None = None,
+    device: str = "cpu",
+) -> Peak:
+    """Peak of `fn(*args)` on fake tensors, above what its arguments take.
+
+    Tensors in `args` are replaced by fake ones: real tensors by ones on their device, meta tensors by ones on
+    `device`; fake tensors are taken as they are. Tensors that `fn` refers to otherwise (parameters) may be
+    real. Raises OutOfMemoryError if more than `capacity` bytes would be live; whatever `fn` raises; and
+    torch's data-dependent errors if `fn` looks at values (`.item()`).
+    """
+    mode = next(
+        (leaf.fake_mode for leaf in tree_leaves(args) if isinstance(leaf, FakeTensor)),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    )
+
+    def fake(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if tensor.device.type == "meta":
+            with mode:
+                return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+        return mode.from_tensor(tensor)
+
+    fakes = tree_map_only(Tensor, fake, args)
+    tracker = Tracker(rounding, capacity, device)
+    with mode, _Watch(tracker, mode):
+        fn(*fakes)
+    return tracker.peak()
+
+
+@contextmanager
+def track(
+    *, rounding: Rounding = exact_size, capacity: int | None = None, device: str = "cpu"
+) -> Iterator[Tracker]:
+    """Count storages on devices of type `device` that this thread makes inside the block.
+
+    Raises OutOfMemoryError from the operation that makes more than `capacity` bytes live: a hard cap.
+    """
+    tracker = Tracker(rounding, capacity, device)
+    with _Watch(tracker, None):
+        yield tracker
+
+
+class Tracker:
+    """Live storages and their peak."""
+
+    def __init__(self, rounding: Rounding, capacity: int | None, device: str) -> None:
+        self._rounding, self._capacity, self._device = rounding, capacity, device
+        self._lock = threading.RLock()  # a finalizer may run inside any of our own statements
+        self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], Live]] = {}
+        self._live_bytes = 0
+        self._peak_bytes = 0
+        self._peak_live: tuple[Live, ...] | None = ()
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the storages that were counted and still live."""
+        return self._live_bytes
+
+    def peak(self) -> Peak:
+        """The peak so far."""
+        with self._lock:
+            return Peak(self._peak_bytes, self._at_peak())
+
+    def _at_peak(self) -> tuple[Live, ...]:
+        # Listed only when the peak is left or asked for: a run passes many peaks on its way up.
+        if self._peak_live is None:
+            found = (live for _, live in self._live.values())
+            self._peak_live = tuple(sorted(found, key=lambda live: (-live.nbytes, live.where)))
+        return self._peak_live
+
+    def made(self, tensor: Tensor, existing: set[int], where: str) -> None:
+        """Count the storage of an operation's result, unless it is one of its inputs' (`existing`)."""
+        if tensor.device.type != self._device:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        nbytes = self._rounding(storage.nbytes())
+        with self._lock:
+            known = self._live.get(key)
+            if known is not None and known[0]() is storage:
+                if known[1].nbytes != nbytes:  # resized in place, as `out=` does
+                    self._leave_peak()
+                    self._live[key] = (known[0], Live(nbytes, where))
+                    self._grow(nbytes - known[1].nbytes, where)
+            elif key not in existing:
+                self._live[key] = (weakref.ref(storage), Live(nbytes, where))
+                weakref.finalize(storage, self._gone, key).atexit = False
+                self._grow(nbytes, where)
+
+    def _grow(self, nbytes: int, where: str) -> None:
+        self._live_bytes += nbytes
+        if self._live_bytes > self._peak_bytes:
+            self._peak_bytes, self._peak_live = self._live_bytes, None
+        if self._capacity is not None and self._live_bytes > self._capacity:
+            raise OutOfMemoryError(
+                f"{format_bytes(nbytes)} more make {format_bytes(self._live_bytes)}",
+                where=where,
+                expected=f"at most {format_bytes(self._capacity)}",
+                advice="raise the cap, or ask `lowvram plan` for settings that fit it",
+            )
+
+    def _leave_peak(self) -> None:
+        if self._live_bytes == self._peak_bytes:
+            self._at_peak()
+
+    def _gone(self, key: int) -> None:
+        with self._lock:
+            self._leave_peak()
+            self._live_bytes -= self._live.pop(key)[1].nbytes
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shows the tracker every operation's results. With `fake`, real tensors met on the way become fake first,
+    each once, so that they are known as what existed before."""
+
+    def __init__(self, tracker: Tracker, fake: FakeTensorMode | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tracker, self._fake = tracker, fake
+        self._faked: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        # `torch.tensor(...)` makes its storage out of sight and shows it first as the input of this operation.
+        constant = func is torch.ops.aten.lift_fresh.default
+        if self._fake is not None and not constant:
+            args, named = tree_map_only(Tensor, self._as_fake, (args, named))
+        if func.namespace == "aten":
+            # Under inference_mode operations arrive here whole; their parts are what allocates.
+            with self:
+                parts = func.decompose(*args, **named)
+            if parts is not NotImplemented:
+                return parts
+        result = func(*args, **named)
+        existing = set() if constant else {t.untyped_storage()._cdata for t in _tensors((args, named))}
+        where = ""
+        for tensor in _tensors(result):
+            where = where or f"{func} at {_caller()}"
+            self._tracker.made(tensor, existing, where)
+        return result
+
+    def _as_fake(self, tensor: Tensor) -> Tensor:
+        if self._fake is None or isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self._faked:
+            self._faked[id(tensor)] = tensor, self._fake.from_tensor(tensor)
+        return self._faked[id(tensor)][1]
+
+
+def _tensors(tree: object) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _caller() -> str:
+    """File and line of the innermost frame that is neither torch's nor ours."""
+    torch_folder = str(Path(torch.__file__).parent)
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if name != __file__ and not name.startswith((torch_folder, "<")):
+            break
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

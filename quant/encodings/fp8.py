@@ -1,0 +1,170 @@
+"""8-bit floats: cast as they are, or with scales per tensor, per row or per block of columns.
+
+Layouts read (checkpoint families in brackets): fp8 alone ("*_fp8_e4m3fn", "*_fp8_e5m2"); a scalar scale
+(ComfyUI fp8_scaled and float8 layers, Kijai _scaled_KJ); a scale per row, [N] or [N, 1] (LightX2V, quanto,
+musubi-tuner); a scale per block of a row, [N, K/block, 1] (musubi-tuner, block 64). W = fp8 * scale in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowvram.quant.encodings.base import (
+    TORCH_DTYPES,
+    Encoding,
+    Family,
+    PartLayout,
+    Recognised,
+    StoredPart,
+    check_shape,
+    finite_peak,
+    part_layout,
+    row_chunks,
+)
+from lowvram.quant.refs import Shape
+from lowvram.quant.spec import numel
+
+Scaling = Literal["none", "tensor", "row", "block"]
+
+_CODES = ("F8_E4M3", "F8_E5M2")
+_SCALE_CODES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8(Encoding):
+    """Part "weight" in fp8, and unless `scaling` is "none" a part "scale".
+
+    A tensor of more than two dimensions counts as a matrix of its rows: [N, everything else].
+    """
+
+    code: str = "F8_E4M3"
+    """"F8_E4M3" (largest value 448) or "F8_E5M2" (57344)."""
+    scaling: Scaling = "tensor"
+    block: int = 0
+    """Columns per scale with scaling "block", else 0."""
+    scale_code: str = "F32"
+    """Dtype code of the scales."""
+
+    @property
+    def name(self) -> str:
+        kind = "e4m3" if self.code == "F8_E4M3" else "e5m2"
+        if self.scaling == "none":
+            return f"fp8_{kind}"
+        body = {"tensor": "scaled", "row": "row", "block": f"block{self.block}"}[self.scaling]
+        return f"fp8_{body}" if kind == "e4m3" else f"fp8_{kind}_{body}"
+
+    def layout(self, shape: Shape) -> tuple[PartLayout, ...]:
+        weight = part_layout("weight", self.code, shape)
+        if self.scaling == "none":
+            return (weight,)
+        return (weight, part_layout("scale", self.scale_code, self._scale_shape(shape)))
+
+    def fits(self, shape: Shape) -> bool:
+        if self.scaling == "block":
+            return len(shape) >= 2 and numel(shape[1:]) % self.block == 0
+        return self.scaling != "row" or len(shape) >= 2
+
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Without scales one exact cast; with scales the product in float32, rounded once to `dtype`."""
+        weight = parts["weight"].reshape(shape)
+        if out is None:
+            out = torch.empty(shape, dtype=dtype, device=weight.device)
+        check_shape(tuple(out.shape), shape, "out")
+        if self.scaling == "none":
+            return out.copy_(weight)
+        scale = parts["scale"].to(torch.float32).reshape(self._scale_shape(shape))
+        source, target = weight.reshape(self._matrix(shape)), out.view(self._matrix(shape))
+        for rows in row_chunks(*self._rows_columns(shape)):
+            part = scale if self.scaling == "tensor" else scale[rows]
+            target[rows].copy_(source[rows].to(torch.float32).mul_(part))
+        return out
+
+    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Rounds to nearest even. Scales are amax / largest value; without scales values saturate."""
+        shape = tuple(tensor.shape)
+        if not self.fits(shape):
+            raise ValueError(f"{self.name} cannot hold a tensor of shape {list(shape)}")
+        source = tensor.reshape(self._matrix(shape))
+        weight = torch.empty_like(source, dtype=TORCH_DTYPES[self.code])
+        largest = torch.finfo(weight.dtype).max
+        scale = self._make_scale(source, largest)
+        for rows in row_chunks(*self._rows_columns(shape)):
+            values = source[rows].to(torch.float32)
+            if scale is not None:
+                values = values / (scale if self.scaling == "tensor" else scale[rows]).to(torch.float32)
+            weight[rows] = values.clamp_(-largest, largest).to(weight.dtype)
+        parts = {"weight": weight.view(shape)}
+        return parts if scale is None else parts | {"scale": scale}
+
+    def _make_scale(self, source: Tensor, largest: float) -> Tensor | None:
+        if source.numel() == 0:
+            peak = torch.zeros(self._scale_shape(tuple(source.shape)), device=source.device)
+        elif self.scaling in ("none", "tensor"):
+            peak = finite_peak(source)
+        else:
+            peak = finite_peak(source, -1)
+        if self.scaling == "none":
+            return None
+        scale = (peak / largest).to(TORCH_DTYPES[self.scale_code])
+        return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+    def _scale_shape(self, shape: Shape) -> Shape:
+        if self.scaling == "row":
+            return (shape[0], 1)
+        if self.scaling == "block":
+            return (shape[0], numel(shape[1:]) // self.block, 1)
+        return ()
+
+    def _matrix(self, shape: Shape) -> Shape:
+        """The tensor as a matrix of rows; blocks of columns get a dimension of their own."""
+        rows, columns = self._rows_columns(shape)
+        return (rows, columns // self.block, self.block) if self.scaling == "block" else (rows, columns)
+
+    def _rows_columns(self, shape: Shape) -> tuple[int, int]:
+        return (shape[0], numel(shape[1:])) if shape else (1, 1)
+
+
+def _recognise(stored: Mapping[str, StoredPart]) -> Recognised | None:
+    weight, scale = stored.get("weight"), stored.get("scale")
+    if weight is None or weight.dtype not in _CODES:
+        return None
+    if scale is None:
+        return Recognised(Fp8(weight.dtype, "none"), weight.shape, ("weight",))
+    shape = weight.shape
+    if scale.dtype not in _SCALE_CODES or not shape:
+        return None
+    roles = ("weight", "scale")
+    if scale.shape in ((), (1,)):
+        return Recognised(Fp8(weight.dtype, "tensor", 0, scale.dtype), shape, roles)
+    if len(shape) < 2:
+        return None
+    if scale.shape in ((shape[0],), (shape[0], 1)):
+        return Recognised(Fp8(weight.dtype, "row", 0, scale.dtype), shape, roles)
+    columns = numel(shape[1:])
+    if len(scale.shape) == 3 and scale.shape[0] == shape[0] and scale.shape[2] == 1:
+        blocks = scale.shape[1]
+        if blocks and columns % blocks == 0 and columns:
+            return Recognised(Fp8(weight.dtype, "block", columns // blocks, scale.dtype), shape, roles)
+    return None
+
+
+FAMILY = Family(
+    MappingProxyType(
+        {
+            "fp8": Fp8(),
+            "fp8_scaled": Fp8(),
+            "fp8_e4m3": Fp8("F8_E4M3", "none"),
+            "fp8_e5m2": Fp8("F8_E5M2", "none"),
+            "fp8_row": Fp8("F8_E4M3", "row"),
+        }
+    ),
+    _recognise,
+)

@@ -1,0 +1,38 @@
+"""What a parsed model file looks like, whatever its container."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowvram.quant.refs import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file, under the name it has there."""
+
+    name: str
+    dtype: str
+    """safetensors dtype code."""
+    shape: Shape
+    offset: int
+    """Absolute byte offset in the file."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """All tensors of a file, in file order, and its free-text metadata."""
+
+    path: Path
+    size: int
+    """Bytes in the file."""
+    tensors: tuple[StoredTensor, ...]
+    metadata: Mapping[str, str]
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """Text from a file made fit for a terminal: quoted, ASCII, clipped to `limit` characters."""
+    return ascii(text if len(text) <= limit else text[: limit - 3] + "...")

@@ -1,0 +1,348 @@
+"""LoRA files: headers -> pairs matched to the native weights of one transformer. No factor is read.
+
+Key styles and the formula W' = W + strength * alpha / rank * up @ down are in checkpoint-formats 10.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+from lowvram.errors import FileError
+from lowvram.quant.deduce import FLF_TOKENS
+from lowvram.quant.files.header import Header, StoredTensor, shown
+from lowvram.quant.names import DIT
+from lowvram.quant.refs import Part, Shape
+from lowvram.quant.spec import DitSpec, numel
+
+ENOUGH = 0.95
+"""Share of a LoRA that must fit the model: less means that it was made for another one."""
+
+_FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
+_SCALAR_DTYPES = _FACTOR_DTYPES | {"F64", "I64", "I32"}
+_MAX_ADAPTER_METADATA = 65_536
+_PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "transformer_2.",
+    "pipe.dit.",
+    "model.",
+)
+_FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lycoris_")
+
+_ROLE = re.compile(
+    r"""(?P<module>.+?)(?:
+    (?P<down> \.lora_down\.weight | \.lora_A(\.\w+)?\.weight | \.lora_A | [._]lora\.down\.weight
+            | \.lora_linear_layer\.down\.weight )
+  | (?P<up>   \.lora_up\.weight | \.lora_B(\.\w+)?\.weight | \.lora_B | [._]lora\.up\.weight
+            | \.lora_linear_layer\.up\.weight )
+  | (?P<alpha>  \.alpha )
+  | (?P<diff>   \.diff )
+  | (?P<diff_b> \.diff_b | \.lora_B(\.\w+)?\.bias )
+  | (?P<diff_m> \.diff_m )
+  | (?P<lokr>   \.lokr_\w+ )
+  | (?P<loha>   \.hada_\w+ )
+  | (?P<dora>   \.dora_scale | \.lora_magnitude_vector(\.\w+)?(\.weight)? )
+  | (?P<locon>  \.lora_mid\.weight )
+    )""",
+    re.VERBOSE | re.ASCII,
+)
+_HINTS = ("lora", ".alpha", ".diff", ".lokr_", ".hada_", ".dora_")
+"""One of these is in every name that _ROLE matches: a quick way out for the others."""
+_ROLES = ("down", "up", "alpha", "diff", "diff_b", "diff_m", "lokr", "loha", "dora", "locon")
+_UNSUPPORTED: Mapping[str, str] = {
+    "lokr": "LoKr",
+    "loha": "LoHa",
+    "dora": "DoRA",
+    "locon": "LoCon with a middle factor",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPair:
+    """Two factors for one weight."""
+
+    target: str
+    """Native name of the weight, [out, in] (or a convolution [out, in, 1, 2, 2])."""
+    down: Part
+    """[rank, in]; for a convolution [rank, in, 1, 2, 2]"""
+    up: Part
+    """[out, rank]; for a convolution [out, rank, 1, 1, 1]"""
+    rank: int
+    alpha: Part | float | None
+    """A scalar in the file, a number from its header, or None: alpha = rank, factor 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraDelta:
+    """A full difference for one parameter (`.diff`, `.diff_b`, `.diff_m`): added times strength, no alpha."""
+
+    target: str
+    """Native name of the parameter."""
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSet:
+    """A LoRA matched to a transformer."""
+
+    files: tuple[Path, ...]
+    pairs: tuple[LoraPair, ...]
+    deltas: tuple[LoraDelta, ...]
+    matched: int
+    """Pairs and deltas that fit: len(pairs) + len(deltas)."""
+    total: int
+    """Pairs and deltas in the file, without the `skipped` ones."""
+    unused: tuple[str, ...]
+    """Stored names that fit nothing in this transformer."""
+    skipped: tuple[str, ...]
+    """Stored names for the image branch of 2.1 I2V, which this transformer does not have: harmless."""
+    metadata: Mapping[str, str]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks, rising."""
+        return tuple(sorted({pair.rank for pair in self.pairs}))
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether most of these tensor names are LoRA names."""
+    total = hits = 0
+    for name in names:
+        total += 1
+        hits += _split(name) is not None
+    return 2 * hits > total
+
+
+def match_lora(headers: Sequence[Header], spec: DitSpec, partial: bool = False) -> LoraSet:
+    """The LoRA in these files, matched to the transformer `spec`.
+
+    FileError if it is none, if a factor is missing or of another rank than its twin, if it is of a kind that is
+    not supported (LoKr, LoHa, DoRA), or if less than ENOUGH of it fits; with `partial` any fit will do.
+    """
+    where = headers[0].path
+    modules = _Modules(spec)
+    match = _Match(where, spec.shapes(), _header_alpha(headers, where))
+    for module, roles in _by_module(headers, where).items():
+        match.add(module, modules.native(module), roles)
+    return match.result(headers, partial)
+
+
+Roles = dict[str, tuple[StoredTensor, Path]]
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    """(module, role) of a LoRA tensor name, the module as the file spells it."""
+    found = _ROLE.fullmatch(name) if any(hint in name for hint in _HINTS) else None
+    if found is None:
+        return None
+    return found["module"], next(role for role in _ROLES if found[role] is not None)
+
+
+def _by_module(headers: Sequence[Header], where: Path) -> dict[str, Roles]:
+    modules: dict[str, Roles] = {}
+    for header in headers:
+        for tensor in header.tensors:
+            module, role = _split(tensor.name) or (tensor.name, "other")
+            if role in _UNSUPPORTED:
+                found = f"this is a {_UNSUPPORTED[role]} file: not supported yet"
+                raise FileError(found, where=str(where), advice="use a plain LoRA")
+            roles = modules.setdefault(module, {})
+            if role in roles:
+                _refuse(where, f"two {role} tensors for {shown(module)}")
+            roles[role] = (tensor, header.path)
+    return modules
+
+
+class _Modules:
+    """Module names of a transformer with every optional branch, and how files spell them."""
+
+    def __init__(self, spec: DitSpec) -> None:
+        shapes = replace(spec, image_tokens=FLF_TOKENS).shapes()
+        self._native = {name.removesuffix(".weight").removesuffix(".bias") for name in shapes}
+        # "_" also stands inside names, so flat names are looked up, never split.
+        self._flat = {module.replace(".", "_"): module for module in self._native}
+        for module in self._native:
+            other = DIT.from_native(f"{module}.weight") or DIT.from_native(module)
+            if other is not None:
+                self._flat.setdefault(other.removesuffix(".weight").replace(".", "_"), module)
+
+    def native(self, module: str) -> str | None:
+        """The native name of a module as a LoRA file spells it; None if no Wan transformer has it."""
+        for prefix in _FLAT_PREFIXES:
+            if module.startswith(prefix):
+                return self._flat.get(module[len(prefix) :])
+        while (prefix := next((p for p in _PREFIXES if module.startswith(p)), "")) != "":
+            module = module[len(prefix) :]
+        renamed = DIT.to_native(f"{module}.weight") or DIT.to_native(module) or ""
+        for name in (module, renamed.removesuffix(".weight"), f"{module}.modulation"):
+            # ".diff_m" hangs on the block or the head, not on its modulation.
+            if name in self._native:
+                return name
+        return None
+
+
+class _Match:
+    """What has been matched so far."""
+
+    def __init__(self, where: Path, shapes: Mapping[str, Shape], alpha: tuple[float, bool] | None) -> None:
+        self.where, self.shapes, self.alpha = where, shapes, alpha
+        self.pairs: dict[str, LoraPair] = {}
+        self.deltas: dict[str, LoraDelta] = {}
+        self.unused: list[str] = []
+        self.skipped: list[str] = []
+        self.misfit = ""
+        self.total = 0
+
+    def add(self, spelled: str, native: str | None, roles: Roles) -> None:
+        """Takes the tensors of one module of the file."""
+        if "down" in roles or "up" in roles:
+            self._add_pair(spelled, native, roles)
+        elif "alpha" in roles:
+            self.unused.append(roles["alpha"][0].name)
+        for role in ("diff", "diff_b", "diff_m"):
+            if role in roles:
+                self._add_delta(native, role, *roles[role])
+        if "other" in roles:
+            self.total += 1
+            self.unused.append(roles["other"][0].name)
+
+    def _add_pair(self, spelled: str, native: str | None, roles: Roles) -> None:
+        if "down" not in roles or "up" not in roles:
+            half = "up" if "down" in roles else "down"
+            _refuse(self.where, f"the {half} factor of {shown(spelled)} is missing")
+        down, up = roles["down"][0], roles["up"][0]
+        for factor in (down, up):
+            if factor.dtype not in _FACTOR_DTYPES or len(factor.shape) < 2 or 0 in factor.shape:
+                _refuse(self.where, f"the factor {shown(factor.name)} is {factor.dtype} {list(factor.shape)}")
+        rank = down.shape[0]
+        if up.shape[1] != rank:
+            _refuse(self.where, f"{shown(spelled)} has factors of rank {rank} and {up.shape[1]}")
+        alpha: Part | float | None = self._header_alpha(rank)
+        if "alpha" in roles:
+            scalar, file = roles["alpha"]
+            if numel(scalar.shape) != 1 or scalar.dtype not in _SCALAR_DTYPES:
+                _refuse(
+                    self.where, f"{shown(scalar.name)} is {scalar.dtype} {list(scalar.shape)}, not a number"
+                )
+            alpha = _part("alpha", scalar, file)
+        names = [tensor.name for role, (tensor, _) in roles.items() if role in ("down", "up", "alpha")]
+        target = f"{native}.weight"
+        shape = self._wanted(native, target, names)
+        if shape is None:
+            return
+        inner = numel(shape[1:])
+        if numel(down.shape) != rank * inner or up.shape[0] != shape[0] or numel(up.shape) != shape[0] * rank:
+            factors = f"{list(up.shape)} x {list(down.shape)}"
+            self._misfit(names, f"{target} is {list(shape)} here, but {factors} in the LoRA")
+        elif target in self.pairs:
+            _refuse(self.where, f"two LoRAs for {target} (a file for both experts must be split)")
+        else:
+            parts = (_part("down", *roles["down"]), _part("up", *roles["up"]))
+            self.pairs[target] = LoraPair(target, *parts, rank, alpha)
+
+    def _add_delta(self, native: str | None, role: str, tensor: StoredTensor, file: Path) -> None:
+        # Modulations and position tables have no ".weight" of their own.
+        whole = native is not None and native in self.shapes
+        target = f"{native}.bias" if role == "diff_b" else f"{native}" if whole else f"{native}.weight"
+        shape = self._wanted(native, target, [tensor.name])
+        if shape is None:
+            return
+        if tensor.dtype not in _FACTOR_DTYPES:
+            _refuse(self.where, f"{shown(tensor.name)} is {tensor.dtype}")
+        if numel(tensor.shape) != numel(shape) or tensor.shape[-1:] != shape[-1:]:
+            self._misfit(
+                [tensor.name], f"{target} is {list(shape)} here, but {list(tensor.shape)} in the LoRA"
+            )
+        elif target in self.deltas:
+            _refuse(self.where, f"two differences for {target}")
+        else:
+            self.deltas[target] = LoraDelta(target, _part("diff", tensor, file))
+
+    def _wanted(self, native: str | None, target: str, names: list[str]) -> Shape | None:
+        """Shape of the target if this transformer has it; else the tensors are put aside."""
+        shape = self.shapes.get(target)
+        if shape is not None:
+            self.total += 1
+        elif native is not None and ("_img" in native or native.startswith("img_emb.")):
+            self.skipped += names
+        else:
+            self.total += 1
+            self.unused += names
+        return shape
+
+    def _misfit(self, names: list[str], reason: str) -> None:
+        self.unused += names
+        self.misfit = self.misfit or reason
+
+    def _header_alpha(self, rank: int) -> float | None:
+        if self.alpha is None:
+            return None
+        alpha, rank_stabilised = self.alpha
+        return alpha * math.sqrt(rank) if rank_stabilised else alpha
+
+    def result(self, headers: Sequence[Header], partial: bool) -> LoraSet:
+        matched = len(self.pairs) + len(self.deltas)
+        if matched == 0 or (matched < ENOUGH * self.total and not partial):
+            found = f"{matched} of {self.total} parts of this LoRA fit the transformer"
+            unused = ", ".join(shown(name) for name in self.unused[:2])
+            reason = self.misfit or (f"unknown: {unused}" if unused else "")
+            advice = "use a LoRA made for this model"
+            advice += " (or allow a partial match)" if matched else ""
+            found = f"{found}; {reason}" if reason else found
+            raise FileError(found, where=str(self.where), expected=f"{ENOUGH:.0%} or more", advice=advice)
+        return LoraSet(
+            files=tuple(header.path for header in headers),
+            pairs=tuple(self.pairs.values()),
+            deltas=tuple(self.deltas.values()),
+            matched=matched,
+            total=self.total,
+            unused=tuple(self.unused),
+            skipped=tuple(self.skipped),
+            metadata=headers[0].metadata,
+        )
+
+
+def _header_alpha(headers: Sequence[Header], where: Path) -> tuple[float, bool] | None:
+    """(alpha, rank-stabilised) from the peft configuration that diffusers writes as `lora_adapter_metadata`."""
+    text = next(
+        (h.metadata["lora_adapter_metadata"] for h in headers if "lora_adapter_metadata" in h.metadata), ""
+    )
+    if not text:
+        return None
+    config: object = None
+    if len(text) <= _MAX_ADAPTER_METADATA:
+        try:
+            config = json.loads(text)
+        except (ValueError, RecursionError):
+            config = None
+    if not isinstance(config, dict):
+        _refuse(where, "lora_adapter_metadata in the header is not a small JSON object")
+    values = {key.rpartition(".")[2]: value for key, value in config.items() if isinstance(key, str)}
+    if values.get("alpha_pattern"):
+        found = "the header gives every layer its own alpha: not supported yet"
+        raise FileError(
+            found, where=str(where), advice="save the LoRA with alpha tensors, or one alpha for all"
+        )
+    alpha = values.get("lora_alpha")
+    if alpha is None:
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
+        _refuse(where, "lora_alpha in the header is not a positive number")
+    return float(alpha), values.get("use_rslora") is True
+
+
+def _part(role: str, tensor: StoredTensor, file: Path) -> Part:
+    return Part(role, file, tensor.offset, tensor.nbytes, tensor.dtype, tensor.shape)
+
+
+def _refuse(where: Path, found: str) -> NoReturn:
+    advice = "the LoRA is damaged or of an unknown kind: download it again, or use another"
+    raise FileError(found, where=str(where), advice=advice)

@@ -1,0 +1,298 @@
+"""Every key style -> the native Wan name, and back.
+
+Tables list modules; a parameter's own name (`weight`, `bias`, `gamma`) is kept. Sources: checkpoint-formats 2.1
+(transformer), 7 (text encoder) and 8.3 (VAE); checked in the tests against the diffusers and transformers
+classes. Quantised files add side tensors beside a weight: `split_side` tells them apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+NetKind = Literal["dit", "vae", "text"]
+Style = Literal["native", "diffusers", "hf"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyStyle:
+    """How a file names the tensors of one network."""
+
+    kind: NetKind
+    style: Style
+    prefix: str
+    """In front of every name: "" or "model.diffusion_model.", "vae.", ..."""
+    hits: int
+    """Names it explains."""
+
+
+_BLOCK_NUMBER = re.compile(r"0|[1-9]\d{0,3}", re.ASCII)
+"""Longer numbers are nobody's: no model has ten thousand blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Renames in one direction: modules, whose parameters keep their own name, and whole tensor names."""
+
+    modules: Mapping[str, str]
+    tensors: Mapping[str, str]
+
+    def rename(self, name: str) -> str | None:
+        if name in self.tensors:
+            return self.tensors[name]
+        module, _, parameter = name.rpartition(".")
+        if parameter in ("weight", "bias", "gamma") and module in self.modules:
+            return f"{self.modules[module]}.{parameter}"
+        return None
+
+    def reversed(self) -> _Table:
+        back = ({value: key for key, value in table.items()} for table in (self.modules, self.tensors))
+        return _Table(*(MappingProxyType(table) for table in back))
+
+
+@dataclass(frozen=True, slots=True)
+class _Direction:
+    """Names outside blocks, names inside, and what stands before a block's number on either side."""
+
+    outer: _Table
+    inner: _Table
+    block: str
+    new_block: str
+
+    def rename(self, name: str) -> str | None:
+        if self.block and name.startswith(self.block):
+            number, _, leaf = name[len(self.block) :].partition(".")
+            if leaf and _BLOCK_NUMBER.fullmatch(number):
+                renamed = self.inner.rename(leaf)
+                return renamed and f"{self.new_block}{number}.{renamed}"
+        return self.outer.rename(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Renames:
+    """A bijection between native tensor names and those of another style."""
+
+    _from: _Direction
+    _to: _Direction
+
+    @staticmethod
+    def of(
+        outer: Mapping[str, str], inner: Mapping[str, str], blocks: tuple[str, str], whole: frozenset[str]
+    ) -> Renames:
+        """From tables native -> other of modules and (those in `whole`) tensors, outside and inside of blocks."""
+
+        def table(renames: Mapping[str, str]) -> _Table:
+            split: tuple[dict[str, str], dict[str, str]] = ({}, {})
+            for native, other in renames.items():
+                split[native in whole][native] = other
+            return _Table(MappingProxyType(split[0]), MappingProxyType(split[1]))
+
+        outside, inside = table(outer), table(inner)
+        forward = _Direction(outside, inside, *blocks)
+        return Renames(forward, _Direction(outside.reversed(), inside.reversed(), blocks[1], blocks[0]))
+
+    def to_native(self, name: str) -> str | None:
+        """The native name of a tensor of the other style; None if the style has no such name."""
+        return self._to.rename(name)
+
+    def from_native(self, name: str) -> str | None:
+        """The other style's name of a native tensor; None if native has no such name."""
+        return self._from.rename(name)
+
+    def knows_native(self, name: str) -> bool:
+        return self.from_native(name) is not None
+
+
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+
+DIT = Renames.of(
+    {
+        "patch_embedding": "patch_embedding",
+        "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+        "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+        "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+        "time_projection.1": "condition_embedder.time_proj",
+        "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+        "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+        "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+        "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+        "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+        "head.modulation": "scale_shift_table",
+        "head.head": "proj_out",
+    },
+    {
+        "modulation": "scale_shift_table",
+        # Only the middle norm has parameters; native counts it third, diffusers second.
+        "norm3": "norm2",
+        "ffn.0": "ffn.net.0.proj",
+        "ffn.2": "ffn.net.2",
+        **{f"self_attn.{native}": f"attn1.{other}" for native, other in _ATTENTION.items()},
+        **{f"cross_attn.{native}": f"attn2.{other}" for native, other in _ATTENTION.items()},
+        "cross_attn.k_img": "attn2.add_k_proj",
+        "cross_attn.v_img": "attn2.add_v_proj",
+        "cross_attn.norm_k_img": "attn2.norm_added_k",
+    },
+    ("blocks.", "blocks."),
+    frozenset({"modulation", "head.modulation", "img_emb.emb_pos"}),
+)
+"""Transformer: native <-> diffusers."""
+
+TEXT = Renames.of(
+    {"token_embedding": "shared", "norm": "encoder.final_layer_norm"},
+    {
+        "norm1": "layer.0.layer_norm",
+        **{f"attn.{leaf}": f"layer.0.SelfAttention.{leaf}" for leaf in "qkvo"},
+        "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+        "norm2": "layer.1.layer_norm",
+        "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+        "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+        "ffn.fc2": "layer.1.DenseReluDense.wo",
+    },
+    ("blocks.", "encoder.block."),
+    frozenset(),
+)
+"""Text encoder: native <-> Hugging Face (which ComfyUI uses too)."""
+
+TIED_EMBEDDING = "encoder.embed_tokens.weight"
+"""The Hugging Face second name of `shared.weight`; a file may hold either or both."""
+
+_RES_BLOCK = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
+_RES_BLOCK |= {"shortcut": "conv_shortcut"}
+_RESAMPLE = {"resample.1": "resample.1", "time_conv": "time_conv"}
+
+
+def vae_renames(version: str, res_blocks: int) -> Renames:
+    """VAE: native <-> diffusers AutoencoderKLWan, for "2.1" or "2.2" and a number of encoder blocks per stage."""
+    table = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
+    for half in ("encoder", "decoder"):
+        table |= {f"{half}.conv1": f"{half}.conv_in"}
+        table |= {f"{half}.head.0": f"{half}.norm_out", f"{half}.head.2": f"{half}.conv_out"}
+        for native, other in (("0", "resnets.0"), ("2", "resnets.1")):
+            table |= _nested(f"{half}.middle.{native}", f"{half}.mid_block.{other}", _RES_BLOCK)
+        for leaf in ("norm", "to_qkv", "proj"):
+            table[f"{half}.middle.1.{leaf}"] = f"{half}.mid_block.attentions.0.{leaf}"
+    for stage in range(4):
+        for half, blocks in (("down", res_blocks), ("up", res_blocks + 1)):
+            for n in range(blocks + (stage < 3)):
+                native, other = _vae_module(version, half, stage, n, blocks)
+                table |= _nested(native, other, _RES_BLOCK if n < blocks else _RESAMPLE)
+    return Renames.of(table, {}, ("", ""), frozenset())
+
+
+def _vae_module(version: str, half: str, stage: int, n: int, blocks: int) -> tuple[str, str]:
+    """Native and diffusers name of module `n` of a stage that has `blocks` residual blocks, then a resampler."""
+    root = "encoder" if half == "down" else "decoder"
+    flat = stage * (blocks + 1) + n
+    leaf = f"resnets.{n}" if n < blocks else f"{half}sampler"
+    if version == "2.2":
+        return f"{root}.{half}samples.{stage}.{half}samples.{n}", f"{root}.{half}_blocks.{stage}.{leaf}"
+    if half == "down":
+        return f"{root}.downsamples.{flat}", f"{root}.down_blocks.{flat}"
+    leaf = leaf if n < blocks else "upsamplers.0"
+    return f"{root}.upsamples.{flat}", f"{root}.up_blocks.{stage}.{leaf}"
+
+
+def _nested(native: str, other: str, leaves: Mapping[str, str]) -> dict[str, str]:
+    return {f"{native}.{a}": f"{other}.{b}" for a, b in leaves.items()}
+
+
+_VAE_NATIVE = re.compile(
+    r"(conv[12]|(encoder|decoder)\.(conv1|head\.[02]|middle\.[012]\..+|(down|up)samples\.\d+\..+))"
+    r"\.(weight|bias|gamma)"
+)
+_VAE_DIFFUSERS = re.compile(
+    r"((post_)?quant_conv|(encoder|decoder)\.(conv_in|conv_out|norm_out|mid_block\..+|(down|up)_blocks\.\d+\..+))"
+    r"\.(weight|bias|gamma)"
+)
+
+
+def is_vae_native(name: str) -> bool:
+    """Whether `name` has the form of a native VAE tensor."""
+    return _VAE_NATIVE.fullmatch(name) is not None
+
+
+_PREFIXES = (
+    "",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.",
+    "net.",
+    "module.",
+    "transformer.",
+    "vae.",
+    "first_stage_model.",
+    "text_encoder.",
+    "text_encoders.umt5xxl.transformer.",
+    "text_encoders.umt5xxl.",
+)
+_ENOUGH_HITS = 8
+"""Fewer known names than this are a coincidence: the smallest network has twice as many."""
+
+
+def detect_styles(names: Iterable[str]) -> list[KeyStyle]:
+    """The networks that tensors of these names belong to, each in its best style, the surest first.
+
+    Decided by counting the names each style explains, never by the first key. One file may hold several.
+    """
+    hits: Counter[tuple[NetKind, Style, str]] = Counter()
+    for name in names:
+        for prefix in _PREFIXES:
+            if name.startswith(prefix):
+                hits.update((kind, style, prefix) for kind, style in _known_as(name[len(prefix) :]))
+    found = [KeyStyle(*key, count) for key, count in hits.most_common() if count >= _ENOUGH_HITS]
+    # Two networks never share a prefix, but their styles share a few names.
+    by_prefix: dict[str, KeyStyle] = {}
+    for style in found:
+        by_prefix.setdefault(style.prefix, style)
+    by_kind: dict[NetKind, KeyStyle] = {}
+    for style in by_prefix.values():
+        by_kind.setdefault(style.kind, style)
+    return list(by_kind.values())
+
+
+def _known_as(name: str) -> list[tuple[NetKind, Style]]:
+    if name.startswith("blocks."):
+        if DIT.knows_native(name):
+            return [("dit", "native")]
+        if TEXT.knows_native(name):
+            return [("text", "native")]
+        return [("dit", "diffusers")] if DIT.to_native(name) else []
+    found: list[tuple[NetKind, Style]] = []
+    if DIT.knows_native(name):
+        found.append(("dit", "native"))
+    if DIT.to_native(name):
+        found.append(("dit", "diffusers"))
+    if TEXT.knows_native(name):
+        found.append(("text", "native"))
+    if name == TIED_EMBEDDING or TEXT.to_native(name):
+        found.append(("text", "hf"))
+    if not found and is_vae_native(name):
+        found.append(("vae", "native"))
+    if not found and _VAE_DIFFUSERS.fullmatch(name):
+        found.append(("vae", "diffusers"))
+    return found
+
+
+_SIDE_SUFFIXES: tuple[tuple[str, str], ...] = (
+    (".weight_scale", "scale"),
+    (".scale_weight", "scale"),
+    (".input_scale", "input_scale"),
+    (".scale_input", "input_scale"),
+    (".comfy_quant", "comfy_quant"),
+)
+
+FILE_MARKERS = frozenset({"scaled_fp8", "spiece_model"})
+"""Tensors that speak of the whole file: an fp8 marker, and the sentencepiece model of a ComfyUI text encoder."""
+
+
+def split_side(name: str) -> tuple[str, str]:
+    """(name of the weight, role) of a stored tensor: a side tensor of a quantised weight, or ("...", "weight")."""
+    for suffix, role in _SIDE_SUFFIXES:
+        if name.endswith(suffix):
+            return f"{name[: -len(suffix)]}.weight", role
+    return name, "weight"

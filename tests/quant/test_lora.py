@@ -1,0 +1,247 @@
+"""LoRA files of every key style, matched to a transformer; and those that must not be applied."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from lowvram.errors import FileError
+from lowvram.quant.lora import is_lora, match_lora
+from lowvram.quant.names import DIT
+from lowvram.quant.refs import Part
+from lowvram.quant.spec import DitSpec
+
+SPEC = DitSpec(256, 768, 2, 16, 16, text_dim=64)
+LEAVES = [f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo"] + ["ffn.0", "ffn.2"]
+MODULES = [f"blocks.{n}.{leaf}" for n in range(2) for leaf in LEAVES]
+RANK = 4
+
+
+def pairs(
+    modules=MODULES, down=".lora_A.weight", up=".lora_B.weight", alpha=False, spec=SPEC, named=str, rank=RANK
+):
+    """The tensors of a LoRA of these native modules, spelled by `named`."""
+    entries = {}
+    for module in modules:
+        out, inner = spec.shapes()[f"{module}.weight"]
+        entries[named(module) + down] = ("BF16", (rank, inner))
+        entries[named(module) + up] = ("BF16", (out, rank))
+        if alpha:
+            entries[named(module) + ".alpha"] = ("F32", ())
+    return entries
+
+
+def diffusers(module):
+    return DIT.from_native(f"{module}.weight").removesuffix(".weight")
+
+
+def kohya(module):
+    return "lora_unet_" + module.replace(".", "_")
+
+
+STYLES = {
+    "peft": pairs(),
+    "native prefix": pairs(named="diffusion_model.{}".format),
+    "comfy": pairs(
+        down=".lora_down.weight", up=".lora_up.weight", alpha=True, named="diffusion_model.{}".format
+    ),
+    "diffusers": pairs(named=lambda m: f"transformer.{diffusers(m)}"),
+    "low expert": pairs(named=lambda m: f"transformer_2.{diffusers(m)}"),
+    "peft model": pairs(
+        down=".lora_A.default.weight", up=".lora_B.default.weight", named="base_model.model.{}".format
+    ),
+    "nested prefixes": pairs(named="base_model.model.diffusion_model.{}".format),
+    "musubi": pairs(down=".lora_down.weight", up=".lora_up.weight", alpha=True, named=kohya),
+    "flat diffusers": pairs(
+        down=".lora_down.weight", up=".lora_up.weight", named=lambda m: kohya(diffusers(m))
+    ),
+    "diffsynth": pairs(named="pipe.dit.{}".format),
+    "bare": pairs(down=".lora_A", up=".lora_B"),
+    "old diffusers": pairs(down=".lora.down.weight", up=".lora.up.weight"),
+    "linear layer": pairs(down=".lora_linear_layer.down.weight", up=".lora_linear_layer.up.weight"),
+}
+
+
+@pytest.fixture
+def match(header_of):
+    def run(entries, spec=SPEC, partial=False, metadata=None):
+        return match_lora([header_of(entries, "l.safetensors", metadata)], spec, partial)
+
+    return run
+
+
+@pytest.fixture
+def refusal(match):
+    def run(entries, **more) -> str:
+        with pytest.raises(FileError) as caught:
+            match(entries, **more)
+        assert caught.value.where == "l.safetensors" and caught.value.advice
+        return str(caught.value)
+
+    return run
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_key_style_matches_every_module(match, style):
+    found = match(STYLES[style])
+    assert {pair.target for pair in found.pairs} == {f"{module}.weight" for module in MODULES}
+    assert (found.matched, found.total, found.unused, found.skipped) == (20, 20, (), ())
+    assert found.ranks == (RANK,)
+    assert is_lora(STYLES[style])
+    for pair in found.pairs:
+        out, inner = SPEC.shapes()[pair.target]
+        assert (pair.down.shape, pair.up.shape) == ((RANK, inner), (out, RANK))
+        assert isinstance(pair.alpha, Part) == any(".alpha" in name for name in STYLES[style])
+
+
+def test_factors_point_at_the_right_bytes(header_of):
+    header = header_of(pairs(named=kohya, down=".lora_down.weight", up=".lora_up.weight", alpha=True))
+    stored = {tensor.name: tensor for tensor in header.tensors}
+    for pair in match_lora([header], SPEC).pairs:
+        base = kohya(pair.target.removesuffix(".weight"))
+        for part, suffix in (
+            (pair.down, "lora_down.weight"),
+            (pair.up, "lora_up.weight"),
+            (pair.alpha, "alpha"),
+        ):
+            tensor = stored[f"{base}.{suffix}"]
+            assert (part.file, part.offset, part.nbytes) == (header.path, tensor.offset, tensor.nbytes)
+
+
+def test_differences_of_weights_biases_and_modulations_are_found(match):
+    entries = pairs(named="diffusion_model.{}".format, down=".lora_down.weight", up=".lora_up.weight")
+    entries["diffusion_model.blocks.0.ffn.0.diff_b"] = ("BF16", (768,))
+    entries["diffusion_model.blocks.0.norm3.diff"] = ("BF16", (256,))
+    entries["diffusion_model.blocks.0.norm3.diff_b"] = ("BF16", (256,))
+    entries["diffusion_model.blocks.1.diff_m"] = ("BF16", (1, 6, 256))
+    entries["diffusion_model.head.diff_m"] = ("BF16", (1, 2, 256))
+    entries["diffusion_model.head.head.diff"] = ("BF16", (64, 256))
+    entries["diffusion_model.patch_embedding.diff"] = ("BF16", (256, 16, 1, 2, 2))
+    found = match(entries)
+    assert {delta.target for delta in found.deltas} == {
+        "blocks.0.ffn.0.bias", "blocks.0.norm3.weight", "blocks.0.norm3.bias", "blocks.1.modulation",
+        "head.modulation", "head.head.weight", "patch_embedding.weight",
+    }  # fmt: skip
+    assert found.matched == found.total == 27 and not found.unused
+
+
+def test_a_convolution_has_factors_of_its_own_shape(match):
+    entries = pairs() | {
+        "patch_embedding.lora_A.weight": ("F32", (RANK, 16, 1, 2, 2)),
+        "patch_embedding.lora_B.weight": ("F32", (256, RANK, 1, 1, 1)),
+    }
+    assert "patch_embedding.weight" in {pair.target for pair in match(entries).pairs}
+
+
+def test_the_image_branch_of_a_21_lora_is_skipped_without_harm(match):
+    i2v = replace(SPEC, in_channels=36, image_tokens=257)
+    extra = [f"blocks.{n}.cross_attn.{leaf}" for n in range(2) for leaf in ("k_img", "v_img")]
+    entries = pairs([*MODULES, *extra, "img_emb.proj.1"], spec=i2v, named="diffusion_model.{}".format)
+    entries["diffusion_model.blocks.0.cross_attn.norm_k_img.diff"] = ("F32", (256,))
+    found = match(entries)
+    assert (found.matched, found.total, found.unused, len(found.skipped)) == (20, 20, (), 11)
+    whole = match(entries, spec=i2v)
+    assert (whole.matched, whole.total, whole.skipped) == (26, 26, ())
+
+
+def test_a_lora_of_another_size_is_refused_with_the_sizes(refusal):
+    other = replace(SPEC, dim=128, ffn=256)
+    message = refusal(pairs(spec=other))
+    assert "0 of 20" in message and "[256, 256] here, but [128, 4] x [4, 128]" in message
+    assert refusal(pairs(spec=other), partial=True)
+
+
+def test_a_lora_that_fits_in_part_is_refused_unless_that_is_allowed(match, refusal):
+    entries = pairs() | pairs([f"blocks.7.{x}" for x in LEAVES], spec=replace(SPEC, layers=8))
+    message = refusal(entries)
+    assert "20 of 30" in message and "blocks.7.self_attn.q" in message and "95%" in message
+    found = match(entries, partial=True)
+    assert (found.matched, found.total, len(found.unused)) == (20, 30, 20)
+
+
+def test_up_to_a_twentieth_may_be_unused(match, refusal):
+    stray = {"other.lora_A.weight": ("F32", (4, 8)), "other.lora_B.weight": ("F32", (8, 4))}
+    found = match(pairs() | stray)
+    assert (found.matched, found.total, len(found.unused)) == (20, 21, 2)
+    assert "20 of 22" in refusal(pairs() | stray | {"odd.weight": ("F32", (3,))})
+
+
+def test_a_lone_alpha_is_reported_but_does_not_count(match):
+    found = match(pairs() | {"nothing.alpha": ("F32", ())})
+    assert (found.total, found.unused) == (20, ("nothing.alpha",))
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_a_missing_factor_is_refused(refusal, half):
+    entries = pairs()
+    del entries[f"blocks.0.ffn.0.{half}.weight"]
+    assert ("down" if half == "lora_A" else "up") in refusal(entries)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocks.0.ffn.0.lora_A.weight": ("BF16", (5, 256))},
+        {"blocks.0.ffn.0.lora_A.weight": ("BF16", (4,))},
+        {"blocks.0.ffn.0.lora_A.weight": ("BF16", (0, 256))},
+        {"blocks.0.ffn.0.lora_A.weight": ("U8", (4, 256))},
+        {"blocks.0.ffn.0.alpha": ("F32", (2,))},
+        {"blocks.0.ffn.0.alpha": ("U8", ())},
+        {"blocks.0.ffn.0.diff_b": ("U8", (768,))},
+    ],
+)
+def test_damaged_factors_are_refused(refusal, change):
+    assert "0.ffn.0" in refusal(pairs() | change)
+
+
+def test_a_difference_of_the_wrong_shape_is_unused(match):
+    found = match(pairs() | {"blocks.0.ffn.0.diff_b": ("F32", (700,))})
+    assert found.unused == ("blocks.0.ffn.0.diff_b",) and found.deltas == ()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [(".lokr_w1", "LoKr"), (".hada_w1_a", "LoHa"), (".dora_scale", "DoRA"), (".lora_mid.weight", "LoCon"),
+     (".lora_magnitude_vector", "DoRA")],
+)  # fmt: skip
+def test_other_kinds_of_adapters_are_named(refusal, suffix, kind):
+    assert f"this is a {kind}" in refusal(pairs() | {f"blocks.0.ffn.0{suffix}": ("F32", (4, 4))})
+
+
+def test_a_file_for_both_experts_is_refused(refusal):
+    both = pairs(named=lambda m: f"transformer.{diffusers(m)}") | pairs(
+        named=lambda m: f"transformer_2.{diffusers(m)}"
+    )
+    assert "both experts" in refusal(both)
+
+
+def test_a_model_is_no_lora(refusal):
+    assert not is_lora(SPEC.shapes())
+    assert "0 of" in refusal({name: ("BF16", shape) for name, shape in SPEC.shapes().items()})
+
+
+def peft(**config):
+    return {
+        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    }
+
+
+def test_alpha_comes_from_the_header_when_no_tensor_gives_it(match):
+    assert {pair.alpha for pair in match(pairs()).pairs} == {None}
+    assert {pair.alpha for pair in match(pairs(), metadata=peft(r=4, lora_alpha=8)).pairs} == {8.0}
+    stable = peft(r=4, lora_alpha=8, use_rslora=True)
+    assert {pair.alpha for pair in match(pairs(), metadata=stable).pairs} == {8.0 * RANK**0.5}
+    own = match(pairs(alpha=True), metadata=peft(r=4, lora_alpha=8))
+    assert all(isinstance(pair.alpha, Part) for pair in own.pairs)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [peft(lora_alpha=-1), peft(lora_alpha=True), peft(lora_alpha="8"), peft(lora_alpha=float("nan")),
+     peft(lora_alpha=8, alpha_pattern={"blocks.0": 2}), {"lora_adapter_metadata": "[" * 50_000},
+     {"lora_adapter_metadata": "[]"}, {"lora_adapter_metadata": " " * 100_000 + "{}"}],
+)  # fmt: skip
+def test_a_header_alpha_that_cannot_be_meant_is_refused(refusal, metadata):
+    assert "header" in refusal(pairs(), metadata=metadata)

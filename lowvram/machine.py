@@ -59,15 +59,15 @@ def machine_profile(name: str) -> Machine:
     )
 
 
-def this_machine(clock: Callable[[], float] = time.perf_counter) -> Machine:
-    """The machine this runs on: its CUDA device if there is one, else its processor.
+def this_machine(device: str | None = None, clock: Callable[[], float] = time.perf_counter) -> Machine:
+    """The machine this runs on: `device` ("cuda", "cpu"), or its CUDA device if there is one, else its processor.
 
     The multiplication rate is measured in a few milliseconds; disk and link rates are assumed.
     """
     import torch
 
     available = psutil.virtual_memory().available
-    if torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return Machine(
             name="this machine",

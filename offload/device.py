@@ -122,9 +122,10 @@ class Device(ABC):
     def _host_buffer(self, name: str, nbytes: int, claim: Claim, pin: bool) -> Buffer:
         # Whole pages of our own: pinning works on pages, and a page must not be pinned twice. numpy and not
         # torch allocates, so that host memory is not taken for memory of a CPU device by `estimate.track`.
-        pages = np.empty(-(-nbytes // _PAGE) * _PAGE + _PAGE, dtype=np.uint8)
+        size = max(1, -(-nbytes // _PAGE)) * _PAGE
+        pages = np.empty(size + _PAGE, dtype=np.uint8)
         start = -pages.ctypes.data % _PAGE
-        whole = torch.from_numpy(pages[start : start + len(pages) - _PAGE])
+        whole = torch.frombuffer(pages[start : start + size], dtype=torch.uint8)
         reason = ""
         if pin and nbytes:
             reason = "made to fail" if self._fails("pin") else self._pin(whole)

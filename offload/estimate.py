@@ -11,6 +11,7 @@ on "cpu" stand for tensors on the GPU: the counts are the same.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -175,6 +176,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._tracker, self._fake = tracker, fake
         self._faked: dict[int, tuple[Tensor, Tensor]] = {}
+        self._whole: set[Any] = set()  # operations that have no parts
+        self._torch_folder = str(Path(torch.__file__).parent)
 
     def __torch_dispatch__(
         self,
@@ -186,19 +189,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = dict(kwargs or {})
         # `torch.tensor(...)` makes its storage out of sight and shows it first as the input of this operation.
         constant = func is torch.ops.aten.lift_fresh.default
-        if self._fake is not None and not constant:
+        inputs = _tensors((args, named))
+        if self._fake is not None and not constant and not all(isinstance(t, FakeTensor) for t in inputs):
             args, named = tree_map_only(Tensor, self._as_fake, (args, named))
-        if func.namespace == "aten":
+            inputs = _tensors((args, named))
+        if func.namespace == "aten" and func not in self._whole:
             # Under inference_mode operations arrive here whole; their parts are what allocates.
             with self:
                 parts = func.decompose(*args, **named)
             if parts is not NotImplemented:
                 return parts
+            self._whole.add(func)
         result = func(*args, **named)
-        existing = set() if constant else {t.untyped_storage()._cdata for t in _tensors((args, named))}
+        existing = set() if constant else {t.untyped_storage()._cdata for t in inputs}
         where = ""
         for tensor in _tensors(result):
-            where = where or f"{func} at {_caller()}"
+            where = where or f"{func} at {self._caller()}"
             self._tracker.made(tensor, existing, where)
         return result
 
@@ -209,18 +215,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._faked[id(tensor)] = tensor, self._fake.from_tensor(tensor)
         return self._faked[id(tensor)][1]
 
+    def _caller(self) -> str:
+        """File and line of the innermost frame that is neither torch's nor ours."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None:
+            name = frame.f_code.co_filename
+            if name != __file__ and not name.startswith((self._torch_folder, "<")):
+                break
+            frame = frame.f_back
+        return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
-def _tensors(tree: object) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
-
-def _caller() -> str:
-    """File and line of the innermost frame that is neither torch's nor ours."""
-    torch_folder = str(Path(torch.__file__).parent)
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        name = frame.f_code.co_filename
-        if name != __file__ and not name.startswith((torch_folder, "<")):
-            break
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

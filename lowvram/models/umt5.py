@@ -33,14 +33,15 @@ def relative_buckets(n: int, device: torch.device | None = None) -> Tensor:
     return torch.where(distance < exact, distance, far) + half * (relative > 0)
 
 
-def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) in float32, cast, then the weight."""
     full = x.float()
     return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight.to(x.dtype)
 
 
 def layer(p: Params, spec: TextSpec, x: Tensor, buckets: Tensor, mask: Tensor | None = None) -> Tensor:
     """One encoder layer: x [..., n, dim] -> the same. mask [..., 1, 1, n] adds to the logits (batches only)."""
-    h = _rms_norm(x, p["norm1.weight"])
+    h = rms_norm(x, p["norm1.weight"])
     q, k, v = (p.linear(f"attn.{c}", h).unflatten(-1, (spec.heads, -1)).transpose(-2, -3) for c in "qkv")
     table = p["pos_embedding.embedding.weight"].to(x.dtype)
     logits = q @ k.transpose(-1, -2) + table[buckets].permute(2, 0, 1)
@@ -48,7 +49,7 @@ def layer(p: Params, spec: TextSpec, x: Tensor, buckets: Tensor, mask: Tensor | 
         logits = logits + mask
     y = logits.float().softmax(-1).to(x.dtype) @ v
     x = x + p.linear("attn.o", y.transpose(-2, -3).flatten(-2))
-    h = _rms_norm(x, p["norm2.weight"])
+    h = rms_norm(x, p["norm2.weight"])
     gate = functional.gelu(p.linear("ffn.gate.0", h), approximate="tanh")
     return x + p.linear("ffn.fc2", p.linear("ffn.fc1", h) * gate)
 
@@ -63,4 +64,4 @@ def encode(
     buckets = relative_buckets(rows.shape[-2], rows.device)
     for p in layers:
         rows = layer(p, spec, rows, buckets, mask)
-    return _rms_norm(rows, final_norm)
+    return rms_norm(rows, final_norm)

@@ -107,7 +107,8 @@ class Attention:
         qkv = functional.conv2d(
             rms_norm(frames, w[f"{n}.norm.gamma"]), w[f"{n}.to_qkv.weight"], w[f"{n}.to_qkv.bias"]
         )
-        q, k, v = qkv.flatten(2).float().chunk(3, dim=1)  # [frames, C, pixels]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        q, k, v = qkv.flatten(2).to(wide).chunk(3, dim=1)  # [frames, C, pixels]
         q = q * c**-0.5  # a width over 256 is more than fused kernels take, so the logits are made, a slice at a time
         pieces = [v @ (k.transpose(1, 2) @ part).softmax(1) for part in q.split(QUERIES, dim=2)]
         y = torch.cat(pieces, dim=2).to(x.dtype).unflatten(2, (height, width))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import NoReturn
 
 from lowvram.errors import FileError
@@ -72,7 +72,6 @@ def is_plain_file_name(name: str) -> bool:
     return (
         0 < len(name) <= 255
         and name.isprintable()
-        and name == PurePosixPath(name).name == PureWindowsPath(name).name
         and not name.startswith(".")
         and not set(name) & set('<>:"/\\|?*')
         and name == name.strip(" .")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 HEAD_BYTES = 512
 """Bytes from the start of the file that `recognise_content` wants."""
 
+_JSON_START = re.compile(rb'\s*[{[]\s*["{[\]}]')
 _AGAIN = "download the file again"
 
 
@@ -38,7 +40,7 @@ def _is_html(head: bytes) -> bool:
 
 
 def _is_json(head: bytes) -> bool:
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+    return _JSON_START.match(head.removeprefix(b"\xef\xbb\xbf")) is not None
 
 
 def _is_zeros(head: bytes) -> bool:

@@ -87,7 +87,7 @@ def test_what_is_freed_is_not_counted() -> None:
 
 
 def test_views_and_in_place_operations_add_nothing() -> None:
-    def look(x: Tensor) -> Tensor:
+    def look(x: Tensor) -> tuple[Tensor, Tensor]:
         y = x.view(10, 10).t()[2:5].reshape(-1, 1).flatten()
         return x.add_(1).mul_(2).unsqueeze(0), y
 

@@ -133,7 +133,7 @@ class DitCase:
             _, h, w = self.grid(latent)
             t = t.repeat_interleave(h * w)[None]
         if image is not None:  # the class takes a pair of images as two batch entries
-            image = image.unflatten(0, (-1, 257))
+            image = image.view(-1, 257, self.spec.image_dim)
         with torch.no_grad():
             out: Tensor = self.reference(latent[None], t, text[None], image).sample[0]
         return out
@@ -208,6 +208,12 @@ class VaeCase:
     def std(self) -> Tensor:
         return torch.tensor(self.spec.std).view(1, -1, 1, 1, 1)
 
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents in float64, not rounded before."""
+        mean, std = torch.tensor([self.spec.mean, self.spec.std], dtype=torch.float64).view(2, 1, -1, 1, 1, 1)
+        return mean, std
+
     def double(self) -> dict[str, Tensor]:
         """The weights in float64."""
         return {k: v.double() for k, v in self.weights.items()}
@@ -240,7 +246,7 @@ def vae_case() -> Callable[[str], VaeCase]:
             model = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=spec.res_blocks)
         model = model.eval()
         randomise(model, seed=12, gain=1.5)
-        with torch.no_grad():  # most pixels inside diffusers' clamp, many outside
+        with torch.no_grad():  # more than half of the pixels inside diffusers' clamp, many outside
             model.decoder.conv_out.weight.mul_(1.5)
         rename = names.vae_renames(spec.version, spec.res_blocks).to_native
         return VaeCase(spec, model, native({k: v.detach() for k, v in model.state_dict().items()}, rename))

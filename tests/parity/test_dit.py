@@ -184,6 +184,83 @@ def _mixed(model: Any) -> Any:
     return mixed
 
 
+def silent(case: Any) -> dict[str, Tensor]:
+    """A block in bfloat16 whose attention and FFN put out nothing: what it adds is then put in by hand."""
+    p = {k: v.bfloat16() for k, v in case.blocks[0].tensors.items()}
+    for name in ("self_attn.o", "cross_attn.o", "ffn.2"):
+        p[f"{name}.weight"], p[f"{name}.bias"] = (
+            torch.zeros_like(p[f"{name}.{k}"]) for k in ("weight", "bias")
+        )
+    return p
+
+
+def run_block(case: Any, p: dict[str, Tensor], x: Tensor, time: dit.Time) -> Tensor:
+    context = dit.embed_text(case.cast(torch.bfloat16)[0], case.spec, torch.zeros(1, 64).bfloat16())
+    out = dit.block(Params(p), x, time, context, dit.rope_table(1, 1, len(x)))
+    in_place, work = x.clone(), torch.empty(2, 2, len(x), 128, dtype=x.dtype)
+    dit.block_(
+        Params(p), in_place, time, context, dit.rope_table(1, 1, len(x)), dit.Workspace(work[0], work[1])
+    )
+    assert torch.equal(out, in_place)
+    return out
+
+
+def test_a_bf16_residual_is_rounded_once_per_gate(dit_case: Callable[[str], Any], noise: Noise) -> None:
+    case = dit_case("t2v")
+    time = dit.embed_time(case.outer, case.spec, torch.tensor([713.0]), 9)
+    p = silent(case)
+    p["self_attn.o.bias"] = noise(256, seed=91).bfloat16()
+    x = noise(9, 256, seed=92).bfloat16()
+    gate = p["modulation"].double()[0, 2] + time.blocks.double()[0, 2]
+    expected = (x.double() + p["self_attn.o.bias"].double() * gate).bfloat16()
+    assert (run_block(case, p, x, time) == expected).float().mean() > 0.999
+
+
+def test_a_modulated_norm_is_rounded_once(dit_case: Callable[[str], Any], noise: Noise) -> None:
+    """A single token attends to itself: with v and o the identity and a gate of 1, the block adds the norm."""
+    case = dit_case("t2v")
+    time = dit.embed_time(case.outer, case.spec, torch.tensor([713.0]), 1)
+    time.blocks[..., 2, :] = 1
+    p = silent(case)
+    p["modulation"][:, 2] = 0
+    p["self_attn.v.weight"] = p["self_attn.o.weight"] = torch.eye(256).bfloat16()
+    p["self_attn.v.bias"] = torch.zeros(256).bfloat16()
+    same = []
+    for seed in range(8):
+        x = noise(1, 256, seed=93 + seed).bfloat16() / 64
+        shift, scale = (p["modulation"].double()[0, i] + time.blocks.double()[0, i] for i in (0, 1))
+        wide = x.double() - x.double().mean()
+        wide = wide / (wide.square().mean() + 1e-6).sqrt()
+        expected = (x.double() + (wide * (1 + scale) + shift).bfloat16().double()).bfloat16()
+        same.append((run_block(case, p, x, time) == expected).float().mean())
+    assert torch.stack(same).mean() > 0.99
+
+
+def test_time_and_head_are_float32_whatever_the_weights(
+    dit_case: Callable[[str], Any], noise: Noise, error: Error
+) -> None:
+    case = dit_case("ti2v")
+    outer, _ = case.cast(torch.bfloat16)
+    w = {k: v.double() for k, v in outer.tensors.items()}
+    t = torch.tensor([0.0, 713.4375, 999.9])
+    angle = t.double()[:, None] * 10000.0 ** -(torch.arange(128).double() / 128)
+    e = (
+        torch.cat([angle.cos(), angle.sin()], -1) @ w["time_embedding.0.weight"].T
+        + w["time_embedding.0.bias"]
+    )
+    e = torch.nn.functional.silu(e) @ w["time_embedding.2.weight"].T + w["time_embedding.2.bias"]
+    e0 = torch.nn.functional.silu(e) @ w["time_projection.1.weight"].T + w["time_projection.1.bias"]
+    time = dit.embed_time(outer, case.spec, t, 15)
+    assert time.head.dtype == time.blocks.dtype == torch.float32
+    assert error(time.head, e) <= 1e-6
+    assert error(time.blocks.flatten(-2), e0) <= 1e-6
+    x = noise(45, 256, seed=97).bfloat16()
+    narrow = dit.head(outer, case.spec, x, time, (3, 3, 5))
+    wide = dit.head(case.cast(torch.bfloat16)[0], case.spec, x.float(), time, (3, 3, 5), chunk=7)
+    assert narrow.dtype == torch.float32
+    assert error(narrow, wide) <= 1e-6
+
+
 def test_gradients_of_every_parameter_and_input_equal_the_reference(
     dit_case: Callable[[str], Any], noise: Noise, error: Error
 ) -> None:

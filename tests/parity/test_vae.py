@@ -76,12 +76,29 @@ def test_decode_equals_the_reference(
     assert error(pixels.clamp(-1, 1), expected) <= EXACT
 
 
-def test_frames_come_in_chunks_as_they_are_made(case: Any, noise: Noise) -> None:
+def test_float64_equals_the_reference_in_float64(
+    case: Any, noise: Noise, error: Error, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing inside falls back to float32. Only diffusers' own nearest upsampling does: it is lifted here."""
+    reference, (mean, std) = copy.deepcopy(case.reference).double(), case.statistics
+    for module in reference.modules():
+        if isinstance(module, torch.nn.Upsample):
+            monkeypatch.setattr(type(module), "forward", torch.nn.Upsample.forward)
+    x, z = video(case, noise, 9, 2, 3).double(), latent(case, noise, 9, 2, 3).double()
+    with torch.no_grad():
+        latents = (reference.encode(x).latent_dist.mean - mean) / std
+        pixels = reference.decode(z * std + mean).sample
+    assert error(encode(case, x, weights=case.double()), latents) <= 1e-12
+    assert error(decode(case, z, weights=case.double()).clamp(-1, 1), pixels) <= 1e-12
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_decode_gives_frames_one_by_one(case: Any, noise: Noise, chunk: int) -> None:
     z = latent(case, noise, 13, 1, 2)
     stride = case.spec.stride[1]
-    for chunk, frames in ((1, [1, 4, 4, 4]), (3, [9, 4]), (8, [13])):
-        pieces = list(vae.decode(case.spec, case.weights, z, chunk))
-        assert [tuple(p.shape) for p in pieces] == [(1, 3, n, stride, 2 * stride) for n in frames]
+    with torch.no_grad():
+        shapes = [tuple(frame.shape) for frame in vae.decode(case.spec, case.weights, z, chunk)]
+    assert shapes == [(1, 3, 1, stride, 2 * stride)] * 13
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 4, 8])
@@ -90,6 +107,16 @@ def test_decode_is_the_same_for_any_chunk(case: Any, noise: Noise, error: Error,
     assert error(decode(case, z, chunk), decode(case, z)) <= EXACT
     exact = decode(case, z.double(), weights=case.double())
     assert error(decode(case, z.double(), chunk, case.double()), exact) <= 1e-12
+
+
+def test_decode_equals_the_whole_clip_through_every_layer_at_once(
+    case: Any, noise: Noise, error: Error
+) -> None:
+    z = latent(case, noise, 13, 2, 3)
+    layers = vae.decoder_middle(case.spec) + vae.decoder_upsampling(case.spec)
+    with torch.no_grad():
+        whole = vae.run(layers, z * case.std + case.mean, case.weights, vae.History())
+    assert error(decode(case, z), vae.unpatchify(whole, case.spec.patch)) <= EXACT
 
 
 @pytest.mark.parametrize("chunk", [8, 12, 64])

@@ -196,9 +196,20 @@ def test_damaged_factors_are_refused(refusal, change):
     assert "0.ffn.0" in refusal(pairs() | change)
 
 
-def test_a_difference_of_the_wrong_shape_is_unused(match):
-    found = match(pairs() | {"blocks.0.ffn.0.diff_b": ("F32", (700,))})
-    assert found.unused == ("blocks.0.ffn.0.diff_b",) and found.deltas == ()
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("lora_A.weight", (4, 255)), ("lora_B.weight", (700, 4)), ("lora_B.weight", (768, 4, 2))],
+)
+def test_one_factor_of_the_wrong_shape_makes_the_pair_unused(match, name, shape):
+    found = match(pairs() | {f"blocks.0.ffn.0.{name}": ("BF16", shape)})
+    assert found.unused == ("blocks.0.ffn.0.lora_A.weight", "blocks.0.ffn.0.lora_B.weight")
+    assert (found.matched, found.total) == (19, 20)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("diff_b", (700,)), ("diff", (256, 768))])
+def test_a_difference_of_the_wrong_shape_is_unused(match, name, shape):
+    found = match(pairs() | {f"blocks.0.ffn.0.{name}": ("F32", shape)})
+    assert found.unused == (f"blocks.0.ffn.0.{name}",) and found.deltas == ()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Write nano's checkpoints in the form in which Wan models are published.
+
+    python bench/nano/export.py RUN lowvram/assets/nano
+
+RUN holds what the training scripts left. Where an expert was not fine-tuned yet, the common ancestor stands for
+it. The VAE's latent statistics are folded into its 1x1x1 convolutions, so that nano uses those of Wan 2.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from networks import DIT, TEXT
+from safetensors.torch import save_file
+from torch import Tensor
+from train_vae import SPEC, initial
+
+from lowvram.quant.spec import LATENT_MEAN_21, LATENT_STD_21
+
+Weights = dict[str, Tensor]
+
+
+def fold_statistics(w: Weights) -> Weights:
+    """conv1 and conv2 such that (mu - mean) / std and z * std + mean give what was trained without them."""
+    mean, std = torch.tensor(LATENT_MEAN_21), torch.tensor(LATENT_STD_21)
+    out = dict(w)
+    moments, bias = w["conv1.weight"].clone(), w["conv1.bias"].clone()
+    moments[: SPEC.z] *= std.view(-1, 1, 1, 1, 1)
+    bias[: SPEC.z] = bias[: SPEC.z] * std + mean
+    out["conv1.weight"], out["conv1.bias"] = moments, bias
+    weight = w["conv2.weight"] / std.view(1, -1, 1, 1, 1)
+    out["conv2.weight"] = weight
+    out["conv2.bias"] = w["conv2.bias"] - weight.flatten(1) @ mean
+    return out
+
+
+def save(weights: Weights, shapes: dict[str, tuple[int, ...]], path: Path, keep_float: tuple[str, ...] = ()) -> None:
+    assert {k: tuple(v.shape) for k, v in weights.items()} == shapes, "not the published key set"
+    tensors = {
+        k: v.detach().to(torch.float32 if k.startswith(keep_float or ("\0",)) else torch.bfloat16).contiguous()
+        for k, v in weights.items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = torch.load(args.run / "dit.pt", weights_only=True)
+    for expert in ("high", "low"):
+        path = args.run / f"dit-{expert}.pt"
+        weights = torch.load(path, weights_only=True)["dit_mean"] if path.exists() else base["dit_mean"]
+        save(weights, DIT.shapes(), args.out / f"{expert}_noise_model.safetensors")
+    save(base["text_mean"], TEXT.shapes(), args.out / "text_encoder.safetensors")
+    vae: Weights = {}
+    for part in ("encoder", "decoder"):
+        path = args.run / f"{part}.pt"
+        vae |= (
+            torch.load(path, weights_only=True)["mean"]
+            if path.exists()
+            else initial(part, torch.Generator().manual_seed(3))
+        )
+    with torch.no_grad():
+        save(fold_statistics(vae), SPEC.shapes(), args.out / "vae.safetensors", keep_float=("conv1", "conv2"))
+    shutil.copy(args.run / "spiece.model", args.out / "spiece.model")
+    for path in sorted(args.out.iterdir()):
+        if path.is_file():
+            print(f"{path.name} {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

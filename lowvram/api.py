@@ -1,0 +1,212 @@
+"""Runtime, Pipeline, Video: the product as a library.
+
+    runtime = Runtime(vram="16GB", ram="24GB")
+    pipe = runtime.load("nano")
+    print(pipe.plan("a red circle moves left on a black background"))
+    video = pipe("a red circle moves left on a black background", seed=1)
+    video.save("out.mp4")
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lowvram import __version__, discovery
+from lowvram.errors import UsageError
+from lowvram.job import Job, LoraChoice, describe, make_job
+from lowvram.machine import Machine, machine_profile, this_machine
+from lowvram.media.video import VideoWriter, check_size, check_target
+from lowvram.model import Model, imagined_model, open_model, with_loras
+from lowvram.offload.budget import Budget, Ledger, parse_bytes
+from lowvram.offload.device import CpuDevice, Device
+from lowvram.planner import Plan, make_plan
+from lowvram.quant.encodings.registry import encoding_by_name
+from lowvram.report import Report
+from lowvram.sampling.guidance import needs_uncond
+from lowvram.sampling.presets import model_preset
+from lowvram.stages import decode, denoise, text
+from lowvram.stages.denoise import State
+from lowvram.stages.run import Listener, Run, Silent
+
+DEFAULT_WEIGHTS = "bf16"
+
+
+class Runtime:
+    """A budget on a machine.
+
+    vram, ram   sizes such as "16GB" or bytes; None takes what is free now
+    device      "cuda" or "cpu"; None takes CUDA if there is any
+    """
+
+    def __init__(
+        self, vram: str | int | None = None, ram: str | int | None = None, device: str | None = None
+    ) -> None:
+        self.machine = _machine(device)
+        self.budget = _budget(vram, ram, self.machine)
+
+    def load(self, model: str, **files: str | None) -> Pipeline:
+        """The model called `model`, or the one in the folder `model`: headers are read, no weights.
+
+        files: "high", "low", "single", "vae", "text", "tokenizer" name single files instead of found ones.
+        """
+        parts = discovery.find(model, {part: path for part, path in files.items() if path})
+        return Pipeline(self, open_model(model, parts), parts)
+
+    @contextmanager
+    def device(self) -> Iterator[Device]:
+        """The device under the budget's caps."""
+        ram = Ledger(self.budget.ram, "RAM")
+        if self.machine.kind == "cuda":
+            from lowvram.offload.cuda import CudaDevice
+
+            device: Device = CudaDevice(0, self.budget.vram, context=self.machine.context, ram=ram)
+        else:
+            device = CpuDevice(self.budget.vram, ram=ram)
+        try:
+            yield device
+        finally:
+            device.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A model, ready to plan and to run jobs."""
+
+    runtime: Runtime
+    model: Model
+    files: dict[str, str]
+
+    def job(self, prompt: str = "", **settings: Any) -> Job:
+        """A job on this model; `settings` are those of `lowvram.job.make_job`."""
+        return make_job(
+            self.model.spec, model=self.model.name, files=self.files, prompt=prompt, **_with_preset_loras(self, settings)
+        )
+
+    def plan(self, prompt: str = "", **settings: Any) -> Plan:
+        """What the job would claim, move and take."""
+        return self.plan_job(self.job(prompt, **settings))
+
+    def plan_job(self, job: Job) -> Plan:
+        return make_plan(job, with_loras(self.model, job.loras), self.runtime.budget, self.runtime.machine)
+
+    def __call__(self, prompt: str, *, listener: Listener | None = None, **settings: Any) -> Video:
+        """Text and denoise: the finished latent. Frames are decoded when the video is saved or iterated."""
+        return self.run(self.job(prompt, **settings), listener=listener)
+
+    def run(
+        self,
+        job: Job,
+        *,
+        state: State | None = None,
+        save: Callable[[State], None] | None = None,
+        listener: Listener | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        plan: Plan | None = None,
+    ) -> Video:
+        """Run `job`, from `state` on if it was interrupted; `save` is called after every step."""
+        model = with_loras(self.model, job.loras)
+        plan = plan or make_plan(job, model, self.runtime.budget, self.runtime.machine)
+        state = state or denoise.initial_state(job, model)
+        prompts = [job.prompt]
+        if any(needs_uncond(g) for g in job.schedule.guidance):
+            prompts.append(job.negative)
+        with self.runtime.device() as device:
+            run = Run(device, plan, listener or Silent(), clock)
+            texts = text.encode(run, model, prompts)
+            latent = denoise.denoise(run, model, job, texts, state, save or (lambda state: None))
+        return Video(self, job, plan, latent, listener or Silent(), clock, run.reports)
+
+    def video(self, job: Job, latent: Tensor, plan: Plan, listener: Listener | None = None) -> Video:
+        """A video whose denoise was finished earlier."""
+        return Video(self, job, plan, latent, listener or Silent())
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A finished latent, decoded as often as asked."""
+
+    pipeline: Pipeline
+    job: Job
+    plan: Plan
+    latent: Tensor
+    """[C, F, H, W] float32 on the host."""
+    listener: Listener = field(default_factory=Silent)
+    clock: Callable[[], float] = time.monotonic
+    reports: list[Any] = field(default_factory=list)
+
+    def frames(self) -> Iterator[NDArray[np.uint8]]:
+        """Frames [H, W, 3] uint8 RGB in order, decoded as they are taken."""
+        with self.pipeline.runtime.device() as device:
+            run = Run(device, self.plan, self.listener, self.clock, reports=self.reports)
+            for chunk in decode.decode(run, self.pipeline.model, self.job, self.latent):
+                yield from chunk
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Report:
+        """Decode into an mp4 that is verified before it takes its name; what happened, stage by stage."""
+        target = Path(path)
+        check_target(target, overwrite)
+        check_size(self.job.width, self.job.height)
+        facts = {"comment": json.dumps(describe(self.job, __version__), ensure_ascii=False)}
+        with VideoWriter(target, self.job.width, self.job.height, self.job.fps, facts, overwrite=overwrite) as writer:
+            for frame in self.frames():
+                writer.write(frame[None])
+        return Report(tuple(self.reports))
+
+
+def plan_without_files(
+    name: str,
+    *,
+    weights: str | None,
+    machine: str | None,
+    vram: str | int | None,
+    ram: str | int | None,
+    prompt: str = "",
+    **settings: Any,
+) -> Plan:
+    """A plan for a known model whose files are not here, on a machine that may not be here either."""
+    spec = model_preset(name)
+    encoding_by_name(weights or DEFAULT_WEIGHTS)
+    where = machine_profile(machine) if machine else this_machine()
+    job = make_job(spec, model=name, files={}, prompt=prompt, **settings)
+    return make_plan(job, imagined_model(name, spec, weights or DEFAULT_WEIGHTS), _budget(vram, ram, where), where)
+
+
+def _with_preset_loras(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:
+    """The embedded model's own few-step LoRAs come with its preset."""
+    preset = settings.get("preset")
+    if preset is None or settings.get("loras"):
+        return settings
+    found = []
+    for expert in pipe.model.transformers:
+        path = discovery.lora_path(pipe.model.name, preset, expert)
+        if path is not None:
+            found.append(LoraChoice(path=str(path), expert=expert))
+    return settings | {"loras": tuple(found)}
+
+
+def _machine(device: str | None) -> Machine:
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f'device "{device}"', where="--device", expected="cpu or cuda", advice="leave it out")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device here", where="--device", advice="check the driver, or use --device cpu")
+    return this_machine(device=device)
+
+
+def _budget(vram: str | int | None, ram: str | int | None, machine: Machine) -> Budget:
+    def size(value: str | int | None, flag: str, free: int) -> int:
+        if value is None:
+            return free
+        return value if isinstance(value, int) else parse_bytes(value, flag=flag)
+
+    return Budget(size(vram, "--vram", machine.vram), size(ram, "--ram", machine.ram))

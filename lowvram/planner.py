@@ -1,0 +1,423 @@
+"""Job + model + budget + machine -> Plan: what will be claimed, moved and waited for, before anything is loaded.
+
+Every large buffer is a named claim, made here and taken by the stages under the same name. What the networks
+allocate besides comes from running their own code on fake tensors (`lowvram.footprint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lowvram import footprint
+from lowvram.errors import BudgetError
+from lowvram.job import Job
+from lowvram.machine import Machine
+from lowvram.model import Group, Model
+from lowvram.models import dit
+from lowvram.offload.budget import Budget, allocated_size, format_bytes
+from lowvram.offload.placement import BlockId, Placement, Where, plan_traffic, spread
+from lowvram.offload.slab import BlockLayout, build_layout
+from lowvram.quant.spec import HEAD_DIM, ModelSpec, numel
+from lowvram.sampling.guidance import needs_uncond
+from lowvram.sampling.solvers import kept_tensors
+
+PROGRAM_RAM = 700_000_000
+"""Host memory of the interpreter with torch and the media libraries; bounds what was seen with torch 2.13."""
+WRITER_FRAMES = 16
+"""Frames the video encoder may hold."""
+SCHEMA = "lowvram.plan/1"
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage. Bytes; seconds are a forecast."""
+
+    name: str
+    steps: int
+    """How often it reports progress."""
+    claims: Mapping[str, int]
+    """Device memory by name, all held at once."""
+    ram_claims: Mapping[str, int]
+    disk_read: int
+    h2d: int
+    seconds: float
+
+    @property
+    def vram(self) -> int:
+        return sum(self.claims.values())
+
+    @property
+    def ram(self) -> int:
+        return sum(self.ram_claims.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a job will do on a machine inside a budget."""
+
+    budget: Budget
+    machine: Machine
+    dtype: torch.dtype
+    """What the networks compute in."""
+    stages: tuple[StagePlan, ...]
+    text: Placement
+    denoise: Placement
+    choices: Mapping[str, str]
+    """Each automatic choice, and why."""
+    advice: tuple[str, ...]
+
+    @property
+    def vram(self) -> int:
+        """Peak of the job."""
+        return max(stage.vram for stage in self.stages)
+
+    @property
+    def ram(self) -> int:
+        return max(stage.ram for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    def stage(self, name: str) -> StagePlan:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def blocks(self) -> dict[str, int]:
+        """Transformer blocks (of all experts) by where they live."""
+        where = list(self.denoise.where.values())
+        return {kind: where.count(kind) for kind in ("resident", "ram", "disk")}  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `plan --json`: bytes are integers."""
+        return {
+            "schema": SCHEMA,
+            "fits": True,
+            "machine": self.machine.name,
+            "budget": {"vram": self.budget.vram, "ram": self.budget.ram},
+            "peak": {"vram": self.vram, "ram": self.ram},
+            "stages": [
+                {
+                    "name": s.name,
+                    "vram": s.vram,
+                    "ram": s.ram,
+                    "disk_read": s.disk_read,
+                    "h2d": s.h2d,
+                    "seconds": round(s.seconds, 3),
+                    "claims": dict(s.claims),
+                    "ram_claims": dict(s.ram_claims),
+                }
+                for s in self.stages
+            ],
+            "blocks": self.blocks(),
+            "choices": dict(self.choices),
+            "advice": list(self.advice),
+        }
+
+
+def text_groups(model: Model) -> dict[str, Group]:
+    """The text encoder's layers and what is outside of them, grouped like a transformer's."""
+    groups: dict[str, list[Any]] = {}
+    for name, ref in model.text.items():
+        key, inner = (".".join(name.split(".", 2)[:2]), name.split(".", 2)[2]) if name.startswith("blocks.") else ("outer", name)
+        groups.setdefault(key, []).append(replace(ref, name=inner))
+    return {key: Group(tuple(refs), {}) for key, refs in groups.items()}
+
+
+def layouts_of(groups: Mapping[str, Group], network: str) -> dict[BlockId, BlockLayout]:
+    """The slab of every block of a network, by block id."""
+    blocks = {int(key.split(".")[1]): group for key, group in groups.items() if key != "outer"}
+    return {(network, n): build_layout(group.refs) for n, group in sorted(blocks.items())}
+
+
+def visiting_order(job: Job, spec: ModelSpec) -> list[BlockId]:
+    """Every visit of a transformer block in the whole job: all steps, both experts. Passes share a visit."""
+    names = spec.expert_names()
+    return [(names[e], n) for e in job.schedule.experts for n in range(spec.dit.layers)]
+
+
+def make_plan(job: Job, model: Model, budget: Budget, machine: Machine) -> Plan:
+    """The plan with the most that fits. BudgetError, naming the true minimum, if nothing does."""
+    return _Planner(job, model, machine).plan(budget)
+
+
+class _Planner:
+    """What does not depend on the budget, computed once."""
+
+    def __init__(self, job: Job, model: Model, machine: Machine) -> None:
+        self.job, self.model, self.machine, self.spec = job, model, machine, model.spec
+        self.dtype = torch.bfloat16 if machine.kind == "cuda" else torch.float32
+        self.width = torch.finfo(self.dtype).bits // 8
+        self.latent = self.spec.latent_shape(job.width, job.height, job.frames)
+        self.grid = (self.latent[1], self.latent[2] // 2, self.latent[3] // 2)
+        self.tokens = numel(self.grid)
+        self.passes = 1 + any(needs_uncond(g) for g in job.schedule.guidance)
+        self.groups = {e: t.groups() for e, t in model.transformers.items()}
+        self.layouts: dict[BlockId, BlockLayout] = {}
+        for expert, groups in self.groups.items():
+            self.layouts |= layouts_of(groups, expert)
+        self.text = text_groups(model)
+        self.text_layouts = layouts_of(self.text, "text")
+        self.order = visiting_order(job, self.spec)
+        self.context = {"cuda context": machine.context} if machine.context else {}
+        self.text_stage = self._text()
+        self.prepare_stage = self._prepare()
+        self.decode_stage = self._decode()
+        self.denoise_claims = self._denoise_claims()
+        self.block_seconds = self._block_seconds()
+
+    # ---- stages whose claims do not depend on the budget
+
+    def _text(self) -> StagePlan:
+        spec = self.spec.text
+        prompts = self.passes
+        rows = spec_rows(self.spec)
+        scratch = footprint.text_scratch(spec, self.text["blocks.0"], rows, self.dtype)
+        traffic = plan_traffic(self.text_layouts, self._all_disk(self.text_layouts), list(self.text_layouts))
+        claims = traffic.device_claims(self._footprint) | {
+            "text rows": prompts * allocated_size(rows * spec.dim * self.width),
+            "text scratch": scratch,
+        }
+        nbytes = sum(layout.nbytes for layout in self.text_layouts.values())
+        flops = 2 * rows * prompts * sum(numel(s) for s in spec.layer_shapes().values()) * spec.layers
+        seconds = max(flops / self.machine.matmul, nbytes / self.machine.link, nbytes / self.machine.disk)
+        return StagePlan(
+            "text", spec.layers, self.context | claims, self._host(traffic.host_claims()), nbytes, nbytes, seconds
+        )
+
+    def _prepare(self) -> StagePlan:
+        """Everything outside the blocks is used once, before the first step: time rows, text contexts."""
+        spec = self.spec.dit
+        outer = max(build_layout(groups["outer"].refs).nbytes for groups in self.groups.values())
+        nbytes = sum(build_layout(groups["outer"].refs).nbytes for groups in self.groups.values())
+        # float32 copies of the time path, one weight at a time; text embeddings in the compute dtype
+        scratch = allocated_size(4 * 6 * spec.dim * spec.dim) + 4 * allocated_size(
+            4 * spec.text_len * max(spec.dim, spec.text_dim)
+        )
+        claims = {"outer weights": self._footprint(outer), "outer scratch": scratch} | self._kept_claims()
+        return StagePlan(
+            "prepare",
+            len(self.groups),
+            self.context | claims,
+            self._host({"ring 0": outer}),
+            nbytes,
+            nbytes,
+            nbytes / min(self.machine.disk, self.machine.link),
+        )
+
+    def _kept_claims(self) -> dict[str, int]:
+        """What the preparation leaves behind for the steps."""
+        spec, steps, experts = self.spec.dit, len(self.job.schedule), len(self.groups)
+        contexts = experts * self.passes * allocated_size(spec.text_len * spec.dim * self.width)
+        time = steps * allocated_size(4 * 7 * spec.dim * self.time_rows())
+        kept = 4 * (numel(spec.outer_shapes()["patch_embedding.weight"]) + numel(spec.outer_shapes()["head.head.weight"]))
+        return {"contexts": contexts, "time rows": time, "ends": experts * allocated_size(2 * kept)}
+
+    def time_rows(self) -> int:
+        """Rows of a time embedding: one per latent frame where frames may differ in noise."""
+        return self.latent[1] if self.spec.variant == "ti2v" else 1
+
+    def _denoise_claims(self) -> dict[str, int]:
+        spec, t = self.spec.dit, self.tokens
+        stream = allocated_size(t * spec.dim * self.width)
+        first = next(iter(self.groups.values()))
+        per_frame = t // self.latent[1] if self.time_rows() > 1 else 0
+        block = footprint.block_scratch(spec, first["blocks.0"], t, per_frame, self.dtype)
+        head = footprint.head_scratch(spec, first["outer"], self.grid, self.dtype)
+        latent = allocated_size(4 * numel(self.latent))
+        return self._kept_claims() | {
+            "residual": self.passes * stream,
+            "keys": stream,
+            "values": stream,
+            "rotary table": allocated_size(4 * t * HEAD_DIM),
+            "latents": (3 + self.passes + kept_tensors(self.job.schedule.solver)) * latent,
+            "scratch": max(block, head + latent),
+        }
+
+    def _decode(self) -> StagePlan:
+        spec = self.spec.vae
+        group = Group(tuple(self.model.vae.values()), {})
+        nbytes = build_layout(group.refs).nbytes
+        scratch = footprint.decode_scratch(spec, group, self.latent, self.dtype)
+        frame = 3 * self.job.width * self.job.height
+        claims = {
+            "vae weights": self._footprint(nbytes),
+            "vae scratch": scratch,
+            "latents": allocated_size(self.width * numel(self.latent)),
+            "frame": allocated_size(frame) + allocated_size(4 * frame),
+        }
+        # 2.1: 31 TFLOP per latent at 1280x720 (wan-models 6.6); other widths and sizes in proportion
+        flops = 31.1e12 * numel(self.latent[1:]) / (90 * 160) * (spec.decoder_base / 96) ** 2
+        return StagePlan(
+            "decode",
+            self.job.frames,
+            self.context | claims,
+            self._host({"ring 0": nbytes, "frames": WRITER_FRAMES * frame}),
+            nbytes,
+            nbytes,
+            nbytes / self.machine.disk + flops / self.machine.matmul,
+        )
+
+    # ---- the stage whose blocks are placed
+
+    def _denoise(self, budget: Budget, slots: int, ring: int, residents: int, in_ram: int) -> tuple[StagePlan, Placement]:
+        placement = self._place(residents, in_ram, slots, ring)
+        traffic = plan_traffic(self.layouts, placement, self.order)
+        claims = self.context | self.denoise_claims | traffic.device_claims(self._footprint)
+        disk = sum(self.layouts[load.block].nbytes for load in traffic.loads)
+        moved = [block for block in self.order if placement.where[block] != "resident"]
+        h2d = sum(self.layouts[b].nbytes for b in moved) + sum(
+            layout.nbytes for b, layout in self.layouts.items() if placement.where[b] == "resident"
+        )
+        compute = self.block_seconds * self.spec.dit.layers
+        seconds = sum(
+            max(compute * (1 + needs_uncond(g)), 0.0) for g in self.job.schedule.guidance
+        )
+        seconds = max(seconds, h2d / self.machine.link, disk / self.machine.disk)
+        stage = StagePlan(
+            "denoise",
+            len(self.job.schedule),
+            claims,
+            self._host(traffic.host_claims()),
+            disk,
+            h2d,
+            seconds,
+        )
+        return stage, placement
+
+    def _place(self, residents: int, in_ram: int, slots: int, ring: int) -> Placement:
+        where: dict[BlockId, Where] = {}
+        for expert in self.groups:
+            depth = self.spec.dit.layers
+            fixed = spread(depth, residents)
+            moving = [n for n in range(depth) if n not in fixed]
+            held = {moving[i] for i in spread(len(moving), min(in_ram, len(moving)))}
+            for n in range(depth):
+                where[expert, n] = "resident" if n in fixed else "ram" if n in held else "disk"
+        return Placement(where, slots=slots, ring=ring)
+
+    def _block_seconds(self) -> float:
+        """One block, one pass: linears on tokens, text keys and values, both attentions (wan-models 1.8)."""
+        d, f, t, n = self.spec.dit.dim, self.spec.dit.ffn, self.tokens, self.spec.dit.text_len
+        flops = 2 * t * (6 * d * d + 2 * d * f) + 4 * n * d * d + 4 * t * t * d + 4 * t * n * d
+        return flops / self.machine.matmul
+
+    # ---- fitting
+
+    def plan(self, budget: Budget) -> Plan:
+        depth = self.spec.dit.layers
+        fixed = max((self.text_stage, self.prepare_stage, self.decode_stage), key=lambda s: s.vram)
+        least, _ = self._denoise(budget, 1, 1, 0, 0)
+        need = max(fixed.vram, least.vram)
+        need_ram = max(s.ram for s in (self.text_stage, self.prepare_stage, self.decode_stage, least))
+        self._check(budget, need, need_ram, fixed if fixed.vram >= least.vram else least)
+        slots = 2 if self._fits(budget, 2, 1, 0, 0) else 1
+        ring = 2 if self._fits(budget, slots, 2, 0, 0) else 1
+        residents = _most(depth, lambda n: self._fits(budget, slots, ring, n, 0))
+        in_ram = _most(depth - residents, lambda n: self._fits(budget, slots, ring, residents, n))
+        stage, placement = self._denoise(budget, slots, ring, residents, in_ram)
+        stages = (self.text_stage, self.prepare_stage, stage, self.decode_stage)
+        text = self._all_disk(self.text_layouts)
+        return Plan(
+            budget,
+            self.machine,
+            self.dtype,
+            stages,
+            text,
+            placement,
+            self._choices(budget, stage, residents, in_ram, slots, ring),
+            self._advice(budget, stage, residents),
+        )
+
+    def _fits(self, budget: Budget, slots: int, ring: int, residents: int, in_ram: int) -> bool:
+        stage, _ = self._denoise(budget, slots, ring, residents, in_ram)
+        return stage.vram <= budget.vram and stage.ram <= budget.ram
+
+    def _check(self, budget: Budget, need: int, need_ram: int, stage: StagePlan) -> None:
+        job = self.job
+        what = f"{job.width}x{job.height}, {job.frames} frames"
+        if need > budget.vram:
+            largest = max(stage.claims, key=lambda name: stage.claims[name])
+            raise BudgetError(
+                f"{what} needs {format_bytes(need)} of VRAM in stage {stage.name} (most of it {largest}), "
+                f"the budget is {format_bytes(budget.vram)}",
+                expected=f"--vram {_up(need)} or more",
+                advice=f"raise --vram to {_up(need)}, or make the video smaller or shorter",
+                minimum_vram=need,
+            )
+        if need_ram > budget.ram:
+            raise BudgetError(
+                f"{what} needs {format_bytes(need_ram)} of RAM, the budget is {format_bytes(budget.ram)}",
+                expected=f"--ram {_up(need_ram)} or more",
+                advice=f"raise --ram to {_up(need_ram)}",
+                minimum_ram=need_ram,
+            )
+
+    def _choices(
+        self, budget: Budget, stage: StagePlan, residents: int, in_ram: int, slots: int, ring: int
+    ) -> dict[str, str]:
+        depth = self.spec.dit.layers
+        block = max(layout.nbytes for layout in self.layouts.values())
+        rest = stage.vram - sum(n for name, n in stage.claims.items() if name.startswith("resident"))
+        passes = "prompt and negative prompt share each block" if self.passes == 2 else "guidance 1 needs no second"
+        return {
+            "dtype": f"{str(self.dtype).removeprefix('torch.')}, the "
+            + ("tensor cores' format" if self.machine.kind == "cuda" else "fastest on this processor"),
+            "blocks": f"{residents} of {depth} resident per expert: what {format_bytes(budget.vram)} leaves beside "
+            f"{format_bytes(rest)} of buffers, at {format_bytes(block)} a block",
+            "ram": f"{in_ram} of the others held in RAM, {depth - residents - in_ram} read from disk every step",
+            "slots": f"{slots} on the device, {ring} between disk and device",
+            "passes": f"{self.passes} a step: {passes}",
+            "chunk": f"{dit.CHUNK} tokens at once, the same under every budget so that a budget never changes the result",
+        }
+
+    def _advice(self, budget: Budget, stage: StagePlan, residents: int) -> tuple[str, ...]:
+        depth = self.spec.dit.layers
+        if residents == depth:
+            return ("everything is resident: more memory would not make it faster",)
+        more = replace(budget, vram=budget.vram + 10**9)
+        better = _most(depth, lambda n: self._fits(more, 2, 1, n, 0))
+        faster, _ = self._denoise(more, 2, 1, better, 0)
+        saved = max(0.0, stage.seconds - faster.seconds)
+        gain = f"saves about {saved:.0f} s" if saved >= 1 else "saves no time: copies already hide behind compute"
+        return (f"1 GB more VRAM keeps {better - residents} more blocks resident and {gain}",)
+
+    # ---- small things
+
+    def _footprint(self, nbytes: int) -> int:
+        from lowvram.offload.budget import segment_size
+
+        return segment_size(nbytes) if self.machine.kind == "cuda" else nbytes
+
+    def _host(self, claims: Mapping[str, int]) -> dict[str, int]:
+        return {"program": PROGRAM_RAM} | dict(claims)
+
+    @staticmethod
+    def _all_disk(layouts: Mapping[BlockId, BlockLayout]) -> Placement:
+        return Placement(dict.fromkeys(layouts, "disk"))
+
+
+def spec_rows(spec: ModelSpec) -> int:
+    """Text tokens a plan must be ready for."""
+    return spec.dit.text_len
+
+
+def _most(limit: int, fits: Any) -> int:
+    """The largest n in 0..limit for which `fits(n)`, which holds for 0 and for all below one for which it holds."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _up(nbytes: int) -> str:
+    """A size to type that is not less than `nbytes`."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if nbytes >= size:
+            tenths = -(-nbytes * 10 // size)
+            return f"{tenths // 10}.{tenths % 10}{unit}" if tenths % 10 else f"{tenths // 10}{unit}"
+    return f"{nbytes}B"

@@ -1,0 +1,159 @@
+"""Noise -> latent: blocks come from the stream, the lean forward runs in the workspace, the solver steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lowvram.errors import NonFiniteError
+from lowvram.job import Job
+from lowvram.model import Model
+from lowvram.models import dit
+from lowvram.offload.stream import BlockStream
+from lowvram.planner import layouts_of, visiting_order
+from lowvram.quant.linear import Params
+from lowvram.quant.spec import HEAD_DIM
+from lowvram.sampling import guidance, solvers
+from lowvram.sampling.solvers import SolverState
+from lowvram.stages.run import Run
+from lowvram.stages.weights import to_params
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A denoise between two steps. Everything else follows from the job."""
+
+    x: Tensor
+    """Latent [C, F, H, W], float32."""
+    solver: SolverState = field(default_factory=SolverState)
+
+    @property
+    def step(self) -> int:
+        """The step that comes next."""
+        return self.solver.step
+
+
+@dataclass(frozen=True, slots=True)
+class _Expert:
+    """What one transformer needs outside its blocks, made before the first step."""
+
+    ends: Params
+    """patch embedding and head"""
+    contexts: tuple[dit.Context, ...]
+    """of the prompt and, if any step guides, of the negative prompt"""
+    times: dict[int, dit.Time]
+    """by step"""
+
+
+def initial_state(job: Job, model: Model) -> State:
+    """Gaussian noise from the job's seed, drawn on the CPU: a seed means the same on every machine."""
+    shape = model.spec.latent_shape(job.width, job.height, job.frames)
+    generator = torch.Generator().manual_seed(job.seed)
+    return State(torch.randn(shape, generator=generator) * job.schedule.noise_scale)
+
+
+def fresh_noise(job: Job, like: Tensor, step: int) -> Tensor:
+    """The noise a re-noising solver adds after `step`: its own generator per step, so a resumed job draws the same."""
+    generator = torch.Generator().manual_seed((job.seed + 0x9E3779B97F4A7C15 * (step + 1)) % 2**63)
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+@torch.inference_mode()
+def denoise(
+    run: Run, model: Model, job: Job, texts: list[Tensor], state: State, save: Callable[[State], None]
+) -> Tensor:
+    """The latent of the finished video [C, F, H, W] float32, from `state` on; `save` is called after every step.
+
+    texts: features of the prompt and, if any step guides, of the negative prompt.
+    """
+    schedule, spec = job.schedule, model.spec
+    names = spec.expert_names()
+    experts = _prepare(run, model, job, texts)
+    groups = {e: t.groups() for e, t in model.transformers.items()}
+    layouts = {k: v for e in names for k, v in layouts_of(groups[e], e).items()}
+    device, dtype = run.device.torch_device, run.plan.dtype
+    x, memory = state.x.to(device), _solver_to(state.solver, device)
+    grid = (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
+    tokens = grid[0] * grid[1] * grid[2]
+    with run.stage("denoise") as (stack, traffic):
+        rope = dit.rope_table(*grid, device=device)
+        kv = torch.empty(2, spec.dit.heads, tokens, HEAD_DIM, dtype=dtype, device=device)
+        work = dit.Workspace(kv[0], kv[1])
+        stream = _open_stream(run, stack, layouts, job, model, state.step)
+        for i in range(state.step, len(schedule)):
+            expert = experts[names[schedule.experts[i]]]
+            passes = 2 if guidance.needs_uncond(schedule.guidance[i]) else 1
+            blocks = (to_params(groups[b[0]][f"blocks.{b[1]}"], v) for b, v in _take(stream, spec.dit.layers))
+            velocities = dit.forward(
+                expert.ends, blocks, spec.dit, x, expert.times[i], expert.contexts[:passes], rope, work
+            )
+            v = guidance.combine(velocities[0], velocities[1] if passes == 2 else None, schedule.guidance[i])
+            noise = fresh_noise(job, x, i) if solvers.needs_noise(schedule, i) else None
+            x, memory = solvers.step(schedule, i, memory, x, v, noise)
+            _check_finite(x, i, len(schedule))
+            save(State(x.cpu(), _solver_to(memory, torch.device("cpu"))))
+            run.listener.step(run.device.ledger.used)
+        if stream is not None:
+            traffic.add(stream)
+        return x.cpu()
+
+
+def _open_stream(
+    run: Run, stack: ExitStack, layouts: dict, job: Job, model: Model, step: int
+) -> BlockStream | None:
+    order = visiting_order(job, model.spec)
+    start = step * model.spec.dit.layers
+    if start == len(order):
+        return None
+    return stack.enter_context(
+        BlockStream(layouts, run.plan.denoise, run.device, run.open_reader, order, start=start, clock=run.clock)
+    )
+
+
+def _take(stream: BlockStream | None, n: int):
+    assert stream is not None
+    for _ in range(n):
+        yield next(stream)
+
+
+def _prepare(run: Run, model: Model, job: Job, texts: list[Tensor]) -> dict[str, _Expert]:
+    """Use what lies outside the blocks once, and keep only what every step needs of it."""
+    spec = model.spec.dit
+    latent = model.spec.latent_shape(job.width, job.height, job.frames)
+    per_frame = latent[2] * latent[3] // 4
+    rows = latent[1] if model.spec.variant == "ti2v" else 1
+    experts = {}
+    with run.stage("prepare") as (_, traffic):
+        for number, (name, transformer) in enumerate(model.transformers.items()):
+            group = transformer.groups()["outer"]
+            with run.loaded(f"{name} outer", group, traffic) as outer:
+                contexts = tuple(dit.embed_text(outer, spec, text) for text in texts)
+                times = {}
+                for i, (t, e) in enumerate(zip(job.schedule.timesteps, job.schedule.experts, strict=True)):
+                    if e == number:
+                        row = torch.full((rows,), t, dtype=torch.float64, device=run.device.torch_device)
+                        times[i] = dit.embed_time(outer, spec, row, per_frame if rows > 1 else per_frame * latent[1])
+                kept = ("patch_embedding.", "head.")
+                ends = Params({k: outer[k].clone() for k in outer.tensors if k.startswith(kept)}, outer.branches)
+                experts[name] = _Expert(ends, contexts, times)
+            run.listener.step(run.device.ledger.used)
+    return experts
+
+
+def _solver_to(state: SolverState, device: torch.device) -> SolverState:
+    sample = None if state.sample is None else state.sample.to(device)
+    return replace(state, outputs=tuple(o.to(device) for o in state.outputs), sample=sample)
+
+
+def _check_finite(x: Tensor, step: int, steps: int) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError(
+            "the latent holds NaN or infinity",
+            where=f"denoise, after step {step + 1} of {steps}",
+            expected="finite numbers",
+            advice="check the model files with `lowvram inspect`; another --weights or a lower --guidance may help",
+        )

@@ -1,0 +1,135 @@
+"""What every stage of a running job shares: the device, the plan, the clock, and who wants to hear of progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lowvram.model import Group
+from lowvram.offload.device import Device
+from lowvram.offload.io import FileReader
+from lowvram.offload.placement import Placement
+from lowvram.offload.slab import build_layout
+from lowvram.offload.stream import BlockStream
+from lowvram.planner import Plan
+from lowvram.quant.linear import Params
+from lowvram.report import StageReport
+from lowvram.stages.weights import to_params
+
+
+class Listener(Protocol):
+    """Who wants to know how far a job is."""
+
+    def begin(self, stage: str) -> None: ...
+
+    def step(self, vram: int | None = None) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Silent:
+    """Nobody."""
+
+    def begin(self, stage: str) -> None:
+        return
+
+    def step(self, vram: int | None = None) -> None:
+        return
+
+    def end(self) -> None:
+        return
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a stage moved, added up from its streams."""
+
+    disk_bytes: int = 0
+    device_bytes: int = 0
+    disk_stall: float = 0.0
+    copy_stall: float = 0.0
+
+    def add(self, stream: BlockStream) -> None:
+        for stats in stream.stats().values():
+            self.disk_bytes += stats.disk_bytes
+            self.device_bytes += stats.device_bytes
+            self.disk_stall += stats.disk_stall
+            self.copy_stall += stats.copy_stall
+
+
+@dataclass(slots=True)
+class Run:
+    """A job under way."""
+
+    device: Device
+    plan: Plan
+    listener: Listener = field(default_factory=Silent)
+    clock: Callable[[], float] = time.monotonic
+    open_reader: Callable[[Path], FileReader] = FileReader
+    reports: list[StageReport] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[tuple[ExitStack, Traffic]]:
+        """A stage inside its claims. Yields a stack that frees what the stage holds, and its traffic.
+
+        The claims that no buffer of a stream takes are taken here, so that the ledger always shows the truth.
+        """
+        planned = self.plan.stage(name)
+        began, traffic = self.clock(), Traffic()
+        self.listener.begin(name)
+        with ExitStack() as stack:
+            for claim, nbytes in planned.claims.items():
+                if not _streamed(claim) and claim not in self.device.ledger.claims:
+                    stack.enter_context(self.device.ledger.claim(claim, nbytes))
+            for claim, nbytes in planned.ram_claims.items():
+                if not _streamed(claim):
+                    stack.enter_context(self.device.ram.claim(claim, nbytes))
+            yield stack, traffic
+        stalls = {"disk": traffic.disk_stall, "copy": traffic.copy_stall}
+        self.reports.append(
+            StageReport(
+                name=name,
+                seconds=self.clock() - began,
+                vram_predicted=planned.vram,
+                vram_measured=self.measured_peak(),
+                disk_bytes=traffic.disk_bytes,
+                h2d_bytes=traffic.device_bytes,
+                stalls=stalls,
+            )
+        )
+        self.listener.end()
+
+    def measured_peak(self) -> int | None:
+        """Peak of the device's allocator since the last call; None where the device does not measure."""
+        if self.device.kind != "cuda":
+            return None
+        peak = torch.cuda.max_memory_reserved(self.device.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.device.torch_device)
+        return int(peak)
+
+    @contextmanager
+    def loaded(self, name: str, group: Group, traffic: Traffic) -> Iterator[Params]:
+        """A group of tensors on the device for as long as the block lasts: a stream of one visit."""
+        block = (name, 0)
+        with BlockStream(
+            {block: build_layout(group.refs)},
+            Placement({block: "disk"}, slots=1, ring=1),
+            self.device,
+            self.open_reader,
+            [block],
+            clock=self.clock,
+        ) as stream:
+            _, views = next(stream)
+            traffic.add(stream)
+            yield to_params(group, views)
+
+
+def _streamed(claim: str) -> bool:
+    """Whether a block stream takes this claim itself."""
+    return claim.split(" ")[0] in ("slot", "ring", "resident", "ram") or claim.endswith("weights")

@@ -1,0 +1,100 @@
+"""Prompts -> text features. The vocabulary stays on disk: only the rows a prompt needs are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowvram.errors import FileError
+from lowvram.model import Group, Model
+from lowvram.models import umt5
+from lowvram.offload.stream import BlockStream
+from lowvram.planner import layouts_of, text_groups
+from lowvram.quant.encodings.base import TORCH_DTYPES
+from lowvram.quant.encodings.plain import Plain
+from lowvram.quant.refs import Part, TensorRef, stored_bytes
+from lowvram.stages.run import Run
+from lowvram.stages.weights import to_params
+
+END = 1
+"""Id of </s>, which closes every prompt; the empty prompt is this one token."""
+MAX_TOKENIZER_BYTES = 64 << 20
+
+
+@torch.inference_mode()
+def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
+    """Text features [n, text_dim] of each prompt, on the device, in the compute dtype; n counts its true tokens."""
+    ids = tokenize(run, model, prompts)
+    groups = text_groups(model)
+    table = next(ref for ref in groups["outer"].refs if ref.name == "token_embedding.weight")
+    dtype, device = run.plan.dtype, run.device.torch_device
+    with run.stage("text") as (stack, traffic):
+        rows = [gather_rows(run, table, i).to(device=device, dtype=dtype) for i in ids]
+        buckets = [umt5.relative_buckets(len(i), device) for i in ids]
+        layouts = layouts_of(groups, "text")
+        stream = stack.enter_context(
+            BlockStream(layouts, run.plan.text, run.device, run.open_reader, list(layouts), clock=run.clock)
+        )
+        for (_, n), views in stream:
+            p = to_params(groups[f"blocks.{n}"], views)
+            rows = [umt5.layer(p, model.spec.text, x, b) for x, b in zip(rows, buckets, strict=True)]
+            run.listener.step(run.device.ledger.used)
+        traffic.add(stream)
+        stream.close()
+        norm = Group(tuple(r for r in groups["outer"].refs if r.name == "norm.weight"), {})
+        with run.loaded("norm", norm, traffic) as p:
+            return [umt5.rms_norm(x, p["norm.weight"]) for x in rows]
+
+
+def tokenize(run: Run, model: Model, prompts: list[str]) -> list[list[int]]:
+    """Token ids of each prompt, ended by </s> and cut to the model's text length."""
+    import sentencepiece
+
+    source = model.tokenizer
+    if source is None:
+        raise FileError(
+            "no tokenizer was found",
+            where=model.name,
+            expected="spiece.model (the sentencepiece model of google/umt5-xxl) in tokenizer/ or beside the model",
+            advice="put spiece.model there, or use a text encoder file that carries it (ComfyUI's do)",
+        )
+    path = source.file if isinstance(source, Part) else source
+    with run.open_reader(path) as reader:
+        offset, nbytes = (source.offset, source.nbytes) if isinstance(source, Part) else (0, reader.size)
+        if nbytes > MAX_TOKENIZER_BYTES:
+            raise FileError(f"{nbytes:,} bytes", where=str(path), expected="a sentencepiece model", advice="check the file")
+        data = reader.read_at(offset, nbytes)
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(data)
+    except RuntimeError as problem:
+        raise FileError(
+            "not a sentencepiece model", where=str(path), advice="take spiece.model of google/umt5-xxl"
+        ) from problem
+    length = model.spec.dit.text_len
+    ids = [[*processor.encode(text)[: length - 1], END] for text in prompts]
+    if any(i >= model.spec.text.vocab for row in ids for i in row):
+        raise FileError(
+            f"it knows more than the text encoder's {model.spec.text.vocab} tokens",
+            where=str(path),
+            advice="give the tokenizer that belongs to this text encoder",
+        )
+    return ids
+
+
+def gather_rows(run: Run, table: TensorRef, ids: list[int]) -> Tensor:
+    """Rows of a [vocab, dim] table, read one by one from its file: [n, dim] on the host, in the stored dtype."""
+    part = table.parts[0]
+    if not isinstance(table.encoding, Plain):
+        raise FileError(
+            f"its token embedding is stored as {table.encoding.name}",
+            where=str(part.file),
+            expected="bf16, fp16 or fp32",
+            advice="use a text encoder whose embedding is not quantised",
+        )
+    row_bytes = stored_bytes(part.dtype, (table.shape[1],))
+    with run.open_reader(Path(part.file)) as reader:
+        data = b"".join(reader.read_at(part.offset + i * row_bytes, row_bytes) for i in ids)
+    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[part.dtype]).view(len(ids), table.shape[1])

@@ -78,6 +78,11 @@ def lora_path(model: str, preset: str, expert: str) -> Path | None:
     return path if path.exists() else None
 
 
+def is_here(model: str) -> bool:
+    """Whether the files of `model` can be found without naming them."""
+    return _embedded(model) is not None or model not in load_models()
+
+
 def default_spec(model: str) -> ModelSpec | None:
     """The preset of a model asked for by name; None for a path."""
     return load_models().get(model)

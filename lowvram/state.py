@@ -37,6 +37,8 @@ class Saved:
     """Absolute path of the video."""
     vram: int
     ram: int
+    device: str
+    """"cuda" or "cpu": another device would not give the same bits."""
     overwrite: bool = False
 
 
@@ -155,3 +157,13 @@ def find_job(name: str, root: Path) -> JobFolder:
             return job
     known = ", ".join(job.name for job in jobs[-5:]) or "none"
     raise UsageError(f'no job is called "{name}"', where=str(root), expected=known, advice="or use `resume last`")
+
+
+def find_latent(name: str, root: Path) -> JobFolder:
+    """The job called `name`, or the newest one with a finished latent for "last". UsageError if there is none."""
+    if name != "last":
+        return find_job(name, root)
+    found = [job for job in list_jobs(root) if job.latent_path.exists()]
+    if not found:
+        raise UsageError("no finished latent", where=str(root), advice="make one with `lowvram generate`")
+    return found[-1]

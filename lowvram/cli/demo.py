@@ -1,0 +1,26 @@
+"""lowvram demo: a video from the embedded model, in seconds, on any machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowvram.cli import options as o
+
+
+def demo(
+    prompt: Annotated[
+        str, typer.Argument(help="a COLOUR SHAPE moves DIRECTION on a BACKGROUND background")
+    ] = "a red circle moves left on a teal background",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path("demo.mp4"),
+    seed: o.Seed = 1,
+    vram: o.Vram = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Make a small video with the model that ships inside."""
+    from lowvram.cli.work import check_output, start
+
+    check_output(output, True)
+    start("nano", {}, prompt, {"seed": seed}, output, vram, None, None, True, False, quiet)

@@ -1,0 +1,102 @@
+"""lowvram plan: what a job would claim, move and take. Needs no weights and no GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowvram.cli import options as o
+
+if TYPE_CHECKING:
+    from lowvram.planner import Plan
+
+
+def plan(
+    prompt: Annotated[str, typer.Argument(help="Not needed for a plan.")] = "",
+    model: o.Model = "nano",
+    high: o.High = None,
+    low: o.Low = None,
+    transformer: o.Transformer = None,
+    vae: o.Vae = None,
+    text_encoder: o.TextEncoder = None,
+    size: o.Size = None,
+    frames: o.Frames = None,
+    negative: o.Negative = None,
+    seed: o.Seed = 0,
+    steps: o.Steps = None,
+    solver: o.Solver = None,
+    shift: o.Shift = None,
+    guidance: o.Guidance = None,
+    preset: o.Preset = None,
+    lora: o.Lora = None,
+    vram: o.Vram = None,
+    ram: o.Ram = None,
+    device: o.Device = None,
+    machine: Annotated[str | None, typer.Option("--machine", help="Plan for a card, such as rtx4090.")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Encoding of weights that are not here, such as fp8.")
+    ] = None,
+    as_json: o.Json = False,
+    ckpt_dir: o.CkptDir = None,
+    offload_model: o.Offload = None,
+    t5_cpu: o.T5Cpu = False,
+) -> None:
+    """Forecast peak memory, bytes moved and time of a job."""
+    o.refuse_placement_flags(offload_model, t5_cpu)
+    settings = o.settings(
+        size=size, guidance=guidance, lora=lora, frames=frames, negative=negative, seed=seed,
+        steps=steps, solver=solver, shift=shift, preset=preset,
+    )  # fmt: skip
+    files = {"high": high, "low": low, "single": transformer, "vae": vae, "text": text_encoder}
+    given = {part: path for part, path in files.items() if path}
+    from lowvram.api import Runtime, plan_without_files
+    from lowvram.cli.console import emit, emit_json
+    from lowvram.discovery import is_here
+
+    name = ckpt_dir or model
+    if machine or weights or not (given or is_here(name)):
+        found = plan_without_files(
+            name, weights=weights, machine=machine, vram=vram, ram=ram, prompt=prompt, **settings
+        )
+    else:
+        found = Runtime(vram, ram, device).load(name, **given).plan(prompt, **settings)
+    if as_json:
+        emit_json(found.to_json())
+    else:
+        emit(table(found))
+
+
+def table(plan: Plan) -> str:
+    """The plan for people."""
+    from lowvram.cli.console import clock_time
+    from lowvram.offload.budget import format_bytes
+
+    machine, budget = plan.machine, plan.budget
+    rows = [("stage", "VRAM", "RAM", "from disk", "to device", "time")]
+    for s in plan.stages:
+        sizes = (format_bytes(n) for n in (s.vram, s.ram, s.disk_read, s.h2d))
+        rows.append((s.name, *sizes, clock_time(s.seconds)))
+    rows.append(("whole job", format_bytes(plan.vram), format_bytes(plan.ram), "", "", clock_time(plan.seconds)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    rates = "measured here" if machine.measured else "times are a forecast from published rates"
+    head = f"{machine.label}: budget {format_bytes(budget.vram)} VRAM, {format_bytes(budget.ram)} RAM ({rates})"
+    largest = max(plan.stages, key=lambda s: s.vram)
+    claims = sorted(_merged(largest.claims).items(), key=lambda pair: -pair[1])
+    parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in claims)
+    choices = [f"{name}: {why}" for name, why in plan.choices.items()]
+    return "\n".join([head, "", *lines, "", f"peak ({largest.name}): {parts}", "", *choices, *plan.advice])
+
+
+def _merged(claims: object) -> dict[str, int]:
+    """Claims with numbered ones (slots, residents) added up."""
+    merged: dict[str, int] = {}
+    for name, nbytes in dict(claims).items():  # type: ignore[call-overload]
+        first = name.split(" ")[0]
+        key = {"slot": "slots", "resident": "resident blocks"}.get(first, name)
+        merged[key] = merged.get(key, 0) + nbytes
+    return merged

@@ -74,7 +74,7 @@ def lora_path(model: str, preset: str, expert: str) -> Path | None:
     folder = _embedded(model)
     if folder is None:
         return None
-    path = folder / f"{preset}-{expert}_noise.safetensors"
+    path = folder / "loras" / f"{preset}-{expert}.safetensors"
     return path if path.exists() else None
 
 

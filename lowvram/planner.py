@@ -18,12 +18,13 @@ from lowvram.job import Job
 from lowvram.machine import Machine
 from lowvram.model import Group, Model
 from lowvram.models import dit
-from lowvram.offload.budget import Budget, allocated_size, format_bytes
+from lowvram.offload.budget import Budget, allocated_size, format_bytes, segment_size
 from lowvram.offload.placement import BlockId, Placement, Where, plan_traffic, spread
 from lowvram.offload.slab import BlockLayout, build_layout
 from lowvram.quant.spec import HEAD_DIM, ModelSpec, numel
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.solvers import kept_tensors
+from lowvram.tokenizer import tokenize
 
 PROGRAM_RAM = 700_000_000
 """Host memory of the interpreter with torch and the media libraries; bounds what was seen with torch 2.13."""
@@ -173,16 +174,16 @@ class _Planner:
 
     def _text(self) -> StagePlan:
         spec = self.spec.text
-        prompts = self.passes
-        rows = spec_rows(self.spec)
+        lengths = prompt_lengths(self.job, self.model, self.passes)
+        rows = max(lengths)
         scratch = footprint.text_scratch(spec, self.text["blocks.0"], rows, self.dtype)
         traffic = plan_traffic(self.text_layouts, self._all_disk(self.text_layouts), list(self.text_layouts))
         claims = traffic.device_claims(self._footprint) | {
-            "text rows": prompts * allocated_size(rows * spec.dim * self.width),
+            "text rows": 2 * sum(allocated_size(n * spec.dim * self.width) for n in lengths),
             "text scratch": scratch,
         }
         nbytes = sum(layout.nbytes for layout in self.text_layouts.values())
-        flops = 2 * rows * prompts * sum(numel(s) for s in spec.layer_shapes().values()) * spec.layers
+        flops = 2 * sum(lengths) * sum(numel(s) for s in spec.layer_shapes().values()) * spec.layers
         seconds = max(flops / self.machine.matmul, nbytes / self.machine.link, nbytes / self.machine.disk)
         return StagePlan(
             "text", spec.layers, self.context | claims, self._host(traffic.host_claims()), nbytes, nbytes, seconds
@@ -388,8 +389,6 @@ class _Planner:
     # ---- small things
 
     def _footprint(self, nbytes: int) -> int:
-        from lowvram.offload.budget import segment_size
-
         return segment_size(nbytes) if self.machine.kind == "cuda" else nbytes
 
     def _host(self, claims: Mapping[str, int]) -> dict[str, int]:
@@ -400,9 +399,11 @@ class _Planner:
         return Placement(dict.fromkeys(layouts, "disk"))
 
 
-def spec_rows(spec: ModelSpec) -> int:
-    """Text tokens a plan must be ready for."""
-    return spec.dit.text_len
+def prompt_lengths(job: Job, model: Model, passes: int) -> list[int]:
+    """Tokens of each prompt of the job; the most that are possible where there is no tokenizer to count them."""
+    if model.tokenizer is None:
+        return [model.spec.dit.text_len] * passes
+    return [len(ids) for ids in tokenize(model, [job.prompt, job.negative][:passes])]
 
 
 def _most(limit: int, fits: Any) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lowvram.offload.budget import format_bytes
+
 SCHEMA = "lowvram.report/1"
 
 
@@ -111,13 +113,9 @@ def _row(stage: StageReport) -> tuple[str, ...]:
     return (
         stage.name,
         f"{stage.seconds:.1f} s",
-        "-" if stage.vram_measured is None else _gb(stage.vram_measured),
-        _gb(stage.vram_predicted),
-        _gb(stage.disk_bytes),
-        _gb(stage.h2d_bytes),
+        "-" if stage.vram_measured is None else format_bytes(stage.vram_measured),
+        format_bytes(stage.vram_predicted),
+        format_bytes(stage.disk_bytes),
+        format_bytes(stage.h2d_bytes),
         waited or "-",
     )
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from distill import ALPHA, TARGETS
 from networks import DIT, TEXT
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,6 +47,15 @@ def save(weights: Weights, shapes: dict[str, tuple[int, ...]], path: Path, keep_
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def save_lora(factors: Weights, path: Path) -> None:
+    """As Wan2.2-Lightning's files: lora_down, lora_up and alpha under the native names."""
+    path.parent.mkdir(exist_ok=True)
+    tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in factors.items()}
+    for target in TARGETS:
+        tensors[f"{target}.alpha"] = torch.tensor(ALPHA)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
@@ -68,8 +78,12 @@ def main() -> None:
         )
     with torch.no_grad():
         save(fold_statistics(vae), SPEC.shapes(), args.out / "vae.safetensors", keep_float=("conv1", "conv2"))
+    for expert in ("high", "low"):
+        path = args.run / f"lora-{expert}.pt"
+        if path.exists():
+            save_lora(torch.load(path, weights_only=True)["mean"], args.out / "loras" / f"lightning-4-{expert}.safetensors")
     shutil.copy(args.run / "spiece.model", args.out / "spiece.model")
-    for path in sorted(args.out.iterdir()):
+    for path in sorted(args.out.rglob("*")):
         if path.is_file():
             print(f"{path.name} {path.stat().st_size / 1e6:.2f} MB")
 

@@ -178,7 +178,8 @@ class Status:
             parts.append(f"{self.per_step:.{1 if self.per_step >= 1 else 2}f} s/it")
         parts.append(f"ETA {clock_time(self.eta)}")
         if self.vram is not None:
-            parts.append(f"VRAM {self.vram / 1e9:.1f}/{self.budget / 1e9:.1f} GB")
+            unit, size = ("GB", 10**9) if self.budget >= 10**9 else ("MB", 10**6)
+            parts.append(f"VRAM {self.vram / size:.1f}/{self.budget / size:.1f} {unit}")
         return "  ".join(parts)
 
 

@@ -106,12 +106,12 @@ class Run:
         self.listener.end()
 
     def measured_peak(self) -> int | None:
-        """Peak of the device's allocator since the last call; None where the device does not measure."""
+        """Peak of the device's allocator since the last call, with the claimed context; None on a CPU."""
         if self.device.kind != "cuda":
             return None
         peak = torch.cuda.max_memory_reserved(self.device.torch_device)
         torch.cuda.reset_peak_memory_stats(self.device.torch_device)
-        return int(peak)
+        return int(peak) + self.plan.machine.context
 
     @contextmanager
     def loaded(self, name: str, group: Group, traffic: Traffic) -> Iterator[Params]:

@@ -14,19 +14,15 @@ from lowvram.offload.stream import BlockStream
 from lowvram.planner import layouts_of, text_groups
 from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.encodings.plain import Plain
-from lowvram.quant.refs import Part, TensorRef, stored_bytes
+from lowvram.quant.refs import TensorRef, stored_bytes
 from lowvram.stages.run import Run
 from lowvram.stages.weights import to_params
-
-END = 1
-"""Id of </s>, which closes every prompt; the empty prompt is this one token."""
-MAX_TOKENIZER_BYTES = 64 << 20
-
+from lowvram.tokenizer import tokenize
 
 @torch.inference_mode()
 def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
     """Text features [n, text_dim] of each prompt, on the device, in the compute dtype; n counts its true tokens."""
-    ids = tokenize(run, model, prompts)
+    ids = tokenize(model, prompts)
     groups = text_groups(model)
     table = next(ref for ref in groups["outer"].refs if ref.name == "token_embedding.weight")
     dtype, device = run.plan.dtype, run.device.torch_device
@@ -46,42 +42,6 @@ def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
         norm = Group(tuple(r for r in groups["outer"].refs if r.name == "norm.weight"), {})
         with run.loaded("norm", norm, traffic) as p:
             return [umt5.rms_norm(x, p["norm.weight"]) for x in rows]
-
-
-def tokenize(run: Run, model: Model, prompts: list[str]) -> list[list[int]]:
-    """Token ids of each prompt, ended by </s> and cut to the model's text length."""
-    import sentencepiece
-
-    source = model.tokenizer
-    if source is None:
-        raise FileError(
-            "no tokenizer was found",
-            where=model.name,
-            expected="spiece.model (the sentencepiece model of google/umt5-xxl) in tokenizer/ or beside the model",
-            advice="put spiece.model there, or use a text encoder file that carries it (ComfyUI's do)",
-        )
-    path = source.file if isinstance(source, Part) else source
-    with run.open_reader(path) as reader:
-        offset, nbytes = (source.offset, source.nbytes) if isinstance(source, Part) else (0, reader.size)
-        if nbytes > MAX_TOKENIZER_BYTES:
-            raise FileError(f"{nbytes:,} bytes", where=str(path), expected="a sentencepiece model", advice="check the file")
-        data = reader.read_at(offset, nbytes)
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(data)
-    except RuntimeError as problem:
-        raise FileError(
-            "not a sentencepiece model", where=str(path), advice="take spiece.model of google/umt5-xxl"
-        ) from problem
-    length = model.spec.dit.text_len
-    ids = [[*processor.encode(text)[: length - 1], END] for text in prompts]
-    if any(i >= model.spec.text.vocab for row in ids for i in row):
-        raise FileError(
-            f"it knows more than the text encoder's {model.spec.text.vocab} tokens",
-            where=str(path),
-            advice="give the tokenizer that belongs to this text encoder",
-        )
-    return ids
 
 
 def gather_rows(run: Run, table: TensorRef, ids: list[int]) -> Tensor:

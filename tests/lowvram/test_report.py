@@ -51,11 +51,11 @@ def test_a_peak_that_was_not_measured_everywhere_is_not_claimed() -> None:
 
 def test_the_table_is_short_and_aligned() -> None:
     assert table(Report((TEXT, DENOISE, DECODE))).splitlines() == [
-        "stage         time  peak VRAM  planned      disk  to device  waited",
-        "text         3.2 s    1.95 GB  2.00 GB  11.00 GB   11.00 GB  disk 2.0 s",
-        "denoise    100.0 s    9.00 GB  9.10 GB   0.00 GB  500.00 GB  copy 7.5 s, disk 1.0 s",
-        "decode      12.0 s          -  4.00 GB   0.25 GB    0.00 GB  -",
-        "whole job  115.2 s          -  9.10 GB  11.25 GB  511.00 GB  copy 7.5 s, disk 3.0 s",
+        "stage         time  peak VRAM  planned     disk  to device  waited",
+        "text         3.2 s    1.95 GB  2.00 GB  11.0 GB    11.0 GB  disk 2.0 s",
+        "denoise    100.0 s    9.00 GB  9.10 GB      0 B     500 GB  copy 7.5 s, disk 1.0 s",
+        "decode      12.0 s          -  4.00 GB   250 MB        0 B  -",
+        "whole job  115.2 s          -  9.10 GB  11.2 GB     511 GB  copy 7.5 s, disk 3.0 s",
     ]
 
 

@@ -7,6 +7,7 @@ paths only: what is in them is read by `lowvram.model`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from importlib.resources import files as package_files
 from pathlib import Path
 
@@ -15,10 +16,19 @@ from lowvram.quant.spec import ModelSpec
 from lowvram.sampling.presets import load_models
 
 PARTS = ("high", "low", "single", "vae", "text", "tokenizer")
+FLAGS: Mapping[str, str] = {
+    "high": "--high",
+    "low": "--low",
+    "single": "--transformer",
+    "vae": "--vae",
+    "text": "--text-encoder",
+    "tokenizer": "tokenizer",
+}
+"""What a person gives a part with."""
 
 _PLACES: Mapping[str, tuple[str, ...]] = {
-    "high": ("high_noise_model", "transformer", "*high*noise*.safetensors", "*high*.safetensors"),
-    "low": ("low_noise_model", "transformer_2", "*low*noise*.safetensors", "*low*.safetensors"),
+    "high": ("high_noise_model", "transformer", "high_noise_model*", "*high*noise*.safetensors", "*high*.safetensors"),
+    "low": ("low_noise_model", "transformer_2", "low_noise_model*", "*low*noise*.safetensors", "*low*.safetensors"),
     "single": (
         "transformer",
         "diffusion_pytorch_model.safetensors.index.json",
@@ -27,19 +37,21 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
         "*wan*ti2v*.safetensors",
         "*wan*i2v*.safetensors",
     ),
-    "vae": ("vae", "*vae*.safetensors"),
-    "text": ("text_encoder", "*umt5*.safetensors", "text_encoder*.safetensors"),
+    "vae": ("vae", "*vae*.safetensors", "*vae*.pth"),
+    "text": ("text_encoder", "*umt5*.safetensors", "text_encoder*.safetensors", "*umt5*.pth"),
     "tokenizer": ("tokenizer/spiece.model", "google/umt5-xxl/spiece.model", "spiece.model"),
 }
-"""Folders and files of the native, diffusers and ComfyUI layouts, the surest first."""
+"""Folders and files of the native, diffusers and ComfyUI layouts, the surest first, in lower case.
+
+The .pth files of the authors' own folders cannot be read, but naming them tells what to look for instead."""
 
 
 def find(model: str, given: Mapping[str, str] | None = None) -> dict[str, str]:
     """Paths by part of `model`, a name or a folder; `given` files win over found ones.
 
-    Returns every part that was found: "high" and "low" if there are two transformers, else "single". A missing
-    part is not an error here, because not every job needs every part. UsageError if `model` is neither a known
-    name nor an existing folder; FileError if nothing of it is there.
+    Returns absolute paths of every part that was found: "high" and "low" if there are two transformers, else
+    "single". A missing part is not an error here, because not every job needs every part. UsageError if `model` is
+    neither a known name nor an existing folder; FileError if nothing of it is there.
     """
     chosen = {part: path for part, path in (given or {}).items() if path}
     folder = _folder(model)
@@ -57,8 +69,8 @@ def find(model: str, given: Mapping[str, str] | None = None) -> dict[str, str]:
         found.pop("low", None)
     parts = found | chosen
     for part, path in parts.items():
-        if not Path(path).exists():
-            raise FileError("no such file or folder", where=path, advice=f"check the path of the {part} model")
+        if not Path(path).expanduser().exists():
+            raise FileError("no such file or folder", where=path, advice=f"check {FLAGS[part]}")
     if not parts:
         raise FileError(
             "no part of a Wan model was recognised here",
@@ -66,7 +78,8 @@ def find(model: str, given: Mapping[str, str] | None = None) -> dict[str, str]:
             expected="high_noise_model/ and low_noise_model/, or transformer/, with vae and text encoder",
             advice="name the files: --high/--low (or --transformer), --vae, --text-encoder",
         )
-    return parts
+    # A job that goes on from another folder must find them again.
+    return {part: str(Path(path).expanduser().absolute()) for part, path in parts.items()}
 
 
 def lora_path(model: str, preset: str, expert: str) -> Path | None:
@@ -130,8 +143,11 @@ def _parts_in(folder: Path) -> dict[str, str]:
 
 
 def _first(folder: Path, places: tuple[str, ...]) -> str | None:
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     for place in places:
-        matches = sorted(folder.glob(place))
-        if matches:
-            return str(matches[0])
+        if "/" in place and (folder / place).is_file():
+            return str(folder / place)
+        for name in names:
+            if fnmatchcase(name.lower(), place):
+                return str(folder / name)
     return None

@@ -34,12 +34,21 @@ def _peak(run: Callable[[Tensor], object], x: Tensor) -> int:
     return peak_memory(run, x, rounding=allocated_size).peak_bytes
 
 
-def block_scratch(spec: DitSpec, block: Group, tokens: int, per_frame: int, dtype: torch.dtype) -> int:
+def block_scratch(
+    spec: DitSpec,
+    block: Group,
+    tokens: int,
+    per_frame: int,
+    dtype: torch.dtype,
+    *,
+    group: int = 0,
+    chunk: int = dit.CHUNK,
+) -> int:
     """Transient bytes of `dit.block_` on a long sequence. Two chunks tell: later ones repeat the second.
 
-    per_frame: tokens that share a time row, or 0 if all do.
+    per_frame: tokens that share a time row, or 0 if all do. group: heads at a time, or 0 for all.
     """
-    n = min(tokens, 2 * dit.CHUNK)
+    n = min(tokens, 2 * chunk)
     mode = FakeTensorMode()
     with mode:
         p = _fake_params(block)
@@ -48,13 +57,16 @@ def block_scratch(spec: DitSpec, block: Group, tokens: int, per_frame: int, dtyp
         text = torch.empty(spec.text_len, spec.dim, dtype=dtype)
         image = torch.empty(spec.image_tokens, spec.dim, dtype=dtype) if spec.image_tokens else None
         context = dit.Context(text, torch.empty(spec.text_len), image)
-        k, v = (torch.empty(spec.heads, n, HEAD_DIM, dtype=dtype) for _ in "kv")
+        k, v = (torch.empty(group or spec.heads, n, HEAD_DIM, dtype=dtype) for _ in "kv")
         x, rope = torch.empty(n, spec.dim, dtype=dtype), torch.empty(n, HEAD_DIM // 2, 2)
-        work = dit.Workspace(k, v)
-    return _peak(lambda x: dit.block_(p, x, time, context, rope, work), x)
+        work = dit.Workspace(k, v, torch.empty_like(x) if group else None, chunk)
+    factors = 2 * (allocated_size(4 * tokens) - allocated_size(4 * n)) if group else 0  # one a token, not a chunk
+    return factors + _peak(lambda x: dit.block_(p, x, time, context, rope, work), x)
 
 
-def head_scratch(spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype) -> int:
+def head_scratch(
+    spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype, *, chunk: int = dit.CHUNK
+) -> int:
     """Transient bytes of `dit.head`, its result included."""
     mode = FakeTensorMode()
     with mode:
@@ -62,7 +74,7 @@ def head_scratch(spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype:
         n = grid[0] * grid[1] * grid[2]
         time = dit.Time(torch.empty(1, spec.dim), torch.empty(1, 6, spec.dim), n)
         x = torch.empty(n, spec.dim, dtype=dtype)
-    return _peak(lambda x: dit.head(p, spec, x, time, grid), x)
+    return _peak(lambda x: dit.head(p, spec, x, time, grid, chunk), x)
 
 
 def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) -> int:

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from lowvram.errors import FileError, UsageError
+from lowvram.errors import UsageError
 from lowvram.quant.spec import ModelSpec
 from lowvram.sampling.presets import few_step
 from lowvram.sampling.schedules import Schedule, few_step_schedule, make_schedule
@@ -53,19 +51,6 @@ class Job:
     preset: str | None = None
     """The few-step preset the schedule came from."""
 
-    def to_json(self) -> bytes:
-        return msgspec.json.encode(self)
-
-    @staticmethod
-    def from_json(data: bytes, where: str) -> Job:
-        """The job that `to_json` wrote; FileError naming `where` if it is anything else."""
-        try:
-            return msgspec.json.decode(data, type=Job, strict=True)
-        except msgspec.DecodeError as problem:
-            raise FileError(
-                f"not a saved job: {problem}", where=where, advice="start the job again with `lowvram generate`"
-            ) from None
-
 
 def make_job(
     spec: ModelSpec,
@@ -87,7 +72,8 @@ def make_job(
     preset: str | None = None,
 ) -> Job:
     """A job on a model of `spec`; None means the model's own default. UsageError for what cannot be made."""
-    width, height = width or spec.width, height or spec.height
+    width = spec.width if width is None else width
+    height = spec.height if height is None else height
     frames = spec.frames if frames is None else frames
     check_size(spec, width, height, frames)
     if not 0 <= seed < 2**63:
@@ -182,10 +168,10 @@ def clean_prompt(text: str) -> str:
 
 
 def describe(job: Job, version: str) -> dict[str, Any]:
-    """What is written into the finished file: enough to make the video again."""
+    """What is written into the finished file: enough to make the video again, and no path of this machine."""
     return {
         "lowvram": version,
-        "model": job.model,
+        "model": Path(job.model).name,
         "prompt": job.prompt,
         "negative": job.negative,
         "seed": job.seed,

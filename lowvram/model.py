@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lowvram.discovery import default_spec
+from lowvram.discovery import FLAGS, default_spec
 from lowvram.errors import FileError
 from lowvram.job import Job, LoraChoice
 from lowvram.offload.io import FileReader
@@ -23,7 +23,13 @@ from lowvram.quant.refs import Part, Shape, TensorRef
 from lowvram.quant.spec import DitSpec, ModelSpec, TextSpec, VaeSpec
 from lowvram.sampling.presets import load_models
 
-EXPERT_LABELS = {"high": "high-noise transformer", "low": "low-noise transformer", "single": "transformer"}
+PART_LABELS: Mapping[str, str] = {
+    "high": "high-noise transformer",
+    "low": "low-noise transformer",
+    "single": "transformer",
+    "vae": "VAE",
+    "text": "text encoder",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +109,11 @@ class Model:
 def open_model(name: str, files: Mapping[str, str]) -> Model:
     """Recognise the files of a model. FileError for a part that is missing or not what it should be."""
     experts = ("high", "low") if "high" in files or "low" in files else ("single",)
-    for part, flag in [*((e, f"--{e if e != 'single' else 'transformer'}") for e in experts), ("vae", "--vae"), ("text", "--text-encoder")]:
+    for part in (*experts, "vae", "text"):
         if part not in files:
-            label = EXPERT_LABELS.get(part, {"vae": "VAE", "text": "text encoder"}.get(part, part))
-            raise FileError(f"no {label} was found", where=name, advice=f"give its file with {flag} FILE")
+            raise FileError(
+                f"no {PART_LABELS[part]} was found", where=name, advice=f"give its file with {FLAGS[part]} FILE"
+            )
     found = {e: identify_path(Path(files[e]), FileReader, "dit") for e in experts}
     vae = identify_path(Path(files["vae"]), FileReader, "vae")
     text = identify_path(Path(files["text"]), FileReader, "text")
@@ -132,9 +139,9 @@ def with_loras(model: Model, choices: tuple[LoraChoice, ...]) -> Model:
                 expected="pairs of factors (lora_down and lora_up)",
                 advice="use a LoRA without .diff entries: they are not supported yet",
             )
-        for expert in loras:
+        for expert, chosen in loras.items():
             if choice.expert in ("both", expert):
-                loras[expert].append(Lora(matched, choice.strength, _scales(matched, choice.strength)))
+                chosen.append(Lora(matched, choice.strength, _scales(matched, choice.strength)))
     return replace(
         model, transformers={e: replace(t, loras=tuple(loras[e])) for e, t in model.transformers.items()}
     )

@@ -34,6 +34,18 @@ SCHEMA = "lowvram.plan/1"
 
 
 @dataclass(frozen=True, slots=True)
+class Lean:
+    """How the forward trades time for memory. The default is the fastest."""
+
+    together: bool = True
+    """Prompt and negative prompt share every visit of a block; otherwise each goes through all blocks alone."""
+    group: int = 0
+    """Heads whose keys and values exist at once; 0 for all."""
+    chunk: int = dit.CHUNK
+    """Tokens processed at once."""
+
+
+@dataclass(frozen=True, slots=True)
 class StagePlan:
     """One stage. Bytes; seconds are a forecast."""
 
@@ -67,6 +79,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     text: Placement
     denoise: Placement
+    lean: Lean
     choices: Mapping[str, str]
     """Each automatic choice, and why."""
     advice: tuple[str, ...]
@@ -134,10 +147,17 @@ def layouts_of(groups: Mapping[str, Group], network: str) -> dict[BlockId, Block
     return {(network, n): build_layout(group.refs) for n, group in sorted(blocks.items())}
 
 
-def visiting_order(job: Job, spec: ModelSpec) -> list[BlockId]:
-    """Every visit of a transformer block in the whole job: all steps, both experts. Passes share a visit."""
+def step_visits(job: Job, spec: ModelSpec, together: bool) -> list[int]:
+    """Visits of a transformer block in each step: its layers, twice if two passes do not share them."""
+    passes = [2 if needs_uncond(g) and not together else 1 for g in job.schedule.guidance]
+    return [n * spec.dit.layers for n in passes]
+
+
+def visiting_order(job: Job, spec: ModelSpec, together: bool) -> list[BlockId]:
+    """Every visit of a transformer block in the whole job: all steps, both experts."""
     names = spec.expert_names()
-    return [(names[e], n) for e in job.schedule.experts for n in range(spec.dit.layers)]
+    visits = zip(job.schedule.experts, step_visits(job, spec, together), strict=True)
+    return [(names[e], n % spec.dit.layers) for e, count in visits for n in range(count)]
 
 
 def make_plan(job: Job, model: Model, budget: Budget, machine: Machine) -> Plan:
@@ -162,12 +182,12 @@ class _Planner:
             self.layouts |= layouts_of(groups, expert)
         self.text = text_groups(model)
         self.text_layouts = layouts_of(self.text, "text")
-        self.order = visiting_order(job, self.spec)
+        self.orders = {t: visiting_order(job, self.spec, t) for t in (True, False)}
         self.context = {"cuda context": machine.context} if machine.context else {}
         self.text_stage = self._text()
         self.prepare_stage = self._prepare()
         self.decode_stage = self._decode()
-        self.denoise_claims = self._denoise_claims()
+        self.denoise_claims: dict[Lean, dict[str, int]] = {}
         self.block_seconds = self._block_seconds()
 
     # ---- stages whose claims do not depend on the budget
@@ -221,22 +241,40 @@ class _Planner:
         """Rows of a time embedding: one per latent frame where frames may differ in noise."""
         return self.latent[1] if self.spec.variant == "ti2v" else 1
 
-    def _denoise_claims(self) -> dict[str, int]:
+    def _claims_of(self, lean: Lean) -> dict[str, int]:
+        """Claims of the denoise stage that do not move, computed once for each way of running the forward."""
+        if lean not in self.denoise_claims:
+            self.denoise_claims[lean] = self._denoise_claims(lean)
+        return self.denoise_claims[lean]
+
+    def _denoise_claims(self, lean: Lean) -> dict[str, int]:
         spec, t = self.spec.dit, self.tokens
         stream = allocated_size(t * spec.dim * self.width)
+        heads = allocated_size(t * (lean.group or spec.heads) * HEAD_DIM * self.width)
         first = next(iter(self.groups.values()))
         per_frame = t // self.latent[1] if self.time_rows() > 1 else 0
-        block = footprint.block_scratch(spec, first["blocks.0"], t, per_frame, self.dtype)
-        head = footprint.head_scratch(spec, first["outer"], self.grid, self.dtype)
+        block = footprint.block_scratch(
+            spec, first["blocks.0"], t, per_frame, self.dtype, group=lean.group, chunk=lean.chunk
+        )
+        head = footprint.head_scratch(spec, first["outer"], self.grid, self.dtype, chunk=lean.chunk)
         latent = allocated_size(4 * numel(self.latent))
-        return self._kept_claims() | {
-            "residual": self.passes * stream,
-            "keys": stream,
-            "values": stream,
+        claims = {
+            "residual": (self.passes if lean.together else 1) * stream,
+            "keys": heads,
+            "values": heads,
             "rotary table": allocated_size(4 * t * HEAD_DIM),
             "latents": (3 + self.passes + kept_tensors(self.job.schedule.solver)) * latent,
             "scratch": max(block, head + latent),
         }
+        return self._kept_claims() | claims | ({"attention output": stream} if lean.group else {})
+
+    def _ladder(self) -> list[Lean]:
+        """Ways to run the forward, each slower and smaller than the one before."""
+        groups = [g for g in (8, 4, 2, 1) if g < self.spec.dit.heads and self.spec.dit.heads % g == 0]
+        shared = [Lean()] + ([Lean(together=False)] if self.passes == 2 else [])
+        together = self.passes == 1
+        tightest = [Lean(together, g, chunk) for g, chunk in ((groups[-1], 2048), (groups[-1], 1024))] if groups else []
+        return shared + [Lean(together, g) for g in groups] + tightest
 
     def _decode(self) -> StagePlan:
         spec = self.spec.vae
@@ -264,19 +302,23 @@ class _Planner:
 
     # ---- the stage whose blocks are placed
 
-    def _denoise(self, budget: Budget, slots: int, ring: int, residents: int, in_ram: int) -> tuple[StagePlan, Placement]:
+    def _denoise(
+        self, lean: Lean, slots: int, ring: int, residents: int, in_ram: int
+    ) -> tuple[StagePlan, Placement]:
         placement = self._place(residents, in_ram, slots, ring)
-        traffic = plan_traffic(self.layouts, placement, self.order)
-        claims = self.context | self.denoise_claims | traffic.device_claims(self._footprint)
+        order = self.orders[lean.together]
+        traffic = plan_traffic(self.layouts, placement, order)
+        claims = self.context | self._claims_of(lean) | traffic.device_claims(self._footprint)
         disk = sum(self.layouts[load.block].nbytes for load in traffic.loads)
-        moved = [block for block in self.order if placement.where[block] != "resident"]
+        moved = [block for block in order if placement.where[block] != "resident"]
         h2d = sum(self.layouts[b].nbytes for b in moved) + sum(
             layout.nbytes for b, layout in self.layouts.items() if placement.where[b] == "resident"
         )
         compute = self.block_seconds * self.spec.dit.layers
-        seconds = sum(
-            max(compute * (1 + needs_uncond(g)), 0.0) for g in self.job.schedule.guidance
-        )
+        if lean.group:  # q and k are projected twice
+            d, f, t = self.spec.dit.dim, self.spec.dit.ffn, self.tokens
+            compute *= 1 + 2 * d * d / (6 * d * d + 2 * d * f + 2 * t * d)
+        seconds = sum(compute * (1 + needs_uncond(g)) for g in self.job.schedule.guidance)
         seconds = max(seconds, h2d / self.machine.link, disk / self.machine.disk)
         stage = StagePlan(
             "denoise",
@@ -310,31 +352,31 @@ class _Planner:
 
     def plan(self, budget: Budget) -> Plan:
         depth = self.spec.dit.layers
-        fixed = max((self.text_stage, self.prepare_stage, self.decode_stage), key=lambda s: s.vram)
-        least, _ = self._denoise(budget, 1, 1, 0, 0)
-        need = max(fixed.vram, least.vram)
-        need_ram = max(s.ram for s in (self.text_stage, self.prepare_stage, self.decode_stage, least))
-        self._check(budget, need, need_ram, fixed if fixed.vram >= least.vram else least)
-        slots = 2 if self._fits(budget, 2, 1, 0, 0) else 1
-        ring = 2 if self._fits(budget, slots, 2, 0, 0) else 1
-        residents = _most(depth, lambda n: self._fits(budget, slots, ring, n, 0))
-        in_ram = _most(depth - residents, lambda n: self._fits(budget, slots, ring, residents, n))
-        stage, placement = self._denoise(budget, slots, ring, residents, in_ram)
-        stages = (self.text_stage, self.prepare_stage, stage, self.decode_stage)
-        text = self._all_disk(self.text_layouts)
+        others = (self.text_stage, self.prepare_stage, self.decode_stage)
+        fixed = max(others, key=lambda s: s.vram)
+        lean = next((lean for lean in self._ladder() if self._fits(budget, lean, 2, 1, 0, 0)), self._ladder()[-1])
+        least, _ = self._denoise(lean, 1, 1, 0, 0)
+        need_ram = max(s.ram for s in (*others, least))
+        self._check(budget, max(fixed.vram, least.vram), need_ram, fixed if fixed.vram >= least.vram else least)
+        slots = 2 if self._fits(budget, lean, 2, 1, 0, 0) else 1
+        ring = 2 if self._fits(budget, lean, slots, 2, 0, 0) else 1
+        residents = _most(depth, lambda n: self._fits(budget, lean, slots, ring, n, 0))
+        in_ram = _most(depth - residents, lambda n: self._fits(budget, lean, slots, ring, residents, n))
+        stage, placement = self._denoise(lean, slots, ring, residents, in_ram)
         return Plan(
             budget,
             self.machine,
             self.dtype,
-            stages,
-            text,
+            (self.text_stage, self.prepare_stage, stage, self.decode_stage),
+            self._all_disk(self.text_layouts),
             placement,
-            self._choices(budget, stage, residents, in_ram, slots, ring),
-            self._advice(budget, stage, residents),
+            lean,
+            self._choices(budget, stage, lean, residents, in_ram, slots, ring),
+            self._advice(budget, stage, lean, residents),
         )
 
-    def _fits(self, budget: Budget, slots: int, ring: int, residents: int, in_ram: int) -> bool:
-        stage, _ = self._denoise(budget, slots, ring, residents, in_ram)
+    def _fits(self, budget: Budget, lean: Lean, slots: int, ring: int, residents: int, in_ram: int) -> bool:
+        stage, _ = self._denoise(lean, slots, ring, residents, in_ram)
         return stage.vram <= budget.vram and stage.ram <= budget.ram
 
     def _check(self, budget: Budget, need: int, need_ram: int, stage: StagePlan) -> None:
@@ -358,33 +400,49 @@ class _Planner:
             )
 
     def _choices(
-        self, budget: Budget, stage: StagePlan, residents: int, in_ram: int, slots: int, ring: int
+        self, budget: Budget, stage: StagePlan, lean: Lean, residents: int, in_ram: int, slots: int, ring: int
     ) -> dict[str, str]:
         depth = self.spec.dit.layers
         block = max(layout.nbytes for layout in self.layouts.values())
-        rest = stage.vram - sum(n for name, n in stage.claims.items() if name.startswith("resident"))
-        passes = "prompt and negative prompt share each block" if self.passes == 2 else "guidance 1 needs no second"
+        rest = stage.vram - sum(n for name, n in stage.claims.items() if name.startswith("resident "))
+        small = f"for all {self.spec.dit.heads} heads at once, the fastest"
+        if lean.group:
+            small = f"{lean.group} of {self.spec.dit.heads} heads at a time: more do not fit beside the rest"
+        if self.passes == 1:
+            passes = "1 a step: guidance 1 needs no second"
+        elif lean.together:
+            passes = "2 a step, prompt and negative prompt share every visit of a block"
+        else:
+            passes = "2 a step, one after the other: two residual streams do not fit at once"
+        chunk = f"{lean.chunk} tokens at once"
+        if lean.chunk == dit.CHUNK:
+            chunk += ", the same under every budget that allows it, so that a budget does not change the result"
+        else:
+            chunk += f": {dit.CHUNK} do not fit"
         return {
             "dtype": f"{str(self.dtype).removeprefix('torch.')}, the "
             + ("tensor cores' format" if self.machine.kind == "cuda" else "fastest on this processor"),
             "blocks": f"{residents} of {depth} resident per expert: what {format_bytes(budget.vram)} leaves beside "
             f"{format_bytes(rest)} of buffers, at {format_bytes(block)} a block",
-            "ram": f"{in_ram} of the others held in RAM, {depth - residents - in_ram} read from disk every step",
+            "ram": f"{in_ram} of the others held in RAM, {depth - residents - in_ram} read from disk every time",
             "slots": f"{slots} on the device, {ring} between disk and device",
-            "passes": f"{self.passes} a step: {passes}",
-            "chunk": f"{dit.CHUNK} tokens at once, the same under every budget so that a budget never changes the result",
+            "passes": passes,
+            "attention": f"keys and values {small}",
+            "chunk": chunk,
         }
 
-    def _advice(self, budget: Budget, stage: StagePlan, residents: int) -> tuple[str, ...]:
+    def _advice(self, budget: Budget, stage: StagePlan, lean: Lean, residents: int) -> tuple[str, ...]:
         depth = self.spec.dit.layers
         if residents == depth:
             return ("everything is resident: more memory would not make it faster",)
         more = replace(budget, vram=budget.vram + 10**9)
-        better = _most(depth, lambda n: self._fits(more, 2, 1, n, 0))
-        faster, _ = self._denoise(more, 2, 1, better, 0)
+        better_lean = next((x for x in self._ladder() if self._fits(more, x, 2, 1, 0, 0)), lean)
+        better = _most(depth, lambda n: self._fits(more, better_lean, 2, 1, n, 0))
+        faster, _ = self._denoise(better_lean, 2, 1, better, 0)
         saved = max(0.0, stage.seconds - faster.seconds)
         gain = f"saves about {saved:.0f} s" if saved >= 1 else "saves no time: copies already hide behind compute"
-        return (f"1 GB more VRAM keeps {better - residents} more blocks resident and {gain}",)
+        kept = f"{better} instead of {residents} blocks resident"
+        return (f"1 GB more VRAM: {kept}, {gain}",)
 
     # ---- small things
 

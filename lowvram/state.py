@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import platformdirs
-import psutil
 
-from lowvram.errors import BusyError, FileError, UsageError
+from lowvram.errors import BusyError, FileError, StorageError, UsageError
 from lowvram.job import Job
 from lowvram.offload.io import read_small_text, write_atomic
 
 MAX_JOB_BYTES = 1 << 20
 KEPT = 20
 """Finished jobs that are kept."""
+_LOCKED_BYTE = 1 << 30
+"""Windows locks bytes, and what it locks nobody can read: one far behind the process number in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,35 +86,38 @@ class JobFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the job for this process; BusyError if a living process holds it."""
-        lock = self.path / "lock"
-        while True:
-            try:
-                handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-                break
-            except FileExistsError:
-                owner = _owner(lock)
-                if owner is not None and owner != os.getpid() and psutil.pid_exists(owner):
-                    raise BusyError(
-                        f"process {owner} is working on this job",
-                        where=self.name,
-                        advice="wait for it, or stop it first",
-                    ) from None
-                lock.unlink(missing_ok=True)
-        os.write(handle, str(os.getpid()).encode())
-        os.close(handle)
-        try:
+        """Hold the job for this process; BusyError if another one holds it.
+
+        The system's own lock: it ends with the process, however that ends, so none is ever left behind.
+        """
+        with open(self.path / "lock", "a+b") as file:
+            if not _try_lock(file):
+                file.seek(0)
+                owner = file.read(20).decode("ascii", "replace")
+                raise BusyError(
+                    f"process {owner} is working on this job", where=self.name, advice="wait for it, or stop it first"
+                )
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+            file.flush()
             yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
-def _owner(lock: Path) -> int | None:
-    """The process named in a lock file; None if it holds none (its writer was killed in between)."""
+def _try_lock(file: BinaryIO) -> bool:
+    """Lock an open file for this process; False if it is locked. Closing it unlocks."""
     try:
-        return int(lock.read_text())
-    except (ValueError, OSError):
-        return None
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(_LOCKED_BYTE)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def jobs_root() -> Path:
@@ -122,19 +128,31 @@ def jobs_root() -> Path:
 
 def new_job(saved: Saved, root: Path, stamp: str) -> JobFolder:
     """A new folder under `root` named after `stamp`, a time that sorts as text; old finished jobs are removed."""
-    root.mkdir(parents=True, exist_ok=True)
-    for n in range(1000):
-        folder = root / (stamp if n == 0 else f"{stamp}-{n}")
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            continue
-    job = JobFolder(folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        job = JobFolder(_new_folder(root, stamp))
+    except OSError as problem:
+        raise StorageError(
+            f"no folder can be made here ({problem.strerror})",
+            where=str(root),
+            expected="a folder in which the states of jobs are kept",
+            advice="free space there, or set LOWVRAM_STATE to a folder that you may write to",
+        ) from problem
     job.save(saved)
     for old in [j for j in list_jobs(root) if j.finished][:-KEPT]:
         shutil.rmtree(old.path, ignore_errors=True)
     return job
+
+
+def _new_folder(root: Path, stamp: str) -> Path:
+    n = 0
+    while True:
+        folder = root / (stamp if n == 0 else f"{stamp}-{n}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            n += 1
 
 
 def list_jobs(root: Path) -> list[JobFolder]:

@@ -68,13 +68,17 @@ class Params:
         value = self.tensors[name]
         return value.decode(dtype) if isinstance(value, Encoded) else value.to(dtype)
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], in the dtype of x: the Linear `name` with its bias and LoRA branches."""
-        bias = self.dense(f"{name}.bias", x.dtype) if f"{name}.bias" in self.tensors else None
-        y = functional.linear(x, self.dense(f"{name}.weight", x.dtype), bias)
+    def linear(self, name: str, x: Tensor, rows: slice | None = None) -> Tensor:
+        """x [..., in] -> [..., out], in the dtype of x: the Linear `name` with its bias and LoRA branches.
+
+        rows: only these outputs are computed, as if the weight had no others.
+        """
+        keep = slice(None) if rows is None else rows
+        bias = self.dense(f"{name}.bias", x.dtype)[keep] if f"{name}.bias" in self.tensors else None
+        y = functional.linear(x, self.dense(f"{name}.weight", x.dtype)[keep], bias)
         for branch in self.branches.get(name, ()):
             down = functional.linear(x, branch.down.to(x.dtype))
-            y = y.add_(functional.linear(down, branch.up.to(x.dtype)), alpha=branch.scale)
+            y = y.add_(functional.linear(down, branch.up[keep].to(x.dtype)), alpha=branch.scale)
         return y
 
     def scope(self, prefix: str) -> Params:

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, cast
 
-import click
 import typer
 
 from lowvram import __version__
 from lowvram.cli import console, decode, demo, generate, inspect, plan, resume
 from lowvram.errors import UsageError
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Wan video diffusion inside a hard memory budget.",
-)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+_ParserError = cast(type[Exception], typer.BadParameter.__base__)
+"""What the parser raises for arguments that cannot be meant. Typer carries its own copy of click from 0.26 on, so the
+class is asked of Typer and not of click."""
+
+
+class _Stopped(Exception):
+    """Ctrl-C or SIGTERM on its way through Typer, which turns every KeyboardInterrupt into a silent exit code 130."""
+
+    def __init__(self, why: KeyboardInterrupt) -> None:
+        self.why = why
+
+
+def _verb(work: Callable[..., None]) -> Callable[..., None]:
+    @wraps(work)
+    def call(**given: Any) -> None:
+        try:
+            work(**given)
+        except KeyboardInterrupt as why:
+            raise _Stopped(why) from None
+
+    return call
 
 
 def _version(value: bool) -> None:
@@ -33,12 +51,8 @@ def options(
     """Wan video diffusion inside a hard memory budget."""
 
 
-app.command("demo")(demo.demo)
-app.command("generate")(generate.generate)
-app.command("plan")(plan.plan)
-app.command("inspect")(inspect.inspect)
-app.command("resume")(resume.resume)
-app.command("decode")(decode.decode)
+for verb in (demo.demo, generate.generate, plan.plan, inspect.inspect, resume.resume, decode.decode):
+    app.command(verb.__name__)(_verb(verb))
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -50,19 +64,19 @@ def run(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], debug: bool, as_json: bool) -> int:
     error: BaseException
+    command = typer.main.get_command(app)
     try:
         with console.sigterm_raises():
-            code = app(args=arguments, prog_name="lowvram", standalone_mode=False)
+            code = command.main(arguments or ["--help"], prog_name="lowvram", standalone_mode=False)
             return int(code or 0)
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
-    except click.ClickException as problem:
-        if isinstance(problem, click.exceptions.NoArgsIsHelpError):
-            console.say(problem.format_message())
-            return 2
-        verb = problem.ctx.command_path if isinstance(problem, click.UsageError) and problem.ctx else "lowvram"
-        error = UsageError(problem.format_message(), advice=f"see `{verb} --help`")
-    except click.Abort:
+    except _ParserError as problem:
+        context = getattr(problem, "ctx", None)
+        verb = context.command_path if context else "lowvram"
+        message = " ".join(problem.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+        error = UsageError(message, advice=f"see `{verb} --help`")
+    except _Stopped as stopped:
+        error = stopped.why
+    except typer.Abort:
         error = KeyboardInterrupt()
     except BaseException as problem:  # noqa: BLE001 every error ends here, as text for people
         error = problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -81,7 +82,9 @@ def parse_loras(texts: list[str] | None) -> dict[str, Any]:
                 f'"{text}"', where="--lora", expected="FILE[:high|:low][@STRENGTH]", advice="STRENGTH is a number"
             ) from None
         assert match is not None
-        choices.append(LoraChoice(path=match["path"], expert=match["expert"] or "both", strength=strength))
+        # Absolute: a job that goes on from another folder must find it again.
+        path = str(Path(match["path"]).expanduser().absolute())
+        choices.append(LoraChoice(path=path, expert=match["expert"] or "both", strength=strength))
     return {"loras": tuple(choices)}
 
 

@@ -65,23 +65,24 @@ def work(
     folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, target: Path, overwrite: bool, as_json: bool, quiet: bool
 ) -> None:
     """Do what is left of a job: steps that are saved are not repeated."""
-    latent, state = load_latent(folder), load_state(folder)
-    done = state.step if state else 0
-    forecast = [
-        Forecast(s.name, s.steps - done if s.name == "denoise" else s.steps, s.seconds) for s in plan.stages
-    ]
-    with folder.locked(), Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:
-        try:
-            if latent is None:
-                progress.note(f"job {folder.name}: {summary(job, plan)}")
-                video = pipe.run(job, state=state, save=lambda s: save_state(folder, s), listener=progress, plan=plan)
-                write_atomic(folder.latent_path, save({"latent": video.latent.contiguous()}))
-            else:
-                video = pipe.video(job, latent, plan, progress)
-            report = video.save(target, overwrite=overwrite)
-        except KeyboardInterrupt:
-            progress.note(f"saved: go on with `lowvram resume {folder.name}`")
-            raise
+    with folder.locked():
+        latent, state = load_latent(folder), load_state(folder)
+        done = state.step if state else 0
+        forecast = [
+            Forecast(s.name, s.steps - done if s.name == "denoise" else s.steps, s.seconds) for s in plan.stages
+        ]
+        with Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:
+            try:
+                if latent is None:
+                    progress.note(f"job {folder.name}: {summary(job, plan)}")
+                    latent = pipe.run(
+                        job, state=state, save=lambda s: save_state(folder, s), listener=progress, plan=plan
+                    ).latent
+                    _save(folder.latent_path, {"latent": latent})
+                report = pipe.video(job, latent, plan, progress).save(target, overwrite=overwrite)
+            except KeyboardInterrupt:
+                progress.note(f"saved: go on with `lowvram resume {folder.name}`")
+                raise
         folder.finish()
     tell(target, job, report, as_json, quiet)
 

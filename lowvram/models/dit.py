@@ -57,9 +57,11 @@ class Workspace:
     """The buffers of `block_` that grow with the sequence; allocated once, used by every block and pass."""
 
     k: Tensor
-    """[heads, L, 128]"""
+    """[heads of a group, L, 128]; all heads if there is one group"""
     v: Tensor
-    """[heads, L, 128]"""
+    """as k"""
+    out: Tensor | None = None
+    """[L, dim] where heads are processed in groups: queries, overwritten by what they attend to"""
     chunk: int = CHUNK
 
 
@@ -163,10 +165,19 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (_layer_norm(x) * (1 + scale) + shift).to(x.dtype)
 
 
+def _rms_factor(x: Tensor) -> Tensor:
+    """[..., width] -> [..., 1] float32: 1 / sqrt(mean square + eps)."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
+
+
+def _scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """x * factor in float32, cast, then the weight."""
+    return (x.float() * factor).to(x.dtype) * weight.to(x.dtype)
+
+
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMS over the full width, before the split into heads: float32, cast, then the weight."""
-    full = x.float()
-    return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight.to(x.dtype)
+    """RMS over the full width, before the split into heads."""
+    return _scaled(x, _rms_factor(x), weight)
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -270,22 +281,55 @@ def block(p: Params, x: Tensor, time: Time, context: Context, rope: Tensor) -> T
 def block_(p: Params, x: Tensor, time: Time, context: Context, rope: Tensor, work: Workspace) -> None:
     """`block` on x [L, dim] in place, `work.chunk` tokens at a time.
 
-    The first sweep fills K and V; the second carries each chunk through the whole block. A chunk of x is
-    overwritten only after its own query was taken, and keys and values were taken before, so no copy is needed.
+    The first sweep fills K and V; the last carries each chunk through the whole block. A chunk of x is overwritten
+    only after its own query was taken, and keys and values were taken before, so no copy is needed.
     """
     mod = _Modulation(p, time)
-    length = x.shape[0]
-    for i, j in _chunks(length, work.chunk):
-        h = _modulate(x[i:j], mod(0, i, j), mod(1, i, j))
-        work.k[:, i:j] = _self_k(p, h, rope[i:j])
-        work.v[:, i:j] = _self_v(p, h)
+    if work.out is None:
+        for i, j in _chunks(x.shape[0], work.chunk):
+            h = _modulate(x[i:j], mod(0, i, j), mod(1, i, j))
+            work.k[:, i:j] = _self_k(p, h, rope[i:j])
+            work.v[:, i:j] = _self_v(p, h)
+    else:
+        _attend_by_group(p, x, mod, rope, work, work.out)
     kv = _cross_kv(p, context)
-    for i, j in _chunks(length, work.chunk):
+    for i, j in _chunks(x.shape[0], work.chunk):
         c = x[i:j]
-        q = _self_q(p, _modulate(c, mod(0, i, j), mod(1, i, j)), rope[i:j])
-        c = _gated(c, p.linear("self_attn.o", _attend(q, work.k, work.v)), mod(2, i, j))
+        if work.out is None:
+            q = _self_q(p, _modulate(c, mod(0, i, j), mod(1, i, j)), rope[i:j])
+            y = _attend(q, work.k, work.v)
+        else:
+            y = work.out[i:j]
+        c = _gated(c, p.linear("self_attn.o", y), mod(2, i, j))
         c = c + _cross(p, c, kv)
         x[i:j] = _gated(c, _ffn(p, _modulate(c, mod(3, i, j), mod(4, i, j))), mod(5, i, j))
+
+
+def _attend_by_group(p: Params, x: Tensor, mod: _Modulation, rope: Tensor, work: Workspace, out: Tensor) -> None:
+    """Self attention of x into `out`, the heads of `work.k` at a time.
+
+    The norm of q and k is over the full width, but all it needs from there is one factor per token. A first sweep
+    finds those; then q, k and v are projected again, group by group.
+    """
+    length, width = x.shape[0], work.k.shape[0] * HEAD_DIM
+    factor_q = torch.empty(length, 1, dtype=torch.float32, device=x.device)
+    factor_k = torch.empty_like(factor_q)
+    for i, j in _chunks(length, work.chunk):
+        h = _modulate(x[i:j], mod(0, i, j), mod(1, i, j))
+        factor_q[i:j] = _rms_factor(p.linear("self_attn.q", h))
+        factor_k[i:j] = _rms_factor(p.linear("self_attn.k", h))
+    weight_q, weight_k = p["self_attn.norm_q.weight"], p["self_attn.norm_k.weight"]
+    for start in range(0, x.shape[1], width):
+        rows = slice(start, start + width)
+        for i, j in _chunks(length, work.chunk):
+            h = _modulate(x[i:j], mod(0, i, j), mod(1, i, j))
+            q = _scaled(p.linear("self_attn.q", h, rows), factor_q[i:j], weight_q[rows])
+            out[i:j, rows] = _rotate(_heads(q), rope[i:j]).transpose(0, 1).flatten(1)
+            k = _scaled(p.linear("self_attn.k", h, rows), factor_k[i:j], weight_k[rows])
+            work.k[:, i:j] = _rotate(_heads(k), rope[i:j])
+            work.v[:, i:j] = _heads(p.linear("self_attn.v", h, rows))
+        for i, j in _chunks(length, work.chunk):
+            out[i:j, rows] = _attend(_heads(out[i:j, rows]), work.k, work.v)
 
 
 def _chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -13,10 +13,12 @@ from lowvram.errors import NonFiniteError
 from lowvram.job import Job
 from lowvram.model import Model
 from lowvram.models import dit
-from lowvram.offload.stream import BlockStream
-from lowvram.planner import layouts_of, visiting_order
+from lowvram.offload.placement import BlockId
+from lowvram.offload.slab import BlockLayout
+from lowvram.offload.stream import BlockStream, Views
+from lowvram.planner import layouts_of, step_visits, visiting_order
 from lowvram.quant.linear import Params
-from lowvram.quant.spec import HEAD_DIM
+from lowvram.quant.spec import HEAD_DIM, DitSpec
 from lowvram.sampling import guidance, solvers
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.run import Run
@@ -70,27 +72,27 @@ def denoise(
 
     texts: features of the prompt and, if any step guides, of the negative prompt.
     """
-    schedule, spec = job.schedule, model.spec
+    schedule, spec, lean = job.schedule, model.spec, run.plan.lean
     names = spec.expert_names()
     experts = _prepare(run, model, job, texts)
     groups = {e: t.groups() for e, t in model.transformers.items()}
     layouts = {k: v for e in names for k, v in layouts_of(groups[e], e).items()}
-    device, dtype = run.device.torch_device, run.plan.dtype
+    device = run.device.torch_device
     x, memory = state.x.to(device), _solver_to(state.solver, device)
     grid = (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
     tokens = grid[0] * grid[1] * grid[2]
     with run.stage("denoise") as (stack, traffic):
         rope = dit.rope_table(*grid, device=device)
-        kv = torch.empty(2, spec.dit.heads, tokens, HEAD_DIM, dtype=dtype, device=device)
-        work = dit.Workspace(kv[0], kv[1])
+        work = _workspace(run, spec.dit, tokens)
         stream = _open_stream(run, stack, layouts, job, model, state.step)
         for i in range(state.step, len(schedule)):
             expert = experts[names[schedule.experts[i]]]
             passes = 2 if guidance.needs_uncond(schedule.guidance[i]) else 1
-            blocks = (to_params(groups[b[0]][f"blocks.{b[1]}"], v) for b, v in _take(stream, spec.dit.layers))
-            velocities = dit.forward(
-                expert.ends, blocks, spec.dit, x, expert.times[i], expert.contexts[:passes], rope, work
-            )
+            contexts = expert.contexts[:passes]
+            velocities: list[Tensor] = []
+            for shared in [contexts] if lean.together else [(c,) for c in contexts]:
+                blocks = (to_params(groups[b[0]][f"blocks.{b[1]}"], v) for b, v in _take(stream, spec.dit.layers))
+                velocities += dit.forward(expert.ends, blocks, spec.dit, x, expert.times[i], shared, rope, work)
             v = guidance.combine(velocities[0], velocities[1] if passes == 2 else None, schedule.guidance[i])
             noise = fresh_noise(job, x, i) if solvers.needs_noise(schedule, i) else None
             x, memory = solvers.step(schedule, i, memory, x, v, noise)
@@ -102,11 +104,19 @@ def denoise(
         return x.cpu()
 
 
+def _workspace(run: Run, spec: DitSpec, tokens: int) -> dit.Workspace:
+    lean = run.plan.lean
+    like = torch.empty(0, dtype=run.plan.dtype, device=run.device.torch_device)
+    k, v = (like.new_empty(lean.group or spec.heads, tokens, HEAD_DIM) for _ in "kv")
+    return dit.Workspace(k, v, like.new_empty(tokens, spec.dim) if lean.group else None, lean.chunk)
+
+
 def _open_stream(
-    run: Run, stack: ExitStack, layouts: dict, job: Job, model: Model, step: int
+    run: Run, stack: ExitStack, layouts: dict[BlockId, BlockLayout], job: Job, model: Model, step: int
 ) -> BlockStream | None:
-    order = visiting_order(job, model.spec)
-    start = step * model.spec.dit.layers
+    together = run.plan.lean.together
+    order = visiting_order(job, model.spec, together)
+    start = sum(step_visits(job, model.spec, together)[:step])
     if start == len(order):
         return None
     return stack.enter_context(
@@ -114,7 +124,7 @@ def _open_stream(
     )
 
 
-def _take(stream: BlockStream | None, n: int):
+def _take(stream: BlockStream | None, n: int) -> Iterator[tuple[BlockId, Views]]:
     assert stream is not None
     for _ in range(n):
         yield next(stream)

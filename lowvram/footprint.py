@@ -5,7 +5,7 @@ Every function returns bytes above what its inputs take. Buffers that are alloca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ def block_scratch(
     block: Group,
     tokens: int,
     per_frame: int,
+    words: int,
     dtype: torch.dtype,
     *,
     group: int = 0,
@@ -46,7 +47,8 @@ def block_scratch(
 ) -> int:
     """Transient bytes of `dit.block_` on a long sequence. Two chunks tell: later ones repeat the second.
 
-    per_frame: tokens that share a time row, or 0 if all do. group: heads at a time, or 0 for all.
+    per_frame: tokens that share a time row, or 0 if all do. words: tokens of the longest prompt. group: heads at a
+    time, or 0 for all.
     """
     n = min(tokens, 2 * chunk)
     mode = FakeTensorMode()
@@ -54,14 +56,37 @@ def block_scratch(
         p = _fake_params(block)
         rows = 1 if not per_frame else -(-n // per_frame)
         time = dit.Time(torch.empty(rows, spec.dim), torch.empty(rows, 6, spec.dim), per_frame or n)
-        text = torch.empty(spec.text_len, spec.dim, dtype=dtype)
+        rows_of_text = context_rows(spec, words)
+        text = torch.empty(rows_of_text, spec.dim, dtype=dtype)
         image = torch.empty(spec.image_tokens, spec.dim, dtype=dtype) if spec.image_tokens else None
-        context = dit.Context(text, torch.empty(spec.text_len), image)
+        context = dit.Context(text, torch.empty(rows_of_text), image)
         k, v = (torch.empty(group or spec.heads, n, HEAD_DIM, dtype=dtype) for _ in "kv")
         x, rope = torch.empty(n, spec.dim, dtype=dtype), torch.empty(n, HEAD_DIM // 2, 2)
         work = dit.Workspace(k, v, torch.empty_like(x) if group else None, chunk)
     factors = 2 * (allocated_size(4 * tokens) - allocated_size(4 * n)) if group else 0  # one a token, not a chunk
     return factors + _peak(lambda x: dit.block_(p, x, time, context, rope, work), x)
+
+
+def context_rows(spec: DitSpec, words: int) -> int:
+    """Rows of the text context of a prompt of `words` tokens: the zero padding is merged into at most two."""
+    return words + min(2, spec.text_len - words)
+
+
+def prepare_scratch(
+    spec: DitSpec, outer: Group, lengths: Sequence[int], steps: int, time_rows: int, dtype: torch.dtype
+) -> int:
+    """Bytes at the peak of using one transformer's outer weights: what is kept of them included."""
+    mode = FakeTensorMode()
+    with mode:
+        p = _fake_params(outer)
+        text = torch.empty(max(lengths), spec.text_dim, dtype=dtype)
+
+    def run(text: Tensor) -> None:
+        kept: list[object] = [dit.embed_text(p, spec, text[:n]) for n in lengths]
+        kept += [dit.embed_time(p, spec, torch.zeros(time_rows, dtype=torch.float64), 1) for _ in range(steps)]
+        kept += [p[name].clone() for name in p.tensors if name.startswith(("patch_embedding.", "head."))]
+
+    return _peak(run, text)
 
 
 def head_scratch(

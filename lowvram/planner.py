@@ -184,6 +184,7 @@ class _Planner:
         self.text_layouts = layouts_of(self.text, "text")
         self.orders = {t: visiting_order(job, self.spec, t) for t in (True, False)}
         self.context = {"cuda context": machine.context} if machine.context else {}
+        self.lengths = prompt_lengths(job, model, self.passes)
         self.text_stage = self._text()
         self.prepare_stage = self._prepare()
         self.decode_stage = self._decode()
@@ -194,7 +195,7 @@ class _Planner:
 
     def _text(self) -> StagePlan:
         spec = self.spec.text
-        lengths = prompt_lengths(self.job, self.model, self.passes)
+        lengths = self.lengths
         rows = max(lengths)
         scratch = footprint.text_scratch(spec, self.text["blocks.0"], rows, self.dtype)
         traffic = plan_traffic(self.text_layouts, self._all_disk(self.text_layouts), list(self.text_layouts))
@@ -211,31 +212,34 @@ class _Planner:
 
     def _prepare(self) -> StagePlan:
         """Everything outside the blocks is used once, before the first step: time rows, text contexts."""
-        spec = self.spec.dit
-        outer = max(build_layout(groups["outer"].refs).nbytes for groups in self.groups.values())
-        nbytes = sum(build_layout(groups["outer"].refs).nbytes for groups in self.groups.values())
-        # float32 copies of the time path, one weight at a time; text embeddings in the compute dtype
-        scratch = allocated_size(4 * 6 * spec.dim * spec.dim) + 4 * allocated_size(
-            4 * spec.text_len * max(spec.dim, spec.text_dim)
-        )
-        claims = {"outer weights": self._footprint(outer), "outer scratch": scratch} | self._kept_claims()
+        sizes = [build_layout(groups["outer"].refs).nbytes for groups in self.groups.values()]
+        steps = max(self.job.schedule.experts.count(e) for e in range(len(self.groups)))
+        first = next(iter(self.groups.values()))["outer"]
+        one = sum(n for name, n in self._kept_claims(experts=1, steps=steps).items() if name != "texts")
+        peak = footprint.prepare_scratch(self.spec.dit, first, self.lengths, steps, self.time_rows(), self.dtype)
+        claims = {"outer weights": self._footprint(max(sizes)), "outer scratch": max(0, peak - one)}
+        nbytes = sum(sizes)
         return StagePlan(
             "prepare",
             len(self.groups),
-            self.context | claims,
-            self._host({"ring 0": outer}),
+            self.context | claims | self._kept_claims(),
+            self._host({"ring 0": max(sizes)}),
             nbytes,
             nbytes,
             nbytes / min(self.machine.disk, self.machine.link),
         )
 
-    def _kept_claims(self) -> dict[str, int]:
-        """What the preparation leaves behind for the steps."""
-        spec, steps, experts = self.spec.dit, len(self.job.schedule), len(self.groups)
-        contexts = experts * self.passes * allocated_size(spec.text_len * spec.dim * self.width)
-        time = steps * allocated_size(4 * 7 * spec.dim * self.time_rows())
-        kept = 4 * (numel(spec.outer_shapes()["patch_embedding.weight"]) + numel(spec.outer_shapes()["head.head.weight"]))
-        return {"contexts": contexts, "time rows": time, "ends": experts * allocated_size(2 * kept)}
+    def _kept_claims(self, experts: int = 0, steps: int = 0) -> dict[str, int]:
+        """What the preparation leaves behind for the steps; of one expert with so many steps, or of all."""
+        spec = self.spec.dit
+        experts, steps = experts or len(self.groups), steps or len(self.job.schedule)
+        rows = [footprint.context_rows(spec, n) for n in self.lengths]
+        contexts = sum(allocated_size(n * spec.dim * self.width) + allocated_size(4 * n) for n in rows)
+        time = allocated_size(4 * spec.dim * self.time_rows()) + allocated_size(24 * spec.dim * self.time_rows())
+        first = next(iter(self.groups.values()))["outer"]
+        ends = sum(allocated_size(r.nbytes) for r in first.refs if r.name.startswith(("patch_embedding.", "head.")))
+        texts = sum(allocated_size(n * spec.text_dim * self.width) for n in self.lengths)
+        return {"texts": texts, "contexts": experts * contexts, "time rows": steps * time, "ends": experts * ends}
 
     def time_rows(self) -> int:
         """Rows of a time embedding: one per latent frame where frames may differ in noise."""
@@ -254,7 +258,7 @@ class _Planner:
         first = next(iter(self.groups.values()))
         per_frame = t // self.latent[1] if self.time_rows() > 1 else 0
         block = footprint.block_scratch(
-            spec, first["blocks.0"], t, per_frame, self.dtype, group=lean.group, chunk=lean.chunk
+            spec, first["blocks.0"], t, per_frame, max(self.lengths), self.dtype, group=lean.group, chunk=lean.chunk
         )
         head = footprint.head_scratch(spec, first["outer"], self.grid, self.dtype, chunk=lean.chunk)
         latent = allocated_size(4 * numel(self.latent))

@@ -1,6 +1,6 @@
 """Distil nano's experts into a 4-step LoRA pair, Lightning style.
 
-    python bench/nano/distill.py RUN --make 2048                 the teacher's trajectories, with guidance
+    python bench/nano/distill.py RUN --make 1024 --shard 0       the teacher's trajectories, with guidance
     python bench/nano/distill.py RUN --expert high --steps 2500
     python bench/nano/distill.py RUN --expert low --steps 2500
 
@@ -43,13 +43,13 @@ def experts(run: Path) -> dict[str, Weights]:
 
 
 @torch.no_grad()
-def make(run: Path, count: int, batch: int = 32) -> None:
+def make(run: Path, count: int, shard: int, batch: int = 32) -> None:
     """States at the five levels [count, 5, 16, 3, 8, 8] and rows of their captions."""
     text = Text(run / "spiece.model")
     words = torch.load(run / "dit.pt", weights_only=True)["text_mean"]
     teachers = {e: (Params(w), list(Params(w).blocks(DIT.layers))) for e, w in experts(run).items()}
-    generator = torch.Generator().manual_seed(77)
-    scenes, rng = split()[0], np.random.default_rng(77)
+    generator = torch.Generator().manual_seed(77 + shard)
+    scenes, rng = split()[0], np.random.default_rng(77 + shard)
     states, rows = [], []
     started = time.time()
     for n in range(0, count, batch):
@@ -69,7 +69,7 @@ def make(run: Path, count: int, batch: int = 32) -> None:
             path.append(x)
         states.append(torch.stack(path, 1))
         rows.append(row)
-        torch.save({"states": torch.cat(states), "rows": torch.cat(rows)}, run / "trajectories.pt")
+        torch.save({"states": torch.cat(states), "rows": torch.cat(rows)}, run / f"trajectories-{shard}.pt")
         print(f"{n + batch} trajectories, {(time.time() - started) / 60:.1f} min", flush=True)
 
 
@@ -77,7 +77,8 @@ def train(run: Path, expert: str, steps: int, batch: int, rate: float) -> None:
     text = Text(run / "spiece.model")
     words = torch.load(run / "dit.pt", weights_only=True)["text_mean"]
     base = experts(run)[expert]
-    data = torch.load(run / "trajectories.pt", weights_only=True)
+    shards = [torch.load(path, weights_only=True) for path in sorted(run.glob("trajectories-*.pt"))]
+    data = {key: torch.cat([shard[key] for shard in shards]) for key in ("states", "rows")}
     generator = torch.Generator().manual_seed(5)
     lora: Weights = {}
     for target in TARGETS:
@@ -127,13 +128,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--make", type=int, default=0)
+    parser.add_argument("--shard", type=int, default=0)
     parser.add_argument("--expert", choices=["high", "low"])
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
     args = parser.parse_args()
     if args.make:
-        make(args.run, args.make)
+        make(args.run, args.make, args.shard)
     if args.expert:
         train(args.run, args.expert, args.steps, args.batch, args.rate)
 

@@ -1,0 +1,54 @@
+"""The plan is true: a whole job on the CPU, every tensor counted, against what was planned for each stage."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowvram import Runtime
+from lowvram.api import Pipeline
+from lowvram.offload.budget import allocated_size
+from lowvram.offload.estimate import Tracker, track
+
+PROMPT = "a red circle moves left on a black background"
+
+
+class PeakOfStages:
+    """A listener that notes the tracker's peak of every stage."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker, self.name = tracker, ""
+        self.peaks: dict[str, int] = {}
+
+    def begin(self, stage: str) -> None:
+        self.name = stage
+        self.tracker._peak_bytes = self.tracker.live_bytes  # a stage's own peak, not the job's so far
+
+    def step(self, vram: int | None = None) -> None:
+        return
+
+    def end(self) -> None:
+        self.peaks[self.name] = self.tracker.peak().peak_bytes
+
+
+def pipeline(vram: str) -> Pipeline:
+    return Runtime(vram=vram, ram="8GB", device="cpu").load("nano")
+
+
+@pytest.mark.parametrize("vram", ["64MB", "13MB"])
+@pytest.mark.parametrize("guidance", [(3.0, 3.0), (1.0, 1.0)])
+def test_measured_is_at_most_planned_and_planned_at_most_3_percent_more(
+    vram: str, guidance: tuple[float, float]
+) -> None:
+    pipe = pipeline(vram)
+    job = pipe.job(PROMPT, steps=3, guidance=guidance)
+    plan = pipe.plan_job(job)
+    with track(rounding=allocated_size) as tracker:
+        stages = PeakOfStages(tracker)
+        for _ in pipe.run(job, plan=plan, listener=stages).frames():
+            pass
+    assert list(stages.peaks) == ["text", "prepare", "denoise", "decode"]
+    slack = 20_000  # tensors of a few bytes, which the allocator's 512 make visible at this size only
+    for stage in plan.stages:
+        measured = stages.peaks[stage.name]
+        assert measured <= stage.vram + slack, stage.name
+        assert stage.vram <= 1.03 * measured + slack, stage.name

@@ -1,0 +1,129 @@
+"""The lean forward: fewer heads or tokens at once, the passes apart, and what the planner says each needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowvram import footprint
+from lowvram.errors import BudgetError
+from lowvram.job import make_job
+from lowvram.machine import machine_profile
+from lowvram.model import imagined_model
+from lowvram.models import dit
+from lowvram.offload.budget import Budget, allocated_size
+from lowvram.offload.estimate import track
+from lowvram.planner import Lean, Plan, make_plan, visiting_order
+from lowvram.quant.linear import Branch, Params
+from lowvram.quant.spec import HEAD_DIM, DitSpec
+from lowvram.sampling.presets import model_preset
+
+SPEC = DitSpec(dim=512, ffn=768, layers=2, in_channels=16, out_channels=16, text_dim=64)
+GRID = (3, 5, 4)
+TOKENS = 60
+
+
+@pytest.fixture
+def params() -> Params:
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: torch.randn(shape, generator=generator) * 0.05 + (1.0 if "norm" in name else 0.0)
+        for name, shape in SPEC.shapes().items()
+    }
+    factors = [torch.randn(s, generator=generator) * 0.05 for s in ((4, 512), (512, 4))]
+    return Params(weights, {"blocks.0.self_attn.q": (Branch(factors[0], factors[1], 0.7),)})
+
+
+def run(params: Params, group: int, chunk: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    latent = torch.randn(16, 3, 10, 8, generator=generator)
+    context = dit.embed_text(params, SPEC, torch.randn(7, 64, generator=generator).to(dtype))
+    time = dit.embed_time(params, SPEC, torch.tensor([500.0]), TOKENS)
+    k, v = (torch.empty(group or SPEC.heads, TOKENS, HEAD_DIM, dtype=dtype) for _ in "kv")
+    out = torch.empty(TOKENS, SPEC.dim, dtype=dtype) if group else None
+    work = dit.Workspace(k, v, out, chunk)
+    with torch.inference_mode():
+        return dit.forward(params, params.blocks(2), SPEC, latent, time, [context], dit.rope_table(*GRID), work)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("group", "chunk"), [(1, 4096), (2, 4096), (1, 16), (2, 17), (0, 16)])
+def test_heads_and_tokens_at_once_do_not_change_the_result(
+    params: Params, group: int, chunk: int, dtype: torch.dtype
+) -> None:
+    whole = run(params, 0, 4096, dtype)
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    assert (run(params, group, chunk, dtype) - whole).abs().max() <= tolerance * whole.abs().max()
+
+
+@pytest.mark.parametrize(("group", "chunk"), [(0, 4096), (0, 16), (1, 4096), (2, 32)])
+def test_what_a_block_allocates_is_what_fake_tensors_say(params: Params, group: int, chunk: int) -> None:
+    from lowvram.model import imagined_model as imagine  # the block's shapes, as a plan sees them
+
+    spec = model_preset("nano")
+    block = imagine("nano", spec, "fp32").transformers["high"].groups()["blocks.0"]
+    tokens = 2 * chunk if chunk < 100 else 96
+    predicted = footprint.block_scratch(spec.dit, block, tokens, 0, 510, torch.float32, group=min(group, 1), chunk=chunk)
+    own = {n: torch.randn(s) * 0.05 for n, s in spec.dit.block_shapes().items()}
+    group = min(group, 1)
+    k, v = (torch.empty(group or 2, tokens, HEAD_DIM) for _ in "kv")
+    x, rope = torch.randn(tokens, 256), torch.rand(tokens, 64, 2)
+    work = dit.Workspace(k, v, torch.empty_like(x) if group else None, chunk)
+    time = dit.Time(torch.zeros(1, 256), torch.zeros(1, 6, 256), tokens)
+    context = dit.Context(torch.randn(512, 256), torch.zeros(512))
+    with torch.inference_mode(), track(rounding=allocated_size) as tracker:
+        dit.block_(Params(own), x, time, context, rope, work)
+    measured = tracker.peak().peak_bytes
+    assert measured <= predicted <= 1.03 * measured
+
+
+def plan(vram: str, **settings: object) -> Plan:
+    from lowvram.offload.budget import parse_bytes
+
+    spec = model_preset("wan2.2-t2v-a14b")
+    size: dict[str, object] = {"width": 832, "height": 480, "frames": 81}
+    job = make_job(spec, model="wan2.2-t2v-a14b", files={}, **(size | settings))  # type: ignore[arg-type]
+    budget = Budget(parse_bytes(vram), 64 * 10**9)
+    return make_plan(job, imagined_model("wan2.2-t2v-a14b", spec, "fp8"), budget, machine_profile("rtx4090"))
+
+
+def test_a_large_budget_runs_the_fastest_way() -> None:
+    assert plan("24GB").lean == Lean()
+    assert plan("24GB").blocks()["resident"] == 80
+
+
+def test_a_smaller_budget_never_plans_more_than_it_has() -> None:
+    spent = []
+    for vram in ("16GB", "8GB", "6GB", "5GB"):
+        found = plan(vram)
+        assert found.vram <= found.budget.vram
+        assert found.ram <= found.budget.ram
+        spent.append(found.blocks()["resident"])
+    assert spent == sorted(spent, reverse=True)
+
+
+def test_the_minimum_that_a_refusal_names_is_true() -> None:
+    with pytest.raises(BudgetError) as refused:
+        plan("1GB")
+    minimum = refused.value.minimum_vram
+    assert minimum is not None
+    assert plan(f"{minimum}B").vram <= minimum
+    with pytest.raises(BudgetError):
+        plan(f"{minimum - 1}B")
+
+
+def test_passes_apart_visit_every_block_twice() -> None:
+    spec = model_preset("nano")
+    job = make_job(spec, model="nano", files={}, steps=4)
+    together, apart = visiting_order(job, spec, True), visiting_order(job, spec, False)
+    assert len(together) == 4 * 6
+    assert len(apart) == 2 * len(together)
+    assert apart[:6] == apart[6:12] == together[:6]
+
+
+def test_the_same_claims_make_the_sum_of_every_stage() -> None:
+    found = plan("8GB").to_json()
+    for stage in found["stages"]:
+        assert sum(stage["claims"].values()) == stage["vram"]
+        assert sum(stage["ram_claims"].values()) == stage["ram"]
+    assert found["peak"]["vram"] == max(stage["vram"] for stage in found["stages"])

@@ -13,22 +13,28 @@ from torch.nn import functional
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """q [..., heads, m, d], k and v [..., heads, n, d] -> [..., heads, m, d].
+    """q [..., heads, m, d], k and v [..., heads, n, d] -> [..., m, heads * d], contiguous.
 
     bias: added to the logits, broadcastable to [..., heads, m, n], in the dtype of q.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return _reference(q, k, v, bias)
     out: Tensor = torch.ops.lowvram.attention(q, k, v, bias)
     return out
 
 
+def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    # The fused kernels write [m, heads, d]: joining the heads is then a view, not a copy.
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return out.transpose(-2, -3).flatten(-2)
+
+
 @torch.library.custom_op("lowvram::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return out.contiguous()
+    return _reference(q, k, v, bias)
 
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    return q.new_empty(q.shape)
+    *batch, heads, m, d = q.shape
+    return q.new_empty(*batch, m, heads * d)

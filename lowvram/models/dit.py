@@ -191,11 +191,6 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """q [..., heads, m, 128], k and v [..., heads, n, 128] -> [..., m, dim]."""
-    return attention(q, k, v, bias).transpose(-2, -3).flatten(-2)
-
-
 def _self_q(p: Params, h: Tensor, rope: Tensor) -> Tensor:
     return _rotate(_heads(_rms_norm(p.linear("self_attn.q", h), p["self_attn.norm_q.weight"])), rope)
 
@@ -233,9 +228,9 @@ def _cross(p: Params, x: Tensor, kv: _CrossKV) -> Tensor:
     """Cross attention of the residual stream x [..., n, dim] to text and, if there is one, image."""
     h = _affine_norm(x, p["norm3.weight"], p["norm3.bias"])
     q = _heads(_rms_norm(p.linear("cross_attn.q", h), p["cross_attn.norm_q.weight"]))
-    y = _attend(q, kv.k, kv.v, kv.bias)
+    y = attention(q, kv.k, kv.v, kv.bias)
     if kv.k_image is not None and kv.v_image is not None:
-        y = y + _attend(q, kv.k_image, kv.v_image)
+        y = y + attention(q, kv.k_image, kv.v_image)
     return p.linear("cross_attn.o", y)
 
 
@@ -271,7 +266,7 @@ def block(p: Params, x: Tensor, time: Time, context: Context, rope: Tensor) -> T
     n = x.shape[-2]
     mod = _Modulation(p, time)
     h = _modulate(x, mod(0, 0, n), mod(1, 0, n))
-    y = _attend(_self_q(p, h, rope), _self_k(p, h, rope), _self_v(p, h))
+    y = attention(_self_q(p, h, rope), _self_k(p, h, rope), _self_v(p, h))
     x = _gated(x, p.linear("self_attn.o", y), mod(2, 0, n))
     x = x + _cross(p, x, _cross_kv(p, context))
     h = _modulate(x, mod(3, 0, n), mod(4, 0, n))
@@ -297,7 +292,7 @@ def block_(p: Params, x: Tensor, time: Time, context: Context, rope: Tensor, wor
         c = x[i:j]
         if work.out is None:
             q = _self_q(p, _modulate(c, mod(0, i, j), mod(1, i, j)), rope[i:j])
-            y = _attend(q, work.k, work.v)
+            y = attention(q, work.k, work.v)
         else:
             y = work.out[i:j]
         c = _gated(c, p.linear("self_attn.o", y), mod(2, i, j))
@@ -329,7 +324,7 @@ def _attend_by_group(p: Params, x: Tensor, mod: _Modulation, rope: Tensor, work:
             work.k[:, i:j] = _rotate(_heads(k), rope[i:j])
             work.v[:, i:j] = _heads(p.linear("self_attn.v", h, rows))
         for i, j in _chunks(length, work.chunk):
-            out[i:j, rows] = _attend(_heads(out[i:j, rows]), work.k, work.v)
+            out[i:j, rows] = attention(_heads(out[i:j, rows]), work.k, work.v)
 
 
 def _chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:

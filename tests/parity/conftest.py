@@ -123,7 +123,7 @@ class DitCase:
         image = None if image is None else image.to(dtype)
         contexts = [dit.embed_text(outer, self.spec, rows.to(dtype), image) for rows in text]
         garbage = torch.full((2, self.spec.heads, f * h * w, 128), float("nan"), dtype=dtype)
-        work = dit.Workspace(garbage[0], garbage[1], chunk)
+        work = dit.Workspace(garbage[0], garbage[1], chunk=chunk)
         return dit.forward(outer, blocks, self.spec, latent, time, contexts, dit.rope_table(*grid), work)
 
     def truth(self, latent: Tensor, t: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:

@@ -127,7 +127,7 @@ def test_a_block_in_place_equals_the_plain_block(
     rope = dit.rope_table(*grid)
     expected = dit.block(case.blocks[0], x, time, context, rope)
     kept, work = x.clone(), torch.full((2, 2, 45, 128), float("nan"))
-    dit.block_(case.blocks[0], x, time, context, rope, dit.Workspace(work[0], work[1], chunk))
+    dit.block_(case.blocks[0], x, time, context, rope, dit.Workspace(work[0], work[1], chunk=chunk))
     assert error(x, expected) <= 2e-6
     assert error(x, kept) > 0.1
 

@@ -1,0 +1,99 @@
+"""Let the Nth allocation, pin, read or copy of a whole job fail, for every N: the job ends with the same frames or
+with an error meant for people, nothing stays claimed, no thread stays behind, and the next job works."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from lowvram import Runtime
+from lowvram.api import Pipeline
+from lowvram.errors import DeviceLostError, LowvramError, OutOfMemoryError, StorageError
+from lowvram.job import Job
+from lowvram.offload.budget import Ledger
+from lowvram.offload.device import CpuDevice, Device
+from lowvram.offload.faults import FaultKind, FaultPlan, Faults
+from lowvram.offload.io import FileReader
+from lowvram.planner import Plan
+from lowvram.stages import decode, denoise, text
+from lowvram.stages.run import Run
+
+EXPECTED: dict[FaultKind, type[LowvramError]] = {
+    "alloc": OutOfMemoryError,
+    "host_alloc": OutOfMemoryError,
+    "read": StorageError,
+    "copy": DeviceLostError,
+}
+HARMLESS: tuple[FaultKind, ...] = ("pin", "short_read")
+"""A refused pin leaves pageable memory, a short read is read on: neither may be noticed."""
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Runtime(vram="13MB", ram="8GB", device="cpu").load("nano")
+
+
+@pytest.fixture(scope="module")
+def job(pipe: Pipeline) -> Job:
+    return pipe.job("a red circle moves left on a black background", steps=2, frames=1, guidance=(1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def plan(pipe: Pipeline, job: Job) -> Plan:
+    return pipe.plan_job(job)
+
+
+def render(device: Device, faults: Faults | None, pipe: Pipeline, job: Job, plan: Plan) -> np.ndarray:
+    run = Run(device, plan, open_reader=lambda path: FileReader(path, faults=faults))
+    texts = text.encode(run, pipe.model, [job.prompt])
+    state = denoise.initial_state(job, pipe.model)
+    latent = denoise.denoise(run, pipe.model, job, texts, state, lambda state: None)
+    return np.concatenate(list(decode.decode(run, pipe.model, job, latent)))
+
+
+def device_with(faults: Faults | None, plan: Plan) -> CpuDevice:
+    return CpuDevice(plan.budget.vram, ram=Ledger(plan.budget.ram, "RAM"), faults=faults)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pipe: Pipeline, job: Job, plan: Plan) -> np.ndarray:
+    return render(device_with(None, plan), None, pipe, job, plan)
+
+
+@pytest.mark.parametrize("kind", [*EXPECTED, *HARMLESS])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_every_nth_failure_ends_well(
+    kind: FaultKind, persistent: bool, pipe: Pipeline, job: Job, plan: Plan, undisturbed: np.ndarray
+) -> None:
+    threads = threading.active_count()
+    struck = 0
+    for n in range(1, 400):
+        faults = Faults(FaultPlan(kind, n, persistent))
+        device = device_with(faults, plan)
+        try:
+            frames = render(device, faults, pipe, job, plan)
+        except LowvramError as error:
+            assert kind in EXPECTED and isinstance(error, EXPECTED[kind]), f"{kind} {n}: {error!r}"
+        else:
+            assert np.array_equal(frames, undisturbed)
+            assert kind in HARMLESS or not faults.struck
+        assert device.ledger.used == 0, f"{kind} {n} left {device.ledger.claims}"
+        assert device.ram.used == 0, f"{kind} {n} left {device.ram.claims}"
+        assert threading.active_count() == threads
+        if not faults.struck:
+            break
+        struck += 1
+    assert struck >= 5, "the loop met nothing to fail"
+    assert not faults.struck, "the loop ended before the job ran through"
+
+
+def test_the_next_job_on_the_same_device_works(
+    pipe: Pipeline, job: Job, plan: Plan, undisturbed: np.ndarray
+) -> None:
+    faults = Faults(FaultPlan("alloc", 9))
+    device = device_with(faults, plan)
+    with pytest.raises(OutOfMemoryError):
+        render(device, faults, pipe, job, plan)
+    assert np.array_equal(render(device, None, pipe, job, plan), undisturbed)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from train_vae import SPEC, initial
 
+from lowvram.quant.encodings.registry import planned_encoding
 from lowvram.quant.spec import LATENT_MEAN_21, LATENT_STD_21
 
 Weights = dict[str, Tensor]
@@ -56,17 +57,34 @@ def save_lora(factors: Weights, path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def save_fp8(weights: Weights, path: Path) -> None:
+    """As ComfyUI's `fp8_scaled` files: e4m3 matrices with one scale each, the rest in bf16."""
+    tensors: dict[str, Tensor] = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    for name, weight in weights.items():
+        encoding = planned_encoding(name, tuple(weight.shape), "fp8")
+        parts = encoding.encode(weight.detach().float())
+        tensors[name] = parts["weight"].contiguous()
+        if "scale" in parts:
+            tensors[f"{name.removesuffix('.weight')}.scale_weight"] = parts["scale"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--fp8", action="store_true", help="transformers at half the size")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     base = torch.load(args.run / "dit.pt", weights_only=True)
     for expert in ("high", "low"):
         path = args.run / f"dit-{expert}.pt"
         weights = torch.load(path, weights_only=True)["dit_mean"] if path.exists() else base["dit_mean"]
-        save(weights, DIT.shapes(), args.out / f"{expert}_noise_model.safetensors")
+        target = args.out / f"{expert}_noise_model.safetensors"
+        if args.fp8:
+            save_fp8(weights, target)
+        else:
+            save(weights, DIT.shapes(), target)
     save(base["text_mean"], TEXT.shapes(), args.out / "text_encoder.safetensors")
     vae: Weights = {}
     for part in ("encoder", "decoder"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lowvram.errors import FileError, UsageError
 from lowvram.quant.spec import ModelSpec
-from lowvram.sampling.presets import load_models
+from lowvram.sampling.presets import load_models, unknown_name
 
 PARTS = ("high", "low", "single", "vae", "text", "tokenizer")
 FLAGS: Mapping[str, str] = {
@@ -124,12 +124,7 @@ def _folder(model: str) -> Path | None:
             where=f"--model {model}",
             advice=f"use --transformer {model} (or --high/--low), with --vae and --text-encoder",
         )
-    raise UsageError(
-        f'"{model}" is neither a known model nor a folder',
-        where="--model",
-        expected=", ".join(names),
-        advice="choose a name, or give the folder that holds the model",
-    )
+    raise unknown_name("model or folder", model, names, where="--model")
 
 
 def _parts_in(folder: Path) -> dict[str, str]:

@@ -119,6 +119,7 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
     text = identify_path(Path(files["text"]), FileReader, "text")
     _check_pair(found, files)
     dit = found[experts[0]]
+    _check_supported(dit, files[experts[0]])
     assert isinstance(dit.spec, DitSpec) and isinstance(vae.spec, VaeSpec) and isinstance(text.spec, TextSpec)
     spec = _model_spec(name, dit, len(experts))
     _check_fit(spec, dit.spec, vae.spec, text.spec, files)
@@ -206,6 +207,16 @@ def _model_spec(name: str, dit: Checkpoint, experts: int) -> ModelSpec:
         expected=", ".join(load_models()),
         advice="name the model it was made from with --model NAME, and give its files",
     )
+
+
+def _check_supported(dit: Checkpoint, file: str) -> None:
+    if dit.variant not in ("t2v", "ti2v"):
+        raise FileError(
+            "a transformer that continues images: image-to-video is not supported yet",
+            where=file,
+            expected="a text-to-video model of Wan 2.1 or 2.2, or TI2V-5B",
+            advice="give a text-to-video model",
+        )
 
 
 def _check_pair(found: Mapping[str, Checkpoint], files: Mapping[str, str]) -> None:

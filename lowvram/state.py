@@ -80,9 +80,10 @@ class JobFolder:
             ) from None
 
     def finish(self) -> None:
-        """The output exists: the state of single steps is no longer needed."""
+        """The output exists: the state of single steps, and what a kill left of writing one, is no longer needed."""
         write_atomic(self.path / "done", b"")
-        self.state_path.unlink(missing_ok=True)
+        for path in (self.state_path, *self.path.glob(".*.tmp")):
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

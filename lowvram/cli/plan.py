@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowvram.cli import options as o
+from lowvram.discovery import FLAGS
+from lowvram.errors import UsageError
+from lowvram.sampling.presets import load_models, unknown_name
 
 if TYPE_CHECKING:
     from lowvram.planner import Plan
@@ -55,7 +60,10 @@ def plan(
     from lowvram.discovery import is_here
 
     name = ckpt_dir or model
-    if machine or weights or not (given or is_here(name)):
+    imagined = machine or weights
+    if imagined:
+        _refuse_files(name, given, "--machine" if machine else "--weights")
+    if imagined or not (given or is_here(name)):
         found = plan_without_files(
             name, weights=weights, machine=machine, vram=vram, ram=ram, prompt=prompt, **settings
         )
@@ -67,13 +75,27 @@ def plan(
         emit(table(found))
 
 
+def _refuse_files(model: str, given: Mapping[str, str], flag: str) -> None:
+    """A plan for files that are not here knows a model by its name only."""
+    if not given and model in load_models():
+        return
+    if not given and not Path(model).expanduser().exists():
+        raise unknown_name("model", model, load_models(), where="--model")
+    named = " and ".join(FLAGS[part] for part in given) or f"--model {model}"
+    raise UsageError(
+        f"{flag} together with {named}",
+        expected="one or the other: a plan for another machine, or for weights that are not here, imagines the files",
+        advice=f"name the model alone, such as --model wan2.2-t2v-a14b, or leave {flag} out",
+    )
+
+
 def table(plan: Plan) -> str:
     """The plan for people."""
     from lowvram.cli.console import clock_time
     from lowvram.offload.budget import format_bytes
 
     machine, budget = plan.machine, plan.budget
-    rows = [("stage", "VRAM", "RAM", "from disk", "to device", "time")]
+    rows: list[tuple[str, ...]] = [("stage", "VRAM", "RAM", "from disk", "to device", "time")]
     for s in plan.stages:
         sizes = (format_bytes(n) for n in (s.vram, s.ram, s.disk_read, s.h2d))
         rows.append((s.name, *sizes, clock_time(s.seconds)))
@@ -92,10 +114,10 @@ def table(plan: Plan) -> str:
     return "\n".join([head, "", *lines, "", f"peak ({largest.name}): {parts}", "", *choices, *plan.advice])
 
 
-def _merged(claims: object) -> dict[str, int]:
+def _merged(claims: Mapping[str, int]) -> dict[str, int]:
     """Claims with numbered ones (slots, residents) added up."""
     merged: dict[str, int] = {}
-    for name, nbytes in dict(claims).items():  # type: ignore[call-overload]
+    for name, nbytes in claims.items():
         first = name.split(" ")[0]
         key = {"slot": "slots", "resident": "resident blocks"}.get(first, name)
         merged[key] = merged.get(key, 0) + nbytes

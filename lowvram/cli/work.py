@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def start(
         device=runtime.machine.kind,
         overwrite=overwrite,
     )
-    folder = new_job(saved, jobs_root(), datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"))
+    folder = new_job(saved, jobs_root(), datetime.now(UTC).strftime("%Y%m%d-%H%M%S"))
     work(folder, pipe, job, plan, target, overwrite, as_json, quiet)
 
 
@@ -75,11 +76,13 @@ def work(
             try:
                 if latent is None:
                     progress.note(f"job {folder.name}: {summary(job, plan)}")
-                    latent = pipe.run(
+                    video = pipe.run(
                         job, state=state, save=lambda s: save_state(folder, s), listener=progress, plan=plan
-                    ).latent
-                    _save(folder.latent_path, {"latent": latent})
-                report = pipe.video(job, latent, plan, progress).save(target, overwrite=overwrite)
+                    )
+                    save_latent(folder, video.latent)
+                else:
+                    video = pipe.video(job, latent, plan, progress)
+                report = video.save(target, overwrite=overwrite)
             except KeyboardInterrupt:
                 progress.note(f"saved: go on with `lowvram resume {folder.name}`")
                 raise
@@ -109,8 +112,8 @@ def tell(target: Path, job: Job, report: Report, as_json: bool, quiet: bool) -> 
 
 def save_state(folder: JobFolder, state: State) -> None:
     """Replace the saved state by `state`, atomically."""
-    tensors = {f"solver.{k}": v.contiguous() for k, v in state.solver.to_tensors().items()}
-    write_atomic(folder.state_path, save(tensors | {"x": state.x.contiguous()}))
+    solver = {f"solver.{name}": tensor for name, tensor in state.solver.to_tensors().items()}
+    _save(folder.state_path, solver | {"x": state.x})
 
 
 def load_state(folder: JobFolder) -> State | None:
@@ -118,10 +121,15 @@ def load_state(folder: JobFolder) -> State | None:
     tensors = _load(folder.state_path)
     if tensors is None:
         return None
-    solver = {k.removeprefix("solver."): v for k, v in tensors.items() if k != "x"}
-    if "x" not in tensors:
+    x = tensors.pop("x", None)
+    if x is None:
         raise _damaged(folder.state_path)
-    return State(tensors["x"], SolverState.from_tensors(solver))
+    return State(x, SolverState.from_tensors({k.removeprefix("solver."): v for k, v in tensors.items()}))
+
+
+def save_latent(folder: JobFolder, latent: Tensor) -> None:
+    """From now on the job can always be decoded."""
+    _save(folder.latent_path, {"latent": latent})
 
 
 def load_latent(folder: JobFolder) -> Tensor | None:
@@ -134,17 +142,33 @@ def load_latent(folder: JobFolder) -> Tensor | None:
     return tensors["latent"]
 
 
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, save(whole | {"checksum": torch.tensor(_checksum(whole))}))
+
+
 def _load(path: Path) -> dict[str, Tensor] | None:
     if not path.exists():
         return None
     with FileReader(path) as reader:
         data = reader.read_at(0, reader.size)
     try:
-        found = load(data)
+        tensors = load(data)
     except Exception as problem:
         raise _damaged(path) from problem
-    return {k: v.to(torch.int64) if k == "solver.step" else v for k, v in found.items()}
+    checksum = tensors.pop("checksum", None)
+    if checksum is None or checksum.numel() != 1 or checksum.item() != _checksum(tensors):
+        raise _damaged(path)
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of the bytes of all tensors in the order of their names: a flipped bit would become a wrong video."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].numpy().tobytes(), zlib.crc32(name.encode(), crc))
+    return crc
 
 
 def _damaged(path: Path) -> FileError:
-    return FileError("not a saved state", where=str(path), advice="start the job again with `lowvram generate`")
+    return FileError("not a saved state, or a damaged one", where=str(path), advice="start the job again with `lowvram generate`")

@@ -1,0 +1,141 @@
+"""A plan is one true object: it adds up, it fits, and more memory never makes it worse."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import pytest
+
+from lowvram import Plan, Runtime
+from lowvram.api import plan_without_files
+from lowvram.errors import BudgetError
+from lowvram.offload.io import FileReader
+
+GB = 10**9
+COMMAND = "plan --model wan2.2-t2v-a14b --weights fp8 --size 1280x720 --frames 121 --vram 16GB --machine rtx4090"
+
+
+class Memory(msgspec.Struct, forbid_unknown_fields=True):
+    vram: int
+    ram: int
+
+
+class Stage(msgspec.Struct, forbid_unknown_fields=True):
+    name: Literal["text", "prepare", "denoise", "decode"]
+    vram: int
+    ram: int
+    disk_read: int
+    h2d: int
+    seconds: float
+    claims: dict[str, int]
+    ram_claims: dict[str, int]
+
+
+class Blocks(msgspec.Struct, forbid_unknown_fields=True):
+    resident: int
+    ram: int
+    disk: int
+
+
+class PlanDocument(msgspec.Struct, forbid_unknown_fields=True):
+    """The schema "lowvram.plan/1": a program that reads plans may rely on exactly this."""
+
+    schema: Literal["lowvram.plan/1"]
+    fits: bool
+    machine: str
+    budget: Memory
+    peak: Memory
+    stages: list[Stage]
+    blocks: Blocks
+    choices: dict[str, str]
+    advice: list[str]
+
+
+def check_sums(plan: PlanDocument, n_blocks: int) -> None:
+    for stage in plan.stages:
+        assert stage.vram == sum(stage.claims.values())
+        assert stage.ram == sum(stage.ram_claims.values())
+        assert min(stage.claims.values()) >= 0 and stage.seconds >= 0
+    assert plan.peak.vram == max(stage.vram for stage in plan.stages) <= plan.budget.vram
+    assert plan.peak.ram == max(stage.ram for stage in plan.stages) <= plan.budget.ram
+    assert plan.blocks.resident + plan.blocks.ram + plan.blocks.disk == n_blocks
+    assert plan.choices and all(plan.choices.values())
+
+
+def test_a_plan_of_720p_with_121_frames_in_16_gb_needs_no_weights(cli: Callable[..., Any]) -> None:
+    said = cli(*shlex.split(COMMAND), "--json")
+    assert (said.code, said.err) == (0, "")
+    plan = msgspec.json.decode(said.out, type=PlanDocument, strict=True)
+    check_sums(plan, n_blocks=80)
+    assert plan.fits and plan.machine == "rtx4090"
+    assert plan.budget.vram == 16 * GB
+    assert [stage.name for stage in plan.stages] == ["text", "prepare", "denoise", "decode"]
+    denoise = plan.stages[2]
+    assert denoise.disk_read >= 25 * GB, "both experts are read at least once"
+    assert denoise.h2d >= denoise.disk_read and denoise.seconds > 60
+
+
+def test_a_plan_for_people_names_budget_stages_and_choices(cli: Callable[..., Any]) -> None:
+    said = cli(*shlex.split("plan --model wan2.1-t2v-1.3b --weights fp8 --machine rtx3060 --frames 17"))
+    assert (said.code, said.err) == (0, "")
+    for word in ("RTX 3060", "text", "denoise", "decode", "whole job", "resident", "forecast"):
+        assert word in said.out
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "n_blocks"), [("wan2.1-t2v-1.3b", "bf16", 30), ("wan2.2-ti2v-5b", "fp8_scaled", 30)]
+)
+def test_one_expert_models_can_be_planned(name: str, weights: str, n_blocks: int) -> None:
+    plan = plan_without_files(
+        name, weights=weights, machine="rtx3060", vram="11GB", ram=None, width=832, height=480, frames=17
+    )
+    check_sums(msgspec.convert(plan.to_json(), PlanDocument, strict=True), n_blocks)
+
+
+def plan_of(tiny_model: Path, vram: int, ram: int) -> Plan:
+    return Runtime(vram, ram, device="cpu").load(str(tiny_model)).plan("a red circle", steps=3)
+
+
+def test_the_minimum_of_a_refusal_is_the_true_one(tiny_model: Path) -> None:
+    with pytest.raises(BudgetError) as refused:
+        plan_of(tiny_model, 1000, GB)
+    vram = refused.value.minimum_vram
+    assert vram is not None
+    with pytest.raises(BudgetError) as refused:
+        plan_of(tiny_model, vram, 1000)
+    ram = refused.value.minimum_ram
+    assert ram is not None
+    plan = plan_of(tiny_model, vram, ram)
+    assert plan.vram <= vram and plan.ram <= ram
+    with pytest.raises(BudgetError):
+        plan_of(tiny_model, vram - 1, ram)
+    with pytest.raises(BudgetError):
+        plan_of(tiny_model, vram, ram - 1)
+
+
+def test_more_memory_never_makes_a_plan_worse(tiny_model: Path) -> None:
+    full = plan_of(tiny_model, GB, 2 * GB)
+    assert full.blocks() == {"resident": 12, "ram": 0, "disk": 0}
+    plans = [plan_of(tiny_model, full.vram * n // 8, full.ram) for n in (4, 5, 6)] + [full]
+    for moved in ("disk_read", "h2d"):
+        nbytes = [sum(getattr(stage, moved) for stage in plan.stages) for plan in plans]
+        assert nbytes == sorted(nbytes, reverse=True) and nbytes[0] > nbytes[-1]
+
+
+def test_a_plan_reads_headers_and_no_weights(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: dict[str, int] = {}
+    original = FileReader.read_into
+
+    def counted(self: FileReader, offset: int, target: memoryview) -> None:
+        read[self.path.name] = read.get(self.path.name, 0) + target.nbytes
+        original(self, offset, target)
+
+    monkeypatch.setattr(FileReader, "read_into", counted)
+    plan_of(tiny_model, GB, GB)
+    weights = {name: n for name, n in read.items() if name.endswith(".safetensors")}
+    assert len(weights) == 4
+    assert all(n < 64_000 < (tiny_model / name).stat().st_size for name, n in weights.items())

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.model import Group
 from lowvram.models import dit, umt5, vae
+from lowvram.models.vae_tiles import Memory, PackedHistory, Tile, memories
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import peak_memory
 from lowvram.quant.encodings.base import TORCH_DTYPES
@@ -111,16 +112,60 @@ def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) ->
     return _peak(lambda x: umt5.layer(p, spec, x, buckets), x)
 
 
-def decode_scratch(spec: VaeSpec, weights: Group, latent: tuple[int, int, int, int], dtype: torch.dtype) -> int:
-    """Transient bytes of `vae.decode`, its history and one chunk of frames included: the second chunk meets every history full."""
-    z, frames, height, width = latent
-    mode = FakeTensorMode()
-    with mode:
+class _UnderWay(PackedHistory):
+    """A history of a clip that has begun: every layer is past its first frame."""
+
+    def first(self, name: str) -> bool:
+        return False
+
+
+def _under_way(found: Sequence[Memory], dtype: torch.dtype) -> _UnderWay:
+    places = {
+        m.name: tuple(torch.empty(1, m.shape[0], 1, *m.shape[1:], dtype=dtype) for _ in range(m.frames)) for m in found
+    }
+    return _UnderWay(places=places)
+
+
+PLANE = 128 * 128
+"""Latents of the largest plane that is imitated in full; what a larger one takes is in proportion, or less."""
+
+
+def middle_scratch(spec: VaeSpec, weights: Group, plane: tuple[int, int], dtype: torch.dtype) -> int:
+    """Transient bytes of the decoder's middle block on one latent frame of `plane`, its result included."""
+    height, width = plane
+    excess = max(1.0, height * width / PLANE)
+    height = round(height / excess)
+    layers = vae.decoder_middle(spec)
+    with FakeTensorMode():
         w = Dense(_fake_params(weights), dtype)
-        x = torch.empty(1, z, min(frames, 2), height, width, dtype=dtype)
+        history = _under_way(memories(layers, (height, width), spec.shapes()), dtype)
+        like = torch.empty((), dtype=dtype)
 
-    def run(x: Tensor) -> None:
-        for _ in vae.decode(spec, w, x):
-            pass
+    def run(like: Tensor) -> None:
+        mean, std = vae.statistics(spec, like)
+        vae.run(layers, like.new_empty(1, spec.z, 1, height, width) * std + mean, w, history)
 
-    return _peak(run, x)
+    with torch.no_grad():
+        return allocated_size(int(_peak(run, like) * excess))
+
+
+def decode_scratch(spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype) -> int:
+    """Transient bytes of one visit of a decoder tile, its window and the conversion of frames to bytes included.
+
+    The first frame tells: what waits for the frames after it is already there.
+    """
+    rows, columns = (span.size for span in tile.window)
+    with FakeTensorMode():
+        w = Dense(_fake_params(weights), dtype)
+        history = _under_way(tile.memories(spec.shapes()), dtype)
+        like = torch.empty((), dtype=dtype)
+
+    def run(like: Tensor) -> None:
+        statistics = vae.statistics(spec, like)  # held meanwhile
+        window = like.new_empty(1, 4 * spec.decoder_base, 1, rows, columns)
+        frame = next(vae.run_framewise(tile.layers, window, w, history))
+        vae.to_uint8(vae.unpatchify(frame, spec.patch))
+        del statistics
+
+    with torch.no_grad():
+        return _peak(run, like)

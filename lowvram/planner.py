@@ -17,13 +17,15 @@ from lowvram.errors import BudgetError
 from lowvram.job import Job
 from lowvram.machine import Machine
 from lowvram.model import Group, Model
-from lowvram.models import dit
+from lowvram.models import dit, vae
+from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Budget, allocated_size, format_bytes, segment_size
 from lowvram.offload.placement import BlockId, Placement, Where, plan_traffic, spread
 from lowvram.offload.slab import BlockLayout, build_layout
 from lowvram.quant.spec import HEAD_DIM, ModelSpec, numel
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.solvers import kept_tensors
+from lowvram.tiling import Decoding, Decodings
 from lowvram.tokenizer import tokenize
 
 PROGRAM_RAM = 700_000_000
@@ -80,6 +82,8 @@ class Plan:
     text: Placement
     denoise: Placement
     lean: Lean
+    tiling: Tiling
+    """Of the decoder."""
     choices: Mapping[str, str]
     """Each automatic choice, and why."""
     advice: tuple[str, ...]
@@ -141,6 +145,11 @@ def text_groups(model: Model) -> dict[str, Group]:
     return {key: Group(tuple(refs), {}) for key, refs in groups.items()}
 
 
+def decoder_group(model: Model) -> Group:
+    """The half of the VAE that makes pictures."""
+    return Group(tuple(ref for name, ref in model.vae.items() if name.startswith(vae.DECODER)), {})
+
+
 def layouts_of(groups: Mapping[str, Group], network: str) -> dict[BlockId, BlockLayout]:
     """The slab of every block of a network, by block id."""
     blocks = {int(key.split(".")[1]): group for key, group in groups.items() if key != "outer"}
@@ -187,7 +196,10 @@ class _Planner:
         self.lengths = prompt_lengths(job, model, self.passes)
         self.text_stage = self._text()
         self.prepare_stage = self._prepare()
-        self.decode_stage = self._decode()
+        self.decoder = decoder_group(model)
+        self.decodings = Decodings(
+            self.spec.vae, self.decoder, self.latent, 3 * job.width * job.height, self.dtype, self._footprint
+        )
         self.denoise_claims: dict[Lean, dict[str, int]] = {}
         self.block_seconds = self._block_seconds()
 
@@ -280,29 +292,31 @@ class _Planner:
         tightest = [Lean(together, g, chunk) for g, chunk in ((groups[-1], 2048), (groups[-1], 1024))] if groups else []
         return shared + [Lean(together, g) for g in groups] + tightest
 
-    def _decode(self) -> StagePlan:
-        spec = self.spec.vae
-        group = Group(tuple(self.model.vae.values()), {})
-        nbytes = build_layout(group.refs).nbytes
-        scratch = footprint.decode_scratch(spec, group, self.latent, self.dtype)
-        frame = 3 * self.job.width * self.job.height
-        claims = {
-            "vae weights": self._footprint(nbytes),
-            "vae scratch": scratch,
-            "latents": allocated_size(self.width * numel(self.latent)),
-            "frame": allocated_size(frame) + allocated_size(4 * frame),
-        }
+    def _decode(self, budget: Budget) -> tuple[StagePlan, Decoding]:
+        """The fastest tiling that fits; the smallest, too large for the budget, if none does."""
+        nbytes = build_layout(self.decoder.refs).nbytes
+        device = self.context | {"vae weights": self._footprint(nbytes)}
+        host = self._host({"ring 0": nbytes, "frames": WRITER_FRAMES * 3 * self.job.width * self.job.height})
         # 2.1: 31 TFLOP per latent at 1280x720 (wan-models 6.6); other widths and sizes in proportion
-        flops = 31.1e12 * numel(self.latent[1:]) / (90 * 160) * (spec.decoder_base / 96) ** 2
-        return StagePlan(
+        flops = 31.1e12 * numel(self.latent[1:]) / (90 * 160) * (self.spec.vae.decoder_base / 96) ** 2
+
+        def seconds(decoding: Decoding) -> float:
+            return decoding.work * flops / self.machine.matmul + 2 * decoding.moved / self.machine.link
+
+        found = self.decodings.choose(
+            budget.vram - sum(device.values()), budget.ram - sum(host.values()), seconds
+        )
+        host["frames"] += found.frames
+        stage = StagePlan(
             "decode",
             self.job.frames,
-            self.context | claims,
-            self._host({"ring 0": nbytes, "frames": WRITER_FRAMES * frame}),
+            device | {"vae histories": found.slab, "vae scratch": found.scratch},
+            host | {"vae middle": found.waiting, "ram histories": found.shelf},
             nbytes,
-            nbytes,
-            nbytes / self.machine.disk + flops / self.machine.matmul,
+            nbytes + found.moved,
+            nbytes / self.machine.disk + seconds(found),
         )
+        return stage, found
 
     # ---- the stage whose blocks are placed
 
@@ -356,7 +370,8 @@ class _Planner:
 
     def plan(self, budget: Budget) -> Plan:
         depth = self.spec.dit.layers
-        others = (self.text_stage, self.prepare_stage, self.decode_stage)
+        decode_stage, decoding = self._decode(budget)
+        others = (self.text_stage, self.prepare_stage, decode_stage)
         fixed = max(others, key=lambda s: s.vram)
         lean = next((lean for lean in self._ladder() if self._fits(budget, lean, 2, 1, 0, 0)), self._ladder()[-1])
         least, _ = self._denoise(lean, 1, 1, 0, 0)
@@ -371,11 +386,12 @@ class _Planner:
             budget,
             self.machine,
             self.dtype,
-            (self.text_stage, self.prepare_stage, stage, self.decode_stage),
+            (self.text_stage, self.prepare_stage, stage, decode_stage),
             self._all_disk(self.text_layouts),
             placement,
             lean,
-            self._choices(budget, stage, lean, residents, in_ram, slots, ring),
+            decoding.tiling,
+            self._choices(budget, stage, lean, residents, in_ram, slots, ring) | {"decode": decoding.explain()},
             self._advice(budget, stage, lean, residents),
         )
 

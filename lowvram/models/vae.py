@@ -1,97 +1,36 @@
 """The Wan video autoencoders, 2.1 and 2.2: causal in time, chunk by chunk, with an explicit history.
 
-A network is a tuple of layers built from a `VaeSpec`. A layer maps a chunk [B, C, T, H, W] to the next and keeps
-what its causal convolutions must remember in a `History`; a clip cut into chunks of any length gives the same
-result as the clip at once. Formulas follow Wan-Video/Wan2.2 `wan/modules/vae2_1.py` and `vae2_2.py`.
+A network is a tuple of layers built from a `VaeSpec`; see `lowvram.models.vae_layers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowvram.models.vae_layers import (
+    Conv,
+    Crop,
+    Double,
+    Down,
+    Head,
+    History,
+    Residual,
+    Stage,
+    Up,
+    Weights,
+    add,
+    rms_norm,
+)
 from lowvram.quant.spec import VaeSpec
 
-Weights = Mapping[str, Tensor]
 MULTIPLIERS = (1, 2, 4, 4)
-QUERIES = 1024
+QUERIES = 256
 """Pixels whose attention logits exist at once; fixed, so that memory never changes the arithmetic."""
-
-
-@dataclass(slots=True)
-class History:
-    """What the causal convolutions remember between chunks, by layer name: their last input frames."""
-
-    frames: dict[str, Tensor] = field(default_factory=dict)
-
-
-# ---- elementary operations
-
-
-def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """x / ||x|| * sqrt(C) * gamma over the channels (dim 1), statistics in float32 at least."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    scale = (x.shape[1] ** 0.5 / norm.clamp_min(1e-12)).to(x.dtype)
-    return x * scale * gamma.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
-
-
-def causal_conv(x: Tensor, name: str, w: Weights, history: History) -> Tensor:
-    """3-D convolution whose time padding is the end of the previous chunk (zeros before the first frame).
-
-    Spatial padding keeps the size; time stride 1. A time kernel of 1 needs no history.
-    """
-    weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
-    kt, kh, kw = weight.shape[2:]
-    if kt > 1:
-        past = history.frames.get(name)
-        if past is None:
-            past = x.new_zeros(*x.shape[:2], kt - 1, *x.shape[3:])
-        x = torch.cat([past, x], dim=2)
-        history.frames[name] = x[:, :, 1 - kt :].clone()
-    return functional.conv3d(x, weight, bias, padding=(0, kh // 2, kw // 2))
-
-
-def _plane_conv(x: Tensor, name: str, w: Weights, stride: int = 1, padding: int = 1) -> Tensor:
-    """2-D convolution of every frame: [B, C, T, H, W] -> [B, C', T, H', W']."""
-    b, _, t = x.shape[:3]
-    y = functional.conv2d(
-        x.transpose(1, 2).flatten(0, 1), w[f"{name}.weight"], w[f"{name}.bias"], stride=stride, padding=padding
-    )
-    return y.unflatten(0, (b, t)).transpose(1, 2)
-
-
-# ---- layers
-
-
-@dataclass(frozen=True, slots=True)
-class Conv:
-    """A causal convolution."""
-
-    name: str
-
-    def __call__(self, x: Tensor, w: Weights, history: History) -> Tensor:
-        return causal_conv(x, self.name, w, history)
-
-
-@dataclass(frozen=True, slots=True)
-class Residual:
-    """RMS - SiLU - conv - RMS - SiLU - conv, plus the input (through a 1x1x1 convolution if widths differ)."""
-
-    name: str
-
-    def __call__(self, x: Tensor, w: Weights, history: History) -> Tensor:
-        n = f"{self.name}.residual"
-        y = functional.silu(rms_norm(x, w[f"{n}.0.gamma"]))
-        y = causal_conv(y, f"{n}.2", w, history)
-        y = functional.silu(rms_norm(y, w[f"{n}.3.gamma"]))
-        y = causal_conv(y, f"{n}.6", w, history)
-        if f"{self.name}.shortcut.weight" in w:
-            x = causal_conv(x, f"{self.name}.shortcut", w, history)
-        return x + y
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,138 +40,34 @@ class Attention:
     name: str
 
     def __call__(self, x: Tensor, w: Weights, history: History) -> Tensor:
-        b, c, t, height, width = x.shape
-        frames = x.transpose(1, 2).flatten(0, 1)
-        n = f"{self.name}"
+        b, c, t = x.shape[:3]
+        frames, n = x.transpose(1, 2).flatten(0, 1), self.name
         qkv = functional.conv2d(
             rms_norm(frames, w[f"{n}.norm.gamma"]), w[f"{n}.to_qkv.weight"], w[f"{n}.to_qkv.bias"]
         )
+        q, k, v = qkv.flatten(2).chunk(3, dim=1)  # [frames, C, pixels]
         wide = torch.promote_types(x.dtype, torch.float32)
-        q, k, v = qkv.flatten(2).to(wide).chunk(3, dim=1)  # [frames, C, pixels]
-        q = q * c**-0.5  # a width over 256 is more than fused kernels take, so the logits are made, a slice at a time
-        pieces = [v @ (k.transpose(1, 2) @ part).softmax(1) for part in q.split(QUERIES, dim=2)]
-        y = torch.cat(pieces, dim=2).to(x.dtype).unflatten(2, (height, width))
-        y = functional.conv2d(y, w[f"{n}.proj.weight"], w[f"{n}.proj.bias"])
-        return x + y.unflatten(0, (b, t)).transpose(1, 2)
+        k, v = k.to(wide), v.to(wide)
+        y = torch.empty_like(q, memory_format=torch.contiguous_format)
+        # a width over 256 is more than fused kernels take, so the logits are made, a slice at a time
+        for start in range(0, q.shape[2], QUERIES):
+            part = q[:, :, start : start + QUERIES].to(wide) * c**-0.5
+            y[:, :, start : start + QUERIES] = v @ (k.transpose(1, 2) @ part).softmax(1)
+        y = functional.conv2d(y.view_as(frames), w[f"{n}.proj.weight"], w[f"{n}.proj.bias"])
+        return add(y.unflatten(0, (b, t)).transpose(1, 2), x)
 
 
-@dataclass(frozen=True, slots=True)
-class Up:
-    """Nearest x2 in space, then a convolution; with `time` every frame but the clip's first becomes two."""
+DECODER = ("conv2.", "decoder.")
+"""How the names of the decoder's weights begin."""
 
-    name: str
-    time: bool
-
-    def __call__(self, x: Tensor, w: Weights, history: History) -> Tensor:
-        if self.time:
-            x = self._double(x, w, history)
-        x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
-        return _plane_conv(x, f"{self.name}.resample.1", w)
-
-    def _double(self, x: Tensor, w: Weights, history: History) -> Tensor:
-        conv = f"{self.name}.time_conv"
-        if conv in history.frames:
-            return self._pairs(causal_conv(x, conv, w, history))
-        # the first frame passes untouched, and is no part of what the convolution remembers
-        first, rest = x[:, :, :1], x[:, :, 1:]
-        history.frames[conv] = x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
-        if rest.shape[2] == 0:
-            return first
-        return torch.cat([first, self._pairs(causal_conv(rest, conv, w, history))], dim=2)
-
-    @staticmethod
-    def _pairs(x: Tensor) -> Tensor:
-        """[B, 2C, T, H, W] -> [B, C, 2T, H, W]; the first half of the channels is the earlier frame."""
-        return x.unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
-
-
-@dataclass(frozen=True, slots=True)
-class Down:
-    """A strided convolution in space; with `time`, then pairs of frames (all but the clip's first) become one."""
-
-    name: str
-    time: bool
-
-    def __call__(self, x: Tensor, w: Weights, history: History) -> Tensor:
-        x = _plane_conv(functional.pad(x, (0, 1, 0, 1)), f"{self.name}.resample.1", w, stride=2, padding=0)
-        if not self.time:
-            return x
-        conv = f"{self.name}.time_conv"
-        past = history.frames.get(conv)
-        history.frames[conv] = x[:, :, -1:].clone()
-        first = x[:, :, :0]
-        if past is None:
-            past = first = x[:, :, :1]
-            x = x[:, :, 1:]
-        if x.shape[2] == 0:
-            return first
-        y = functional.conv3d(
-            torch.cat([past, x], dim=2), w[f"{conv}.weight"], w[f"{conv}.bias"], stride=(2, 1, 1)
-        )
-        return torch.cat([first, y], dim=2)
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """2.2: a run of layers with a parameter-free shortcut around it.
-
-    Going down the shortcut averages space and time blocks folded into channels; going up it repeats channels and
-    unfolds them.
-    """
-
-    name: str
-    layers: tuple[Residual | Up | Down, ...]
-    width: int
-    """Channels that leave the stage."""
-    time: int
-    space: int
-    up: bool
-
-    def __call__(self, x: Tensor, w: Weights, history: History) -> Tensor:
-        y = x
-        for layer in self.layers:
-            y = layer(y, w, history)
-        if self.up:
-            seen = self.name in history.frames
-            history.frames[self.name] = x.new_zeros(0)
-            return y + self._duplicate(x, first=not seen)
-        return y + self._average(x)
-
-    def _average(self, x: Tensor) -> Tensor:
-        b, c, t, height, width = x.shape
-        ft, fs = self.time, self.space
-        if t % ft:  # an odd frame count: a zero frame in front
-            x = functional.pad(x, (0, 0, 0, 0, ft - t % ft, 0))
-        x = x.view(b, c, -1, ft, height // fs, fs, width // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
-        return x.reshape(b, self.width, -1, *x.shape[5:]).mean(dim=2)
-
-    def _duplicate(self, x: Tensor, first: bool) -> Tensor:
-        ft, fs = self.time, self.space
-        b, c, t, height, width = x.shape
-        x = x.repeat_interleave(self.width * ft * fs * fs // c, dim=1)
-        x = x.view(b, self.width, ft, fs, fs, t, height, width).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        x = x.reshape(b, self.width, t * ft, height * fs, width * fs)
-        return x[:, :, ft - 1 :] if first else x
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """RMS - SiLU - conv."""
-
-    name: str
-
-    def __call__(self, x: Tensor, w: Weights, history: History) -> Tensor:
-        return causal_conv(functional.silu(rms_norm(x, w[f"{self.name}.0.gamma"])), f"{self.name}.2", w, history)
-
-
-Layer = Conv | Residual | Attention | Up | Down | Stage | Head
+Layer = Conv | Residual | Attention | Double | Up | Down | Stage | Head | Crop
 
 
 def decoder_middle(spec: VaeSpec) -> tuple[Layer, ...]:
     """The part whose attention needs the whole latent plane, from scaled latents."""
     d = "decoder"
     middle = (Residual(f"{d}.middle.0"), Attention(f"{d}.middle.1"), Residual(f"{d}.middle.2"))
-    return (Conv("conv2"), Conv(f"{d}.conv1"), *middle)
+    return (Conv("conv2", radius=0), Conv(f"{d}.conv1"), *middle)
 
 
 def decoder_upsampling(spec: VaeSpec) -> tuple[Layer, ...]:
@@ -244,8 +79,10 @@ def decoder_upsampling(spec: VaeSpec) -> tuple[Layer, ...]:
         if spec.version == "2.1":
             first = stage * (n + 1)
             layers += [Residual(f"{d}.upsamples.{first + j}") for j in range(n)]
+            if stage < 2:
+                layers.append(Double(f"{d}.upsamples.{first + n}"))
             if up:
-                layers.append(Up(f"{d}.upsamples.{first + n}", time=stage < 2))
+                layers.append(Up(f"{d}.upsamples.{first + n}"))
             continue
         name = f"{d}.upsamples.{stage}"
         inner: list[Residual | Up | Down] = [Residual(f"{name}.upsamples.{j}") for j in range(n)]
@@ -260,6 +97,11 @@ def decoder_upsampling(spec: VaeSpec) -> tuple[Layer, ...]:
 
 def encoder(spec: VaeSpec) -> tuple[Layer, ...]:
     """Pixels (patchified for 2.2) to the moments: 2 * z channels, mean first."""
+    return encoder_downsampling(spec) + encoder_middle(spec)
+
+
+def encoder_downsampling(spec: VaeSpec) -> tuple[Layer, ...]:
+    """The part that is only convolutions: four stages."""
     e, n = "encoder", spec.res_blocks
     layers: list[Layer] = [Conv(f"{e}.conv1")]
     for stage in range(4):
@@ -277,8 +119,14 @@ def encoder(spec: VaeSpec) -> tuple[Layer, ...]:
         width = spec.base * MULTIPLIERS[stage]
         time, space = (2 if down and stage > 0 else 1), (2 if down else 1)
         layers.append(Stage(name, tuple(inner), width, time=time, space=space, up=False))
+    return tuple(layers)
+
+
+def encoder_middle(spec: VaeSpec) -> tuple[Layer, ...]:
+    """The part whose attention needs the whole latent plane, to the moments."""
+    e = "encoder"
     middle = (Residual(f"{e}.middle.0"), Attention(f"{e}.middle.1"), Residual(f"{e}.middle.2"))
-    return (*layers, *middle, Head(f"{e}.head"), Conv("conv1"))
+    return (*middle, Head(f"{e}.head"), Conv("conv1", radius=0))
 
 
 def run(layers: tuple[Layer, ...], x: Tensor, w: Weights, history: History) -> Tensor:
@@ -292,11 +140,34 @@ def run_framewise(layers: tuple[Layer, ...], x: Tensor, w: Weights, history: His
     """`run`, but what a layer doubled in time goes on frame by frame: less memory, the same arithmetic."""
     for i, layer in enumerate(layers):
         x = layer(x, w, history)
-        if isinstance(layer, (Up, Stage)) and x.shape[2] > 1:
+        if isinstance(layer, (Double, Up, Stage)) and x.shape[2] > 1:
             for frame in x.split(1, dim=2):
                 yield from run_framewise(layers[i + 1 :], frame, w, history)
             return
     yield x
+
+
+def run_pairwise(layers: tuple[Layer, ...], x: Tensor, w: Weights, history: History) -> Tensor:
+    """`run`, but frames reach a layer that halves time in pairs, and the layers before it one by one.
+
+    x: the clip's first frame, or as many as become one. Less memory, the same arithmetic.
+    """
+    halving = [i for i, layer in enumerate(layers) if _halves(layer)]
+    if not halving or x.shape[2] == 1:
+        return run(layers, x, w, history)
+    before, rest = layers[: halving[-1]], layers[halving[-1] :]
+    return run(
+        rest,
+        torch.cat([run_pairwise(before, part, w, history) for part in x.chunk(2, dim=2)], dim=2),
+        w,
+        history,
+    )
+
+
+def _halves(layer: Layer) -> bool:
+    return (isinstance(layer, Down) and layer.time) or (
+        isinstance(layer, Stage) and not layer.up and layer.time > 1
+    )
 
 
 # ---- whole clips
@@ -320,7 +191,14 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
     return x.reshape(b, c // patch**2, t, height * patch, width * patch)
 
 
-def _statistics(spec: VaeSpec, like: Tensor) -> tuple[Tensor, Tensor]:
+def to_uint8(frame: Tensor) -> Tensor:
+    """[1, 3, T, H, W] about -1..1 -> [T, H, W, 3] uint8: floor(255 * (x + 1) / 2) after clamping, as upstream."""
+    pixels = frame[0].to(torch.float32, copy=True).clamp_(-1, 1).add_(1).mul_(127.5).to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).contiguous()
+
+
+def statistics(spec: VaeSpec, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents [1, z, 1, 1, 1], in the dtype and on the device of `like`."""
     shape = (1, spec.z, 1, 1, 1)
     mean = torch.tensor(spec.mean, dtype=torch.float64).view(shape).to(like)
     return mean, torch.tensor(spec.std, dtype=torch.float64).view(shape).to(like)
@@ -333,7 +211,7 @@ def decode(spec: VaeSpec, w: Weights, latent: Tensor, chunk: int = 1) -> Iterato
     """
     layers = decoder_middle(spec) + decoder_upsampling(spec)
     history = History()
-    mean, std = _statistics(spec, latent)
+    mean, std = statistics(spec, latent)
     for z in latent.split(chunk, dim=2):
         for frame in run_framewise(layers, z * std + mean, w, history):
             yield unpatchify(frame, spec.patch)
@@ -346,7 +224,7 @@ def encode(spec: VaeSpec, w: Weights, video: Tensor, chunk: int = 4) -> Tensor:
     """
     layers = encoder(spec)
     history = History()
-    mean, std = _statistics(spec, video)
+    mean, std = statistics(spec, video)
     pieces = []
     for part in (video[:, :, :1], *video[:, :, 1:].split(chunk, dim=2)):
         if part.shape[2]:

@@ -1,0 +1,226 @@
+"""How the decoder's plane is cut: the fastest tiling that fits, found without trying them all.
+
+What the histories of a tiling take is known in closed form. What its largest tile allocates besides goes with
+that tile's history, closely enough to choose by; a run of the tile on fake tensors has the last word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import ceil
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lowvram import footprint
+from lowvram.model import Group
+from lowvram.models import vae
+from lowvram.models.vae_tiles import Tiling, make_tile, memories, packed_size, split
+from lowvram.offload.estimate import Rounding
+from lowvram.quant.spec import VaeSpec
+
+VISIT = 16
+"""Latents that pass a tile before the next has its turn, if histories are moved: 64 frames wait to be whole."""
+SMALLEST = 8
+"""Latents on a tile's side. A smaller tile would spend most of its work on what lies around it."""
+_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+
+
+class _Histories(NamedTuple):
+    """Bytes that the tiles of a tiling remember."""
+
+    tiling: Tiling
+    largest: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """A tiling and what it takes, in bytes."""
+
+    tiling: Tiling
+    slab: int
+    """Histories on the device."""
+    scratch: int
+    """Whatever else comes and goes on the device."""
+    shelf: int
+    """Histories on the host."""
+    waiting: int
+    """Results of the middle block on the host, until every tile has seen them."""
+    frames: int
+    """Frames on the host, until every tile has given its part."""
+    moved: int
+    """Histories copied to the device, and as many back."""
+    work: float
+    """As a multiple of what the whole plane takes."""
+
+    @property
+    def vram(self) -> int:
+        return self.slab + self.scratch
+
+    @property
+    def ram(self) -> int:
+        return self.shelf + self.waiting + self.frames
+
+    def explain(self) -> str:
+        """The choice and its reason, in words."""
+        tiling, tiles = self.tiling, self.tiling.rows * self.tiling.columns
+        if tiles == 1 and tiling.kept:
+            return "whole frames, the fastest"
+        cut = f"{tiling.rows} x {tiling.columns} tiles, {self.work - 1:.0%} more work and the same pixels"
+        if tiles == 1:
+            cut = "whole frames"
+        if tiling.kept:
+            return f"{cut}: whole frames do not fit"
+        if self.shelf:
+            return f"{cut}, histories moved to RAM and back every {tiling.visit} latents: they do not fit on the device"
+        return (
+            f"{cut}, one after the other: not all histories fit on the device, nor in RAM if the clip is long"
+        )
+
+
+Seconds = Callable[[Decoding], float]
+
+
+@dataclass
+class Decodings:
+    """The ways to decode one clip."""
+
+    spec: VaeSpec
+    weights: Group
+    """Of the decoder."""
+    latent: tuple[int, int, int, int]
+    """[z, F, h, w]"""
+    frame: int
+    """Bytes of a finished frame."""
+    dtype: torch.dtype
+    rounding: Rounding
+    """What the device gives up for a long-lived buffer."""
+    _known: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict, init=False)
+    """By rows and columns of tiles: history of the largest, of all, scratch of the largest."""
+    _share: float = field(default=0.0, init=False)
+    """Scratch of a tile to its history: the most that is known."""
+
+    def choose(self, vram: int, ram: int, seconds: Seconds) -> Decoding:
+        """The fastest inside `vram` and `ram` bytes; all frames at the end only if there is no other way.
+
+        If nothing fits: the least VRAM inside `ram`, or else the least RAM inside `vram`, or else the least VRAM.
+        """
+        found = (
+            self._best(lambda d: d.vram <= vram and d.ram <= ram and not self._late(d.tiling), seconds)
+            or self._best(lambda d: d.vram <= vram and d.ram <= ram, seconds)
+            or self._best(lambda d: d.ram <= ram, lambda d: (d.vram, seconds(d)))
+            or self._best(lambda d: d.vram <= vram, lambda d: (d.ram, seconds(d)))
+            or self._best(lambda d: True, lambda d: (d.vram, seconds(d)))
+        )
+        assert found is not None
+        return found
+
+    def _best(self, fits: Callable[[Decoding], bool], key: Callable[[Decoding], Any]) -> Decoding | None:
+        """The first by `key` of those that fit. Guesses lead to it; what is returned is exact."""
+        while pool := [d for d in map(self._guess, self._histories) if fits(d)]:
+            best = min(pool, key=key)
+            if best.tiling.grid in self._known:
+                return best
+            self._settle(best.tiling)
+        return None
+
+    def _guess(self, histories: _Histories) -> Decoding:
+        """What `histories` takes: as far as it is known, else with scratch in proportion to history."""
+        tiling, largest, total = histories
+        known = self._known.get(tiling.grid)
+        return self._decoding(tiling, *(known or (largest, total, int(self._share * largest))))
+
+    def exactly(self, tiling: Tiling) -> Decoding:
+        """What a given tiling takes."""
+        if tiling.grid not in self._known:
+            self._settle(tiling)
+        return self._decoding(tiling, *self._known[tiling.grid])
+
+    def _settle(self, tiling: Tiling) -> None:
+        tiles = tiling.tiles(self._layers, self._plane)
+        sizes = [packed_size(tile.memories(self._shapes), self.dtype) for tile in tiles]
+        largest = tiles[sizes.index(max(sizes))]
+        scratch = footprint.decode_scratch(self.spec, self.weights, largest, self.dtype)
+        self._known[tiling.grid] = max(sizes), sum(sizes), scratch
+        self._share = max(self._share, scratch / max(sizes))
+
+    def _decoding(self, tiling: Tiling, largest: int, total: int, tile_scratch: int) -> Decoding:
+        visits = ceil(self.latent[1] / tiling.visit)
+        everything = total + self._middle_history
+        away = not tiling.kept and visits > 1
+        cut = tiling.rows * tiling.columns > 1
+        return Decoding(
+            tiling,
+            slab=self.rounding(everything if tiling.kept else max(largest, self._middle_history)),
+            scratch=max(self._middle_scratch, tile_scratch),
+            shelf=everything if away else 0,
+            waiting=tiling.visit * self._middle_result,
+            frames=self.frame * (4 * tiling.visit if cut else 1),
+            moved=everything * (visits - 1) if away else 0,
+            work=total / self._whole,
+        )
+
+    def _late(self, tiling: Tiling) -> bool:
+        """Whether all frames wait for the last tile, however long the clip."""
+        return not tiling.kept and tiling.visit == self.latent[1] > VISIT
+
+    # ---- what is known in closed form
+
+    @cached_property
+    def _histories(self) -> list[_Histories]:
+        """Of every tiling that is worth a thought."""
+        frames, found = self.latent[1], []
+        whole = memories(self._layers, self._plane, self._shapes)
+        per_cell = np.array([m.frames * m.shape[0] * self.dtype.itemsize for m in whole], dtype=np.int64)
+        visits = {ceil(frames / ceil(frames / VISIT)), frames}
+        across = self._cells(self._plane[1])
+        for rows, vertical in self._cells(self._plane[0]).items():
+            for columns, horizontal in across.items():
+                sizes = (vertical * per_cell) @ horizontal.T
+                largest, total = int(sizes.max()), int(sizes.sum())
+                found.append(_Histories(Tiling(rows, columns), largest, total))
+                found += [_Histories(Tiling(rows, columns, n, kept=False), largest, total) for n in visits]
+        return found
+
+    def _cells(self, size: int) -> dict[int, NDArray[np.int64]]:
+        """By number of tiles along an axis of `size` latents: cells [tile, memory] that each of them remembers."""
+        scale = self.spec.stride[1] // self.spec.patch
+        table = {}
+        for count in (n for n in _COUNTS if n == 1 or n * SMALLEST <= size):
+            spans = [span.scaled(scale) for span in split(size, count)]
+            tiles = [make_tile(self._layers, (size, size), span, span) for span in spans]
+            table[count] = np.array([[m.shape[1] for m in tile.memories(self._shapes)] for tile in tiles])
+        return table
+
+    @cached_property
+    def _layers(self) -> tuple[vae.Layer, ...]:
+        return vae.decoder_upsampling(self.spec)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.spec.shapes()
+
+    @property
+    def _plane(self) -> tuple[int, int]:
+        return self.latent[2], self.latent[3]
+
+    @cached_property
+    def _whole(self) -> int:
+        return packed_size(memories(self._layers, self._plane, self._shapes), self.dtype)
+
+    @cached_property
+    def _middle_history(self) -> int:
+        return packed_size(memories(vae.decoder_middle(self.spec), self._plane, self._shapes), self.dtype)
+
+    @cached_property
+    def _middle_scratch(self) -> int:
+        return footprint.middle_scratch(self.spec, self.weights, self._plane, self.dtype)
+
+    @property
+    def _middle_result(self) -> int:
+        return 4 * self.spec.decoder_base * self._plane[0] * self._plane[1] * self.dtype.itemsize

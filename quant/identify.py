@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ from lowvram.quant.deduce import Shapes, Spec, deduce, derived_family
 from lowvram.quant.encodings import registry
 from lowvram.quant.encodings.base import Recognised, StoredPart
 from lowvram.quant.encodings.fp8 import Fp8
-from lowvram.quant.files.header import Header, StoredTensor, shown
+from lowvram.quant.files.header import Header, shown
 from lowvram.quant.files.shards import OpenReader, open_checkpoint_files
 from lowvram.quant.lora import is_lora
 from lowvram.quant.names import (
     DIT,
     FILE_MARKERS,
     TEXT,
+    TEXT_GGUF,
     TIED_EMBEDDING,
     KeyStyle,
     detect_styles,
@@ -29,6 +29,7 @@ from lowvram.quant.names import (
     vae_renames,
 )
 from lowvram.quant.refs import Part, Shape, TensorRef
+from lowvram.quant.stored import Group, Stored, group_by_weight, make_ref, recognise_group
 
 Kind = Literal["dit", "vae", "text", "clip", "lora"]
 
@@ -48,9 +49,6 @@ _CLIP_MARKERS = frozenset(
 )
 _TOKENIZER = "spiece_model"
 
-Group = dict[str, tuple[StoredTensor, Path]]
-"""The stored tensors of one weight by role."""
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -67,7 +65,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     """Header metadata of all files; where two disagree, of the first."""
     style: str = "native"
-    """How the file names its tensors: "native", "diffusers", "hf"."""
+    """How the file names its tensors: "native", "diffusers", "hf", "gguf"."""
     tokenizer: Part | None = None
     """The sentencepiece model that ComfyUI text encoders carry."""
 
@@ -103,10 +101,12 @@ def identify(headers: Sequence[Header], want: Kind | None = None) -> Checkpoint:
     `want`, or a network with missing, extra or misshapen tensors.
     """
     where = headers[0].path if len(headers) == 1 else headers[0].path.parent
-    groups = _group(headers)
+    groups = group_by_weight(headers)
     names = [tensor.name for header in headers for tensor in header.tensors]
     if is_lora(names):
-        return _only_recognised("lora", want, groups, headers, where)
+        # The names of its factors mean nothing of what they mean beside a weight.
+        single = {t.name: {"weight": Stored(t, h.path)} for h in headers for t in h.tensors}
+        return _only_recognised("lora", want, single, headers, where)
     styles = {style.kind: style for style in detect_styles(groups)}
     chosen = next(
         (styles[kind] for kind in ("dit", "text", "vae") if kind in styles and want in (None, kind)), None
@@ -141,8 +141,12 @@ def _network(
         elif native in found:
             _refuse(where, f"two tensors for {native}", "every tensor once")
         else:
-            found[native] = (_recognise(name, group, where), group)
-    refs = {native: _ref(native, recognised, group) for native, (recognised, group) in found.items()}
+            found[native] = (recognise_group(name, group, _bias(name, inside), where), group)
+    width = _width(found)
+    refs = {
+        native: make_ref(native, recognised, group, _logical_shape(native, recognised.shape, width))
+        for native, (recognised, group) in found.items()
+    }
     shapes = {name: ref.shape for name, ref in refs.items()}
     metadata = _merged_metadata(headers)
     spec, variant = deduce(style.kind, shapes, metadata, where)
@@ -151,18 +155,6 @@ def _network(
     files = tuple(dict.fromkeys(part.file for ref in refs.values() for part in ref.parts))
     tokenizer = _tokenizer(groups, style.prefix) if style.kind == "text" else None
     return Checkpoint(style.kind, spec, variant, refs, files, metadata, style.style, tokenizer)
-
-
-def _group(headers: Sequence[Header]) -> dict[str, Group]:
-    """Stored tensors by the name of the weight they belong to."""
-    groups: defaultdict[str, Group] = defaultdict(dict)
-    for header in headers:
-        for tensor in header.tensors:
-            base, role = split_side(tensor.name)
-            if role in groups[base]:
-                _refuse(header.path, f"two tensors are the {role} of {shown(base)}", "every tensor once")
-            groups[base][role] = (tensor, header.path)
-    return dict(groups)
 
 
 def _base_names(names: Iterable[str]) -> set[str]:
@@ -176,6 +168,8 @@ def _namer(style: KeyStyle, names: Iterable[str], where: Path) -> Callable[[str]
         return lambda name: name if known(name) else None
     if style.kind == "dit":
         return DIT.to_native
+    if style.style == "gguf":
+        return TEXT_GGUF.to_native
     if style.kind == "text":
         return lambda name: "token_embedding.weight" if name == TIED_EMBEDDING else TEXT.to_native(name)
     return vae_renames(*_diffusers_vae(names, where)).to_native
@@ -199,34 +193,31 @@ def _is_ignored(style: KeyStyle, name: str, names: Mapping[str, Group]) -> bool:
         return name.startswith(("decoder.", "lm_head.")) or (
             name == TIED_EMBEDDING and "shared.weight" in names
         )
+    if style.style == "gguf":
+        return name.startswith(("dec.", "output."))
     return style.kind == "dit" and name.endswith(".attn2.norm_added_q.weight")
 
 
-def _recognise(name: str, group: Group, where: Path) -> Recognised:
-    recognised = registry.recognise({r: StoredPart(t.dtype, t.shape) for r, (t, _) in group.items()})
-    if recognised is not None:
-        return recognised
-    if "weight" not in group:
-        role = next(iter(group))
-        _refuse(where, f"the {role} of {shown(name)} is there without its weight", "both")
-    stored = ", ".join(f"{role} {t.dtype} {list(t.shape)}" for role, (t, _) in group.items())
-    found = f"tensor {shown(name)} is stored in a format that is not supported yet: {stored}"
-    raise FileError(found, where=str(where), advice="use a bf16, fp16, fp32 or fp8 version of the model")
+def _bias(name: str, groups: Mapping[str, Group]) -> Stored | None:
+    """The bias of the layer whose weight is called `name`."""
+    return groups.get(name.removesuffix(".weight") + ".bias", {}).get("weight")
 
 
-def _ref(native: str, recognised: Recognised, group: Group) -> TensorRef:
-    parts = tuple(_part(role, *group[role]) for role in recognised.roles)
-    return TensorRef(native, _logical_shape(native, recognised.shape), recognised.encoding, parts)
+def _width(found: Mapping[str, tuple[Recognised, Group]]) -> int:
+    """Rows of the patch embedding, from its bias; 0 if that is not there."""
+    bias = found.get("patch_embedding.bias")
+    return bias[0].shape[0] if bias is not None and len(bias[0].shape) == 1 else 0
 
 
-def _part(role: str, tensor: StoredTensor, file: Path) -> Part:
-    return Part(role, file, tensor.offset, tensor.nbytes, tensor.dtype, tensor.shape)
-
-
-def _logical_shape(native: str, shape: Shape) -> Shape:
-    """The patch convolution [D, in, 1, 2, 2] is also stored as a matrix [D, in*4] (checkpoint-formats 4.1, 6.5)."""
-    if native == "patch_embedding.weight" and len(shape) == 2 and shape[1] % 4 == 0:
+def _logical_shape(native: str, shape: Shape, width: int) -> Shape:
+    """The patch convolution [D, in, 1, 2, 2] is also stored as a matrix [D, in*4], and by writers that know four
+    dimensions as [D*in, 1, 2, 2] (checkpoint-formats 4.1, 6.5)."""
+    if native != "patch_embedding.weight":
+        return shape
+    if len(shape) == 2 and shape[1] % 4 == 0:
         return (shape[0], shape[1] // 4, 1, 2, 2)
+    if len(shape) == 4 and shape[1:] == (1, 2, 2) and width and shape[0] % width == 0:
+        return (width, shape[0] // width, 1, 2, 2)
     return shape
 
 
@@ -266,8 +257,9 @@ def _tokenizer(groups: Mapping[str, Group], prefix: str) -> Part | None:
     """The sentencepiece model: beside the weights, or (all-in-one files) a level above them."""
     for name in (prefix + _TOKENIZER, prefix.removesuffix("transformer.") + _TOKENIZER):
         stored = groups.get(name, {}).get("weight")
-        if stored is not None and stored[0].dtype == "U8" and len(stored[0].shape) == 1:
-            return _part(_TOKENIZER, *stored)
+        if stored is not None and stored.tensor.dtype == "U8" and len(stored.tensor.shape) == 1:
+            tensor = stored.tensor
+            return Part(_TOKENIZER, stored.file, tensor.offset, tensor.nbytes, tensor.dtype, tensor.shape)
     return None
 
 
@@ -289,9 +281,10 @@ def _only_recognised(
         _refuse_unknown(groups, [_KIND_NAMES[kind]], want, where)
     refs: dict[str, TensorRef] = {}
     for name, group in groups.items():
-        recognised = registry.recognise({r: StoredPart(t.dtype, t.shape) for r, (t, _) in group.items()})
-        if recognised is not None:
-            refs[name] = _ref(name, recognised, group)
+        parts = {role: StoredPart(s.tensor.dtype, s.tensor.shape, s.note) for role, s in group.items()}
+        recognised = registry.recognise(parts)
+        if recognised is not None and not recognised.flat:
+            refs[name] = make_ref(name, recognised, group, recognised.shape)
     return Checkpoint(kind, None, kind, refs, tuple(h.path for h in headers), _merged_metadata(headers))
 
 

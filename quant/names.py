@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Literal
 
 NetKind = Literal["dit", "vae", "text"]
-Style = Literal["native", "diffusers", "hf"]
+Style = Literal["native", "diffusers", "hf", "gguf"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,14 @@ class Renames:
         return self.from_native(name) is not None
 
 
-_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_ATTENTION: Mapping[str, str] = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+}
 
 DIT = Renames.of(
     {
@@ -158,12 +165,33 @@ TEXT = Renames.of(
 )
 """Text encoder: native <-> Hugging Face (which ComfyUI uses too)."""
 
+TEXT_GGUF = Renames.of(
+    {"token_embedding": "token_embd", "norm": "enc.output_norm"},
+    {
+        "norm1": "attn_norm",
+        **{f"attn.{leaf}": f"attn_{leaf}" for leaf in "qkvo"},
+        "pos_embedding.embedding": "attn_rel_b",
+        "norm2": "ffn_norm",
+        "ffn.gate.0": "ffn_gate",
+        "ffn.fc1": "ffn_up",
+        "ffn.fc2": "ffn_down",
+    },
+    ("blocks.", "enc.blk."),
+    frozenset(),
+)
+"""Text encoder: native <-> llama.cpp's t5encoder (checkpoint-formats 4.4)."""
+
 TIED_EMBEDDING = "encoder.embed_tokens.weight"
 """The Hugging Face second name of `shared.weight`; a file may hold either or both."""
 
-_RES_BLOCK = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
-_RES_BLOCK |= {"shortcut": "conv_shortcut"}
-_RESAMPLE = {"resample.1": "resample.1", "time_conv": "time_conv"}
+_RES_BLOCK: Mapping[str, str] = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+_RESAMPLE: Mapping[str, str] = {"resample.1": "resample.1", "time_conv": "time_conv"}
 
 
 def vae_renames(version: str, res_blocks: int) -> Renames:
@@ -271,6 +299,8 @@ def _known_as(name: str) -> list[tuple[NetKind, Style]]:
         found.append(("text", "native"))
     if name == TIED_EMBEDDING or TEXT.to_native(name):
         found.append(("text", "hf"))
+    if TEXT_GGUF.to_native(name):
+        found.append(("text", "gguf"))
     if not found and is_vae_native(name):
         found.append(("vae", "native"))
     if not found and _VAE_DIFFUSERS.fullmatch(name):
@@ -278,13 +308,28 @@ def _known_as(name: str) -> list[tuple[NetKind, Style]]:
     return found
 
 
-_SIDE_SUFFIXES: tuple[tuple[str, str], ...] = (
-    (".weight_scale", "scale"),
-    (".scale_weight", "scale"),
-    (".input_scale", "input_scale"),
-    (".scale_input", "input_scale"),
-    (".comfy_quant", "comfy_quant"),
-)
+_LAYER_SUFFIXES: Mapping[str, str] = MappingProxyType(
+    {
+        "weight_scale": "scale", "scale_weight": "scale",
+        "input_scale": "input_scale", "scale_input": "input_scale", "output_scale": "output_scale",
+        "comfy_quant": "comfy_quant", "pre_quant_scale": "pre_quant_scale", "weight_scale_2": "scale_2",
+        "weight_global_scale": "global_scale", "input_global_scale": "input_global_scale", "alpha": "alpha",
+        "input_absmax": "input_absmax",
+        "SCB": "scb", "weight_format": "weight_format",
+    }
+)  # fmt: skip
+"""Role of a side tensor that stands beside a weight under the name of its layer: "ffn.0.weight_scale"."""
+
+_WEIGHT_SUFFIXES: tuple[tuple[str, str], ...] = (
+    ("._data._data", "packed"), ("._data", "weight"), ("._scale", "scale"), ("._shift", "shift"),
+    (".absmax", "absmax"), (".quant_map", "quant_map"), (".nested_absmax", "nested_absmax"),
+    (".nested_quant_map", "nested_quant_map"),
+    (".quant_state.bitsandbytes__nf4", "quant_state"), (".quant_state.bitsandbytes__fp4", "quant_state"),
+)  # fmt: skip
+"""Role of a side tensor that is named after the weight itself: "ffn.0.weight._scale"; the first that ends a name."""
+
+NOTE_ROLES = frozenset({"comfy_quant", "quant_state"})
+"""Roles of small JSON texts stored as tensors of bytes."""
 
 FILE_MARKERS = frozenset({"scaled_fp8", "spiece_model"})
 """Tensors that speak of the whole file: an fp8 marker, and the sentencepiece model of a ComfyUI text encoder."""
@@ -292,7 +337,12 @@ FILE_MARKERS = frozenset({"scaled_fp8", "spiece_model"})
 
 def split_side(name: str) -> tuple[str, str]:
     """(name of the weight, role) of a stored tensor: a side tensor of a quantised weight, or ("...", "weight")."""
-    for suffix, role in _SIDE_SUFFIXES:
-        if name.endswith(suffix):
-            return f"{name[: -len(suffix)]}.weight", role
+    layer, _, last = name.rpartition(".")
+    role = _LAYER_SUFFIXES.get(last)
+    if role is not None and layer:
+        return f"{layer}.weight", role
+    if ".weight." in name:
+        for suffix, role in _WEIGHT_SUFFIXES:
+            if name.endswith(".weight" + suffix):
+                return name.removesuffix(suffix), role
     return name, "weight"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -78,13 +78,22 @@ class Encoding(ABC):
         """Whether a tensor of `shape` can be stored in this encoding."""
         return True
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether every part of a matrix either has a row for each of its rows or serves them all: any rows of the
+        parts then decode to the same rows of the matrix."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
     """Dtype code and shape of one stored tensor that belongs to a weight."""
 
     dtype: str
+    """safetensors dtype code, or the name of a GGUF block type."""
     shape: Shape
+    note: Mapping[str, object] | None = None
+    """What the tensor says, if it is a small JSON text ("comfy_quant", "quant_state")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +105,8 @@ class Recognised:
     """Logical shape."""
     roles: tuple[str, ...]
     """The stored roles that `decode` needs; others (activation scales) may be left on disk."""
+    flat: bool = False
+    """Whether `shape` is [rows, columns] of a grouping only: the file does not say the shape, its bias does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,8 @@ class Family:
     """Encodings that can be asked for by name, aliases included."""
     recognise: Callable[[Mapping[str, StoredPart]], Recognised | None]
     """Stored tensors of one weight by role -> what they are; None if they are not of this family."""
+    formats: Mapping[str, bool] = field(default_factory=dict)
+    """Names this family has in ComfyUI's per-layer notes, and whether a layer of that format may be rotated."""
 
 
 def check_shape(found: Shape, expected: Shape, what: str) -> None:

@@ -70,6 +70,10 @@ class Fp8(Encoding):
             return len(shape) >= 2 and numel(shape[1:]) % self.block == 0
         return self.scaling != "row" or len(shape) >= 2
 
+    @property
+    def by_rows(self) -> bool:
+        return True
+
     def decode(
         self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
@@ -167,4 +171,5 @@ FAMILY = Family(
         }
     ),
     _recognise,
+    MappingProxyType({"float8_e4m3fn": False, "float8_e5m2": False}),
 )

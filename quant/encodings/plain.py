@@ -38,6 +38,10 @@ class Plain(Encoding):
     def layout(self, shape: Shape) -> tuple[PartLayout, ...]:
         return (part_layout("weight", self.code, shape),)
 
+    @property
+    def by_rows(self) -> bool:
+        return True
+
     def decode(
         self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:

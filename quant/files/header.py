@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowvram.quant.refs import Shape
@@ -15,7 +15,7 @@ class StoredTensor:
 
     name: str
     dtype: str
-    """safetensors dtype code."""
+    """safetensors dtype code, or the name of a GGUF block type."""
     shape: Shape
     offset: int
     """Absolute byte offset in the file."""
@@ -31,6 +31,8 @@ class Header:
     """Bytes in the file."""
     tensors: tuple[StoredTensor, ...]
     metadata: Mapping[str, str]
+    notes: Mapping[str, bytes] = field(default_factory=dict)
+    """Bytes of the small JSON texts stored as tensors, by name of the tensor."""
 
 
 def shown(text: str, limit: int = 80) -> str:

@@ -1,4 +1,4 @@
-"""A checkpoint in one file, in shards with an index, or in a folder of either."""
+"""A checkpoint in one file (safetensors or GGUF), in shards with an index, or in a folder of either."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from lowvram.errors import FileError
+from lowvram.quant.files.gguf import MAGIC, read_gguf_header
 from lowvram.quant.files.header import Header, shown
+from lowvram.quant.files.notes import with_notes
 from lowvram.quant.files.safetensors import MAX_TENSORS, read_header
 from lowvram.quant.files.sniff import HEAD_BYTES, recognise_content
 from lowvram.quant.files.strict_json import Malformed, Scanner
@@ -25,8 +27,9 @@ MAX_OTHER_VALUE = 65_536
 """Characters of an index member that is not the weight_map."""
 
 _SUFFIXES = (".safetensors", ".sft")
+_GGUF_SUFFIX = ".gguf"
 _SHARD_NAME = re.compile(
-    r"(?P<stem>.+)-(?P<number>\d{3,6})-of-(?P<count>\d{3,6})\.(safetensors|sft)", re.ASCII
+    r"(?P<stem>.+)-(?P<number>\d{3,6})-of-(?P<count>\d{3,6})\.(safetensors|sft|gguf)", re.ASCII
 )
 _DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.ASCII | re.IGNORECASE)
 _AGAIN = "download the index and its files again"
@@ -133,11 +136,11 @@ def _open_folder(path: Path, open_reader: OpenReader) -> list[Header]:
     if indices:
         found = f"{len(indices)} index files: {_few([file.name for file in indices])}"
         _refuse(path, found, "one", "give the index file to use")
-    weights = [file for file in files if file.name.endswith(_SUFFIXES)]
+    weights = [file for file in files if file.name.endswith((*_SUFFIXES, _GGUF_SUFFIX))]
     if not weights:
-        _refuse(path, "no .safetensors file lies in this folder", "", "check the path")
+        _refuse(path, "no .safetensors file lies in this folder, and no .gguf file", "", "check the path")
     if len(weights) > MAX_SHARDS:
-        _refuse(path, f"{len(weights):,} .safetensors files", "one checkpoint", "give the file to use")
+        _refuse(path, f"{len(weights):,} model files", "one checkpoint", "give the file to use")
     _check_numbering(path, weights)
     headers = [_read(file, open_reader) for file in weights]
     return _disjoint(headers, path, "the folder holds several checkpoints: give the file to use")
@@ -156,7 +159,9 @@ def _check_numbering(folder: Path, files: list[Path]) -> None:
 
 def _read(path: Path, open_reader: OpenReader) -> Header:
     with open_reader(path) as reader:
-        return read_header(reader)
+        if path.name.lower().endswith(_GGUF_SUFFIX) or reader.read_at(0, min(4, reader.size)) == MAGIC:
+            return read_gguf_header(reader)
+        return with_notes(reader, read_header(reader))
 
 
 def _disjoint(headers: list[Header], path: Path, advice: str) -> list[Header]:

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.errors import NonFiniteError, UsageError
+from lowvram.offload.estimate import peak_memory
 from lowvram.quant.encodings import base
 from lowvram.quant.encodings.base import TORCH_DTYPES, StoredPart
 from lowvram.quant.encodings.fp8 import Fp8
@@ -23,7 +25,7 @@ from lowvram.quant.refs import stored_bytes
 from lowvram.quant.spec import DitSpec, TextSpec, VaeSpec
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
-SHAPE = (6, 128)
+SHAPE, LARGER = (6, 128), (16, 256)
 SCALED = [
     Fp8(),
     Fp8("F8_E5M2"),
@@ -52,10 +54,19 @@ def expected_product(parts, encoding) -> torch.Tensor:
     return weight * (scale.reshape(-1, 1) if encoding.scaling == "row" else scale)
 
 
+def fitting(encoding) -> tuple[int, int]:
+    """A small matrix that the encoding can hold."""
+    return SHAPE if encoding.fits(SHAPE) else LARGER
+
+
 @pytest.mark.parametrize("name", encoding_names())
-@pytest.mark.parametrize("shape", [(6, 128), (4, 16, 1, 2, 2), (1, 64)])
+@pytest.mark.parametrize("shape", [SHAPE, LARGER, (130, 512), (4, 16, 1, 2, 2), (1, 64)])
 def test_what_is_encoded_is_what_the_layout_says(name, shape):
     encoding = encoding_by_name(name)
+    if not encoding.fits(shape):
+        with pytest.raises(ValueError, match="cannot"):
+            encoding.encode(random(shape))
+        return
     parts = encoding.encode(random(shape))
     assert {
         r: (TORCH_DTYPES[p.dtype], p.shape, p.nbytes) for p in encoding.layout(shape) for r in [p.role]
@@ -70,12 +81,15 @@ def test_what_is_encoded_is_what_the_layout_says(name, shape):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_decoding_into_out_equals_decoding_anew(name, dtype):
     encoding = encoding_by_name(name)
-    parts = encoding.encode(random())
-    out = torch.full(SHAPE, math.nan, dtype=dtype)
-    fresh = encoding.decode(parts, SHAPE, dtype)
-    assert encoding.decode(parts, SHAPE, dtype, out=out) is out
-    assert fresh.dtype == dtype and tuple(fresh.shape) == SHAPE
+    shape = fitting(encoding)
+    parts = encoding.encode(random(shape))
+    out = torch.full(shape, math.nan, dtype=dtype)
+    fresh = encoding.decode(parts, shape, dtype)
+    assert encoding.decode(parts, shape, dtype, out=out) is out
+    assert fresh.dtype == dtype and tuple(fresh.shape) == shape
     assert torch.equal(out, fresh)
+    # One rounding from float32: casts compose no other way.
+    assert torch.equal(fresh, encoding.decode(parts, shape, torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("code", ["F32", "BF16", "F16", "F64"])
@@ -100,14 +114,31 @@ def test_scaled_fp8_is_the_float32_product_rounded_once(encoding, dtype):
     assert torch.equal(encoding.decode(parts, SHAPE, dtype), expected_product(parts, encoding).to(dtype))
 
 
-@pytest.mark.parametrize("encoding", SCALED, ids=lambda e: e.name)
-def test_decoding_in_chunks_changes_nothing(encoding, monkeypatch):
-    parts = encoding.encode(random())
-    whole = encoding.decode(parts, SHAPE, torch.float32)
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 200)
-    assert torch.equal(encoding.decode(parts, SHAPE, torch.float32), whole)
-    again = encoding.encode(random())
-    assert all(torch.equal(again[role].float(), part.float()) for role, part in parts.items())
+EVERY = list(dict.fromkeys([*SCALED, *(encoding_by_name(name) for name in encoding_names())]))
+
+
+@pytest.mark.parametrize("encoding", EVERY, ids=lambda e: e.name)
+def test_converting_in_chunks_changes_nothing(encoding, monkeypatch):
+    shape = (160, 512)
+    tensor = random(shape)
+    parts = encoding.encode(tensor)
+    whole = encoding.decode(parts, shape, torch.float32)
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 1000)
+    assert torch.equal(encoding.decode(parts, shape, torch.float32), whole)
+    again = encoding.encode(tensor)
+    for role, part in parts.items():
+        assert torch.equal(again[role].flatten().view(torch.uint8), part.flatten().view(torch.uint8))
+
+
+@pytest.mark.parametrize("encoding", [e for e in EVERY if e.fits((13824, 5120))], ids=lambda e: e.name)
+def test_decoding_takes_little_memory_beside_its_result(encoding):
+    """At the size of the largest matrix of a 14B model, 135 MiB in bf16."""
+    shape = (13824, 5120)
+    with FakeTensorMode():
+        parts = {p.role: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]) for p in encoding.layout(shape)}
+        out = torch.empty(shape, dtype=torch.bfloat16)
+    peak = peak_memory(lambda out: encoding.decode(parts, shape, out.dtype, out), out).peak_bytes
+    assert peak <= 40 << 20
 
 
 def test_scales_are_the_peak_over_the_largest_value():
@@ -138,16 +169,18 @@ def test_values_beyond_the_range_saturate_instead_of_becoming_nan(encoding):
 def test_a_zero_tensor_survives_every_encoding():
     for name in encoding_names():
         encoding = encoding_by_name(name)
-        assert encoding.decode(encoding.encode(torch.zeros(SHAPE)), SHAPE, torch.float32).abs().max() == 0
+        shape = fitting(encoding)
+        assert encoding.decode(encoding.encode(torch.zeros(shape)), shape, torch.float32).abs().max() == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", encoding_names())
 def test_non_finite_weights_are_refused(name, bad):
-    tensor = random()
+    encoding = encoding_by_name(name)
+    tensor = random(fitting(encoding))
     tensor[3, 5] = bad
     with pytest.raises(NonFiniteError):
-        encoding_by_name(name).encode(tensor)
+        encoding.encode(tensor)
 
 
 def test_a_value_too_large_for_fp16_is_refused():

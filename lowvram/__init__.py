@@ -56,7 +56,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'lowvram' has no attribute {name!r}")
     from importlib import import_module
 
-    module = {"Pipeline": "api", "Runtime": "api", "Video": "api", "Job": "job", "Plan": "planner"}.get(name, "errors")
+    module = {"Pipeline": "api", "Runtime": "api", "Video": "api", "Job": "job", "Plan": "planner"}.get(
+        name, "errors"
+    )
     return getattr(import_module(f"lowvram.{module}"), name)
 
 

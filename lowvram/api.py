@@ -1,10 +1,10 @@
 """Runtime, Pipeline, Video: the product as a library.
 
-    runtime = Runtime(vram="16GB", ram="24GB")
-    pipe = runtime.load("nano")
-    print(pipe.plan("a red circle moves left on a black background"))
-    video = pipe("a red circle moves left on a black background", seed=1)
-    video.save("out.mp4")
+runtime = Runtime(vram="16GB", ram="24GB")
+pipe = runtime.load("nano")
+print(pipe.plan("a red circle moves left on a black background"))
+video = pipe("a red circle moves left on a black background", seed=1)
+video.save("out.mp4")
 """
 
 from __future__ import annotations
@@ -90,7 +90,11 @@ class Pipeline:
     def job(self, prompt: str = "", **settings: Any) -> Job:
         """A job on this model; `settings` are those of `lowvram.job.make_job`."""
         return make_job(
-            self.model.spec, model=self.model.name, files=self.files, prompt=prompt, **_with_preset_loras(self, settings)
+            self.model.spec,
+            model=self.model.name,
+            files=self.files,
+            prompt=prompt,
+            **_with_preset_loras(self, settings),
         )
 
     def plan(self, prompt: str = "", **settings: Any) -> Plan:
@@ -158,7 +162,9 @@ class Video:
         check_target(target, overwrite)
         check_size(self.job.width, self.job.height)
         facts = {"comment": json.dumps(describe(self.job, __version__), ensure_ascii=False)}
-        with VideoWriter(target, self.job.width, self.job.height, self.job.fps, facts, overwrite=overwrite) as writer:
+        with VideoWriter(
+            target, self.job.width, self.job.height, self.job.fps, facts, overwrite=overwrite
+        ) as writer:
             for frame in self.frames():
                 writer.write(frame[None])
         return Report(tuple(self.reports))
@@ -179,7 +185,9 @@ def plan_without_files(
     encoding_by_name(weights or DEFAULT_WEIGHTS)
     where = machine_profile(machine) if machine else this_machine()
     job = make_job(spec, model=name, files={}, prompt=prompt, **settings)
-    return make_plan(job, imagined_model(name, spec, weights or DEFAULT_WEIGHTS), _budget(vram, ram, where), where)
+    return make_plan(
+        job, imagined_model(name, spec, weights or DEFAULT_WEIGHTS), _budget(vram, ram, where), where
+    )
 
 
 def _with_preset_loras(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:
@@ -197,9 +205,13 @@ def _with_preset_loras(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, An
 
 def _machine(device: str | None) -> Machine:
     if device not in (None, "cpu", "cuda"):
-        raise UsageError(f'device "{device}"', where="--device", expected="cpu or cuda", advice="leave it out")
+        raise UsageError(
+            f'device "{device}"', where="--device", expected="cpu or cuda", advice="leave it out"
+        )
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("no CUDA device here", where="--device", advice="check the driver, or use --device cpu")
+        raise UsageError(
+            "no CUDA device here", where="--device", advice="check the driver, or use --device cpu"
+        )
     return this_machine(device=device)
 
 

@@ -27,8 +27,20 @@ FLAGS: Mapping[str, str] = {
 """What a person gives a part with."""
 
 _PLACES: Mapping[str, tuple[str, ...]] = {
-    "high": ("high_noise_model", "transformer", "high_noise_model*", "*high*noise*.safetensors", "*high*.safetensors"),
-    "low": ("low_noise_model", "transformer_2", "low_noise_model*", "*low*noise*.safetensors", "*low*.safetensors"),
+    "high": (
+        "high_noise_model",
+        "transformer",
+        "high_noise_model*",
+        "*high*noise*.safetensors",
+        "*high*.safetensors",
+    ),
+    "low": (
+        "low_noise_model",
+        "transformer_2",
+        "low_noise_model*",
+        "*low*noise*.safetensors",
+        "*low*.safetensors",
+    ),
     "single": (
         "transformer",
         "diffusion_pytorch_model.safetensors.index.json",

@@ -64,7 +64,9 @@ def block_scratch(
         k, v = (torch.empty(group or spec.heads, n, HEAD_DIM, dtype=dtype) for _ in "kv")
         x, rope = torch.empty(n, spec.dim, dtype=dtype), torch.empty(n, HEAD_DIM // 2, 2)
         work = dit.Workspace(k, v, torch.empty_like(x) if group else None, chunk)
-    factors = 2 * (allocated_size(4 * tokens) - allocated_size(4 * n)) if group else 0  # one a token, not a chunk
+    factors = (
+        2 * (allocated_size(4 * tokens) - allocated_size(4 * n)) if group else 0
+    )  # one a token, not a chunk
     return factors + _peak(lambda x: dit.block_(p, x, time, context, rope, work), x)
 
 
@@ -84,7 +86,9 @@ def prepare_scratch(
 
     def run(text: Tensor) -> None:
         kept: list[object] = [dit.embed_text(p, spec, text[:n]) for n in lengths]
-        kept += [dit.embed_time(p, spec, torch.zeros(time_rows, dtype=torch.float64), 1) for _ in range(steps)]
+        kept += [
+            dit.embed_time(p, spec, torch.zeros(time_rows, dtype=torch.float64), 1) for _ in range(steps)
+        ]
         kept += [p[name].clone() for name in p.tensors if name.startswith(("patch_embedding.", "head."))]
 
     return _peak(run, text)
@@ -121,7 +125,8 @@ class _UnderWay(PackedHistory):
 
 def _under_way(found: Sequence[Memory], dtype: torch.dtype) -> _UnderWay:
     places = {
-        m.name: tuple(torch.empty(1, m.shape[0], 1, *m.shape[1:], dtype=dtype) for _ in range(m.frames)) for m in found
+        m.name: tuple(torch.empty(1, m.shape[0], 1, *m.shape[1:], dtype=dtype) for _ in range(m.frames))
+        for m in found
     }
     return _UnderWay(places=places)
 

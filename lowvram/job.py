@@ -77,13 +77,20 @@ def make_job(
     frames = spec.frames if frames is None else frames
     check_size(spec, width, height, frames)
     if not 0 <= seed < 2**63:
-        raise UsageError(f"seed {seed}", where="--seed", expected="0 to 2^63 - 1", advice="choose another seed")
+        raise UsageError(
+            f"seed {seed}", where="--seed", expected="0 to 2^63 - 1", advice="choose another seed"
+        )
     if fps is not None and not 1 <= fps <= 120:
-        raise UsageError(f"{fps} frames a second", where="--fps", expected="1 to 120", advice="leave --fps out")
+        raise UsageError(
+            f"{fps} frames a second", where="--fps", expected="1 to 120", advice="leave --fps out"
+        )
     for lora in loras:
         if not math.isfinite(lora.strength):
             raise UsageError(
-                f"strength {lora.strength}", where="--lora", expected="a number", advice="1.0 is the usual strength"
+                f"strength {lora.strength}",
+                where="--lora",
+                expected="a number",
+                advice="1.0 is the usual strength",
             )
         if spec.experts == 1 and lora.expert != "both":
             raise UsageError(
@@ -185,6 +192,7 @@ def describe(job: Job, version: str) -> dict[str, Any]:
         "guidance": job.schedule.guidance,
         "preset": job.preset,
         "loras": [
-            {"file": Path(lora.path).name, "expert": lora.expert, "strength": lora.strength} for lora in job.loras
+            {"file": Path(lora.path).name, "expert": lora.expert, "strength": lora.strength}
+            for lora in job.loras
         ],
     }

@@ -51,7 +51,7 @@ class Transformer:
     loras: tuple[Lora, ...] = ()
 
     def groups(self) -> dict[str, Group]:
-        """"outer" and "blocks.0" to "blocks.N": each with the names its tensors have inside it."""
+        """ "outer" and "blocks.0" to "blocks.N": each with the names its tensors have inside it."""
         refs: dict[str, dict[str, TensorRef]] = {}
         branches: dict[str, dict[str, tuple[float, ...]]] = {}
         for name, ref in self.refs.items():
@@ -65,7 +65,9 @@ class Transformer:
                 scales[inner] = (*scales.get(inner, ()), lora.scales[pair.target])
                 for role, part in (("down", pair.down), ("up", pair.up)):
                     key = branch_name(inner, index, role)
-                    refs[group][key] = TensorRef(key, part.shape, Plain(part.dtype), (replace(part, role="weight"),))
+                    refs[group][key] = TensorRef(
+                        key, part.shape, Plain(part.dtype), (replace(part, role="weight"),)
+                    )
         return {g: Group(tuple(r.values()), branches.get(g, {})) for g, r in refs.items()}
 
 
@@ -112,7 +114,9 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
     for part in (*experts, "vae", "text"):
         if part not in files:
             raise FileError(
-                f"no {PART_LABELS[part]} was found", where=name, advice=f"give its file with {FLAGS[part]} FILE"
+                f"no {PART_LABELS[part]} was found",
+                where=name,
+                advice=f"give its file with {FLAGS[part]} FILE",
             )
     found = {e: identify_path(Path(files[e]), FileReader, "dit") for e in experts}
     vae = identify_path(Path(files["vae"]), FileReader, "vae")
@@ -123,9 +127,13 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
     assert isinstance(dit.spec, DitSpec) and isinstance(vae.spec, VaeSpec) and isinstance(text.spec, TextSpec)
     spec = _model_spec(name, dit, len(experts))
     _check_fit(spec, dit.spec, vae.spec, text.spec, files)
-    spec = replace(spec, dit=dit.spec, vae=replace(vae.spec, mean=spec.vae.mean, std=spec.vae.std), text=text.spec)
+    spec = replace(
+        spec, dit=dit.spec, vae=replace(vae.spec, mean=spec.vae.mean, std=spec.vae.std), text=text.spec
+    )
     tokenizer = Path(files["tokenizer"]) if "tokenizer" in files else text.tokenizer
-    return Model(name, spec, {e: Transformer(c.refs) for e, c in found.items()}, vae.refs, text.refs, tokenizer)
+    return Model(
+        name, spec, {e: Transformer(c.refs) for e, c in found.items()}, vae.refs, text.refs, tokenizer
+    )
 
 
 def with_loras(model: Model, choices: tuple[LoraChoice, ...]) -> Model:

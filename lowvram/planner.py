@@ -140,7 +140,11 @@ def text_groups(model: Model) -> dict[str, Group]:
     """The text encoder's layers and what is outside of them, grouped like a transformer's."""
     groups: dict[str, list[Any]] = {}
     for name, ref in model.text.items():
-        key, inner = (".".join(name.split(".", 2)[:2]), name.split(".", 2)[2]) if name.startswith("blocks.") else ("outer", name)
+        key, inner = (
+            (".".join(name.split(".", 2)[:2]), name.split(".", 2)[2])
+            if name.startswith("blocks.")
+            else ("outer", name)
+        )
         groups.setdefault(key, []).append(replace(ref, name=inner))
     return {key: Group(tuple(refs), {}) for key, refs in groups.items()}
 
@@ -219,7 +223,13 @@ class _Planner:
         flops = 2 * sum(lengths) * sum(numel(s) for s in spec.layer_shapes().values()) * spec.layers
         seconds = max(flops / self.machine.matmul, nbytes / self.machine.link, nbytes / self.machine.disk)
         return StagePlan(
-            "text", spec.layers, self.context | claims, self._host(traffic.host_claims()), nbytes, nbytes, seconds
+            "text",
+            spec.layers,
+            self.context | claims,
+            self._host(traffic.host_claims()),
+            nbytes,
+            nbytes,
+            seconds,
         )
 
     def _prepare(self) -> StagePlan:
@@ -228,7 +238,9 @@ class _Planner:
         steps = max(self.job.schedule.experts.count(e) for e in range(len(self.groups)))
         first = next(iter(self.groups.values()))["outer"]
         one = sum(n for name, n in self._kept_claims(experts=1, steps=steps).items() if name != "texts")
-        peak = footprint.prepare_scratch(self.spec.dit, first, self.lengths, steps, self.time_rows(), self.dtype)
+        peak = footprint.prepare_scratch(
+            self.spec.dit, first, self.lengths, steps, self.time_rows(), self.dtype
+        )
         claims = {"outer weights": self._footprint(max(sizes)), "outer scratch": max(0, peak - one)}
         nbytes = sum(sizes)
         return StagePlan(
@@ -247,11 +259,20 @@ class _Planner:
         experts, steps = experts or len(self.groups), steps or len(self.job.schedule)
         rows = [footprint.context_rows(spec, n) for n in self.lengths]
         contexts = sum(allocated_size(n * spec.dim * self.width) + allocated_size(4 * n) for n in rows)
-        time = allocated_size(4 * spec.dim * self.time_rows()) + allocated_size(24 * spec.dim * self.time_rows())
+        time = allocated_size(4 * spec.dim * self.time_rows()) + allocated_size(
+            24 * spec.dim * self.time_rows()
+        )
         first = next(iter(self.groups.values()))["outer"]
-        ends = sum(allocated_size(r.nbytes) for r in first.refs if r.name.startswith(("patch_embedding.", "head.")))
+        ends = sum(
+            allocated_size(r.nbytes) for r in first.refs if r.name.startswith(("patch_embedding.", "head."))
+        )
         texts = sum(allocated_size(n * spec.text_dim * self.width) for n in self.lengths)
-        return {"texts": texts, "contexts": experts * contexts, "time rows": steps * time, "ends": experts * ends}
+        return {
+            "texts": texts,
+            "contexts": experts * contexts,
+            "time rows": steps * time,
+            "ends": experts * ends,
+        }
 
     def time_rows(self) -> int:
         """Rows of a time embedding: one per latent frame where frames may differ in noise."""
@@ -270,7 +291,14 @@ class _Planner:
         first = next(iter(self.groups.values()))
         per_frame = t // self.latent[1] if self.time_rows() > 1 else 0
         block = footprint.block_scratch(
-            spec, first["blocks.0"], t, per_frame, max(self.lengths), self.dtype, group=lean.group, chunk=lean.chunk
+            spec,
+            first["blocks.0"],
+            t,
+            per_frame,
+            max(self.lengths),
+            self.dtype,
+            group=lean.group,
+            chunk=lean.chunk,
         )
         head = footprint.head_scratch(spec, first["outer"], self.grid, self.dtype, chunk=lean.chunk)
         latent = allocated_size(4 * numel(self.latent))
@@ -289,7 +317,11 @@ class _Planner:
         groups = [g for g in (8, 4, 2, 1) if g < self.spec.dit.heads and self.spec.dit.heads % g == 0]
         shared = [Lean()] + ([Lean(together=False)] if self.passes == 2 else [])
         together = self.passes == 1
-        tightest = [Lean(together, g, chunk) for g, chunk in ((groups[-1], 2048), (groups[-1], 1024))] if groups else []
+        tightest = (
+            [Lean(together, g, chunk) for g, chunk in ((groups[-1], 2048), (groups[-1], 1024))]
+            if groups
+            else []
+        )
         return shared + [Lean(together, g) for g in groups] + tightest
 
     def _decode(self, budget: Budget) -> tuple[StagePlan, Decoding]:
@@ -337,7 +369,11 @@ class _Planner:
             d, f, t = self.spec.dit.dim, self.spec.dit.ffn, self.tokens
             compute *= 1 + 2 * d * d / (6 * d * d + 2 * d * f + 2 * t * d)
         seconds = sum(compute * (1 + needs_uncond(g)) for g in self.job.schedule.guidance)
-        seconds = max(seconds, h2d / self.machine.link, disk / self.machine.disk)
+        copies = h2d / self.machine.link
+        seconds = (
+            seconds + copies if slots == 1 else max(seconds, copies)
+        )  # one slot leaves nothing to overlap with
+        seconds = max(seconds, disk / self.machine.disk)
         stage = StagePlan(
             "denoise",
             len(self.job.schedule),
@@ -373,11 +409,16 @@ class _Planner:
         decode_stage, decoding = self._decode(budget)
         others = (self.text_stage, self.prepare_stage, decode_stage)
         fixed = max(others, key=lambda s: s.vram)
-        lean = next((lean for lean in self._ladder() if self._fits(budget, lean, 2, 1, 0, 0)), self._ladder()[-1])
-        least, _ = self._denoise(lean, 1, 1, 0, 0)
+        ladder = self._ladder()
+        ways = (
+            (lean, slots) for slots in (2, 1) for lean in ladder if self._fits(budget, lean, slots, 1, 0, 0)
+        )
+        lean, slots = next(ways, (ladder[-1], 1))
+        least, _ = self._denoise(lean, slots, 1, 0, 0)
         need_ram = max(s.ram for s in (*others, least))
-        self._check(budget, max(fixed.vram, least.vram), need_ram, fixed if fixed.vram >= least.vram else least)
-        slots = 2 if self._fits(budget, lean, 2, 1, 0, 0) else 1
+        self._check(
+            budget, max(fixed.vram, least.vram), need_ram, fixed if fixed.vram >= least.vram else least
+        )
         ring = 2 if self._fits(budget, lean, slots, 2, 0, 0) else 1
         residents = _most(depth, lambda n: self._fits(budget, lean, slots, ring, n, 0))
         in_ram = _most(depth - residents, lambda n: self._fits(budget, lean, slots, ring, residents, n))
@@ -391,7 +432,8 @@ class _Planner:
             placement,
             lean,
             decoding.tiling,
-            self._choices(budget, stage, lean, residents, in_ram, slots, ring) | {"decode": decoding.explain()},
+            self._choices(budget, stage, lean, residents, in_ram, slots, ring)
+            | {"decode": decoding.explain()},
             self._advice(budget, stage, lean, residents),
         )
 
@@ -436,7 +478,9 @@ class _Planner:
             passes = "2 a step, one after the other: two residual streams do not fit at once"
         chunk = f"{lean.chunk} tokens at once"
         if lean.chunk == dit.CHUNK:
-            chunk += ", the same under every budget that allows it, so that a budget does not change the result"
+            chunk += (
+                ", the same under every budget that allows it, so that a budget does not change the result"
+            )
         else:
             chunk += f": {dit.CHUNK} do not fit"
         return {
@@ -460,7 +504,11 @@ class _Planner:
         better = _most(depth, lambda n: self._fits(more, better_lean, 2, 1, n, 0))
         faster, _ = self._denoise(better_lean, 2, 1, better, 0)
         saved = max(0.0, stage.seconds - faster.seconds)
-        gain = f"saves about {saved:.0f} s" if saved >= 1 else "saves no time: copies already hide behind compute"
+        gain = (
+            f"saves about {saved:.0f} s"
+            if saved >= 1
+            else "saves no time: copies already hide behind compute"
+        )
         kept = f"{better} instead of {residents} blocks resident"
         return (f"1 GB more VRAM: {kept}, {gain}",)
 

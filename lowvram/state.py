@@ -1,9 +1,9 @@
 """What survives a kill: jobs on disk, one folder each, written after every step.
 
-    job.json             the Job
-    state.safetensors    latent and solver state after the last finished step, replaced atomically
-    latent.safetensors   the finished latent: from then on the job can always be decoded
-    done                 the output was written and verified
+job.json             the Job
+state.safetensors    latent and solver state after the last finished step, replaced atomically
+latent.safetensors   the finished latent: from then on the job can always be decoded
+done                 the output was written and verified
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class JobFolder:
             return msgspec.json.decode(read_small_text(path, MAX_JOB_BYTES).encode(), type=Saved, strict=True)
         except msgspec.DecodeError as problem:
             raise FileError(
-                f"not a saved job: {problem}", where=str(path), advice="start the job again with `lowvram generate`"
+                f"not a saved job: {problem}",
+                where=str(path),
+                advice="start the job again with `lowvram generate`",
             ) from None
 
     def finish(self) -> None:
@@ -96,7 +98,9 @@ class JobFolder:
                 file.seek(0)
                 owner = file.read(20).decode("ascii", "replace")
                 raise BusyError(
-                    f"process {owner} is working on this job", where=self.name, advice="wait for it, or stop it first"
+                    f"process {owner} is working on this job",
+                    where=self.name,
+                    advice="wait for it, or stop it first",
                 )
             file.truncate(0)
             file.write(str(os.getpid()).encode())
@@ -175,7 +179,9 @@ def find_job(name: str, root: Path) -> JobFolder:
         if job.name == name:
             return job
     known = ", ".join(job.name for job in jobs[-5:]) or "none"
-    raise UsageError(f'no job is called "{name}"', where=str(root), expected=known, advice="or use `resume last`")
+    raise UsageError(
+        f'no job is called "{name}"', where=str(root), expected=known, advice="or use `resume last`"
+    )
 
 
 def find_latent(name: str, root: Path) -> JobFolder:

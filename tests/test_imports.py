@@ -83,7 +83,9 @@ def test_networks_and_samplers_know_nothing_of_files_devices_and_flags(name: str
 
 
 def test_errors_import_nothing() -> None:
-    statements = [n for n in ast.walk(MODULES["lowvram.errors"]) if isinstance(n, ast.Import | ast.ImportFrom)]
+    statements = [
+        n for n in ast.walk(MODULES["lowvram.errors"]) if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
     assert [getattr(n, "module", None) for n in statements] == ["__future__"]
 
 
@@ -101,14 +103,17 @@ def test_no_module_holds_state(name: str) -> None:
     for inner in ast.walk(tree):
         assert not isinstance(inner, ast.Global), f"{name}, line {inner.lineno}"
         if isinstance(inner, ast.FunctionDef):
-            remembered = {"cache", "lru_cache"} & set(re.findall(r"\w+", " ".join(map(ast.unparse, inner.decorator_list))))
+            remembered = {"cache", "lru_cache"} & set(
+                re.findall(r"\w+", " ".join(map(ast.unparse, inner.decorator_list)))
+            )
             assert not remembered, f"{name}.{inner.name}"
 
 
 def is_mutable(value: ast.expr) -> bool:
     called = value.func if isinstance(value, ast.Call) else None
     return isinstance(value, MUTABLE_NODES) or (
-        isinstance(called, ast.Name | ast.Attribute) and ast.unparse(called).rpartition(".")[2] in MUTABLE_CALLS
+        isinstance(called, ast.Name | ast.Attribute)
+        and ast.unparse(called).rpartition(".")[2] in MUTABLE_CALLS
     )
 
 
@@ -128,7 +133,9 @@ def test_all_names_are_there_sorted_and_complete() -> None:
         lowvram.Pipelin  # noqa: B018
 
 
-@pytest.mark.parametrize("statement", ["import lowvram", "import lowvram.cli.main", "import lowvram.sampling.presets"])
+@pytest.mark.parametrize(
+    "statement", ["import lowvram", "import lowvram.cli.main", "import lowvram.sampling.presets"]
+)
 def test_an_import_touches_neither_torch_nor_files(statement: str) -> None:
     code = f"import sys; {statement}; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

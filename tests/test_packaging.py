@@ -60,9 +60,7 @@ def test_every_file_that_is_read_at_run_time_is_shipped(project: dict[str, Any])
     present = {
         path
         for path in (ROOT / "lowvram").rglob("*")
-        if path.is_file()
-        and path.suffix not in (".py", ".pyc")
-        and not rooms.intersection(path.parents)
+        if path.is_file() and path.suffix not in (".py", ".pyc") and not rooms.intersection(path.parents)
     }
     assert {"models.toml", "fewstep.toml", "machines.toml", "py.typed"} <= {path.name for path in shipped}
     assert present == shipped

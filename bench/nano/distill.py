@@ -88,7 +88,8 @@ def train(run: Path, expert: str, steps: int, batch: int, rate: float) -> None:
     for w in lora.values():
         w.requires_grad_()
     branches = {
-        t: (Branch(lora[f"{t}.lora_down.weight"], lora[f"{t}.lora_up.weight"], ALPHA / RANK),) for t in TARGETS
+        t: (Branch(lora[f"{t}.lora_down.weight"], lora[f"{t}.lora_up.weight"], ALPHA / RANK),)
+        for t in TARGETS
     }
     params = Params(base, branches)
     blocks = list(params.blocks(DIT.layers))
@@ -99,7 +100,9 @@ def train(run: Path, expert: str, steps: int, batch: int, rate: float) -> None:
     started, running = time.time(), 0.0
     for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = (
+                rate * min(1, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+            )
         pick = torch.randint(len(data["rows"]), (batch,), generator=generator)
         segment = torch.tensor(segments)[torch.randint(2, (batch,), generator=generator)]
         x, target_x = data["states"][pick, segment], data["states"][pick, segment + 1]
@@ -118,7 +121,11 @@ def train(run: Path, expert: str, steps: int, batch: int, rate: float) -> None:
         average(mean, lora, min(0.998, (step + 1) / (step + 10)))
         running += loss.item()
         if (step + 1) % 50 == 0:
-            print(f"{step + 1} loss {running / 50:.4f} {(time.time() - started) / 60:.1f} min", file=log, flush=True)
+            print(
+                f"{step + 1} loss {running / 50:.4f} {(time.time() - started) / 60:.1f} min",
+                file=log,
+                flush=True,
+            )
             running = 0.0
         if (step + 1) % 250 == 0 or step + 1 == steps:
             torch.save({"step": step + 1, "mean": mean}, run / f"lora-{expert}.pt")

@@ -39,10 +39,14 @@ def fold_statistics(w: Weights) -> Weights:
     return out
 
 
-def save(weights: Weights, shapes: dict[str, tuple[int, ...]], path: Path, keep_float: tuple[str, ...] = ()) -> None:
+def save(
+    weights: Weights, shapes: dict[str, tuple[int, ...]], path: Path, keep_float: tuple[str, ...] = ()
+) -> None:
     assert {k: tuple(v.shape) for k, v in weights.items()} == shapes, "not the published key set"
     tensors = {
-        k: v.detach().to(torch.float32 if k.startswith(keep_float or ("\0",)) else torch.bfloat16).contiguous()
+        k: v.detach()
+        .to(torch.float32 if k.startswith(keep_float or ("\0",)) else torch.bfloat16)
+        .contiguous()
         for k, v in weights.items()
     }
     save_file(tensors, path, metadata={"format": "pt"})
@@ -99,7 +103,10 @@ def main() -> None:
     for expert in ("high", "low"):
         path = args.run / f"lora-{expert}.pt"
         if path.exists():
-            save_lora(torch.load(path, weights_only=True)["mean"], args.out / "loras" / f"lightning-4-{expert}.safetensors")
+            save_lora(
+                torch.load(path, weights_only=True)["mean"],
+                args.out / "loras" / f"lightning-4-{expert}.safetensors",
+            )
     shutil.copy(args.run / "spiece.model", args.out / "spiece.model")
     for path in sorted(args.out.rglob("*")):
         if path.is_file():

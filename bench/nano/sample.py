@@ -14,7 +14,15 @@ from lowvram.quant.linear import Params
 
 
 def sample(
-    high: Params, low: Params, words: Weights, text: Text, scenes: list, steps: int = 20, guidance: float = 3.0, shift: float = 3.0, seed: int = 0
+    high: Params,
+    low: Params,
+    words: Weights,
+    text: Text,
+    scenes: list,
+    steps: int = 20,
+    guidance: float = 3.0,
+    shift: float = 3.0,
+    seed: int = 0,
 ) -> Tensor:
     """Euler over shifted sigmas with classifier-free guidance -> latents [B, 16, 3, 8, 8]."""
     u = torch.linspace(1, 0, steps + 1)
@@ -36,7 +44,12 @@ def sample(
 
 @torch.no_grad()
 def evaluate(
-    high: Weights, low: Weights, words: Weights, text: Text, decode: Callable[[Tensor], Tensor], **options: float
+    high: Weights,
+    low: Weights,
+    words: Weights,
+    text: Text,
+    decode: Callable[[Tensor], Tensor],
+    **options: float,
 ) -> dict[str, float]:
     """Share of held-out prompts whose video shows the right colour, direction and shape."""
     scenes = split()[1]

@@ -1,6 +1,6 @@
 """Score nano through the product: held-out prompts in, videos out, colour, direction and shape read from pixels.
 
-    python bench/nano/score.py [--preset lightning-4] [--seed 0] [--model FOLDER] [--sheet FILE.png] [--json]
+python bench/nano/score.py [--preset lightning-4] [--seed 0] [--model FOLDER] [--sheet FILE.png] [--json]
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def main() -> None:
         columns = [np.concatenate(rows[i : i + 12], axis=0) for i in range(0, len(rows), 12)]
         Image.fromarray(np.concatenate(columns, axis=1)).save(args.sheet)
     shares = {k: float(np.mean([getattr(r, k) for r in results])) for k in ("colour", "direction", "shape")}
-    print(json.dumps({"prompts": len(scenes), "preset": args.preset, **shares, "seconds": round(time.time() - started)}))
+    print(
+        json.dumps(
+            {"prompts": len(scenes), "preset": args.preset, **shares, "seconds": round(time.time() - started)}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -115,7 +115,11 @@ def main() -> None:
         average(words_mean, words, decay)
         running += loss.item()
         if (step + 1) % 50 == 0:
-            print(f"{step + 1} loss {running / 50:.4f} {(time.time() - started) / 60:.1f} min", file=log, flush=True)
+            print(
+                f"{step + 1} loss {running / 50:.4f} {(time.time() - started) / 60:.1f} min",
+                file=log,
+                flush=True,
+            )
             running = 0.0
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             torch.save(
@@ -130,7 +134,9 @@ def main() -> None:
                 target,
             )
         if (step + 1) % 2000 == 0 and not args.expert:
-            print(step + 1, evaluate(dit_mean, dit_mean, words_mean, text, basis.decode), file=log, flush=True)
+            print(
+                step + 1, evaluate(dit_mean, dit_mean, words_mean, text, basis.decode), file=log, flush=True
+            )
 
 
 if __name__ == "__main__":

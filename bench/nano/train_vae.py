@@ -129,7 +129,11 @@ def main() -> None:
             torch._foreach_lerp_(list(mean.values()), [v.detach() for v in w.values()], 1 - decay)
         running += loss.item()
         if (step + 1) % 50 == 0:
-            print(f"{step + 1} loss {running / 50:.4f} {(time.time() - started) / 60:.1f} min", file=log, flush=True)
+            print(
+                f"{step + 1} loss {running / 50:.4f} {(time.time() - started) / 60:.1f} min",
+                file=log,
+                flush=True,
+            )
             running = 0.0
         if (step + 1) % 250 == 0 or step + 1 == args.steps:
             torch.save(

@@ -11,7 +11,9 @@ from lowvram.cli import options as o
 
 
 def decode(
-    job_name: Annotated[str, typer.Argument(metavar="JOB", help="A job whose denoise is finished, or `last`.")],
+    job_name: Annotated[
+        str, typer.Argument(metavar="JOB", help="A job whose denoise is finished, or `last`.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path("out.mp4"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     as_json: o.Json = False,
@@ -32,7 +34,9 @@ def decode(
     saved, latent = folder.load(), load_latent(folder)
     if latent is None:
         raise UsageError(
-            "its denoise is not finished", where=folder.name, advice=f"go on with `lowvram resume {folder.name}`"
+            "its denoise is not finished",
+            where=folder.name,
+            advice=f"go on with `lowvram resume {folder.name}`",
         )
     runtime = Runtime(saved.vram, saved.ram, saved.device)
     job = saved.job

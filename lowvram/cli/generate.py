@@ -13,7 +13,8 @@ from lowvram.cli import options as o
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", "--save_file", help="The mp4 to write; out.mp4 if left out.")
+        Path | None,
+        typer.Option("--output", "-o", "--save_file", help="The mp4 to write; out.mp4 if left out."),
     ] = None,
     model: o.Model = "nano",
     high: o.High = None,

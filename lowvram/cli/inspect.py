@@ -12,7 +12,9 @@ from lowvram.cli import options as o
 
 
 def inspect(
-    paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Checkpoints, LoRAs, folders or videos.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Checkpoints, LoRAs, folders or videos.")
+    ],
     as_json: o.Json = False,
 ) -> None:
     """Say what model files and videos hold; only headers are read."""

@@ -10,10 +10,14 @@ import typer
 
 from lowvram.errors import UsageError
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A known name, or a folder with the model's parts.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A known name, or a folder with the model's parts.")
+]
 High = Annotated[str | None, typer.Option("--high", help="High-noise transformer file.")]
 Low = Annotated[str | None, typer.Option("--low", help="Low-noise transformer file.")]
-Transformer = Annotated[str | None, typer.Option("--transformer", help="Transformer file of a one-expert model.")]
+Transformer = Annotated[
+    str | None, typer.Option("--transformer", help="Transformer file of a one-expert model.")
+]
 Vae = Annotated[str | None, typer.Option("--vae", help="VAE file.")]
 TextEncoder = Annotated[str | None, typer.Option("--text-encoder", help="UMT5 encoder file.")]
 Size = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, such as 1280x720.")]
@@ -22,16 +26,21 @@ Fps = Annotated[int | None, typer.Option("--fps", help="Frames a second; the mod
 Negative = Annotated[str | None, typer.Option("--negative", help="What the video should not show.")]
 Seed = Annotated[int, typer.Option("--seed", "--base_seed", help="Same seed, same video.")]
 Steps = Annotated[int | None, typer.Option("--steps", "--sample_steps", help="Denoising steps.")]
-Solver = Annotated[str | None, typer.Option("--solver", "--sample_solver", help="unipc, dpm++, euler or renoise.")]
+Solver = Annotated[
+    str | None, typer.Option("--solver", "--sample_solver", help="unipc, dpm++, euler or renoise.")
+]
 Shift = Annotated[float | None, typer.Option("--shift", "--sample_shift", help="Noise schedule shift.")]
 Guidance = Annotated[
-    str | None, typer.Option("--guidance", "--sample_guide_scale", help="HIGH[,LOW] guidance scale of the experts.")
+    str | None,
+    typer.Option("--guidance", "--sample_guide_scale", help="HIGH[,LOW] guidance scale of the experts."),
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="Few-step schedule, such as lightning-4.")]
 Lora = Annotated[
     list[str] | None, typer.Option("--lora", help="FILE[:high|:low][@STRENGTH]; may be given several times.")
 ]
-Vram = Annotated[str | None, typer.Option("--vram", help="Device memory the whole job may take, such as 16GB.")]
+Vram = Annotated[
+    str | None, typer.Option("--vram", help="Device memory the whole job may take, such as 16GB.")
+]
 Ram = Annotated[str | None, typer.Option("--ram", help="Host memory the whole job may take, such as 24GB.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda or cpu; CUDA if there is any.")]
 Json = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
@@ -47,7 +56,9 @@ def parse_size(text: str | None) -> dict[str, int]:
         return {}
     match = re.fullmatch(r"(\d{1,5})[xX*×](\d{1,5})", text.strip())
     if match is None:
-        raise UsageError(f'"{text}"', where="--size", expected="WIDTHxHEIGHT", advice="for example --size 1280x720")
+        raise UsageError(
+            f'"{text}"', where="--size", expected="WIDTHxHEIGHT", advice="for example --size 1280x720"
+        )
     return {"width": int(match[1]), "height": int(match[2])}
 
 
@@ -61,7 +72,10 @@ def parse_guidance(text: str | None) -> dict[str, tuple[float, float]]:
         numbers = []
     if len(numbers) not in (1, 2):
         raise UsageError(
-            f'"{text}"', where="--guidance", expected="one number, or HIGH,LOW", advice="for example --guidance 4,3"
+            f'"{text}"',
+            where="--guidance",
+            expected="one number, or HIGH,LOW",
+            advice="for example --guidance 4,3",
         )
     return {"guidance": (numbers[0], numbers[-1])}
 
@@ -79,7 +93,10 @@ def parse_loras(texts: list[str] | None) -> dict[str, Any]:
             strength = float(match["strength"]) if match and match["strength"] else 1.0
         except ValueError:
             raise UsageError(
-                f'"{text}"', where="--lora", expected="FILE[:high|:low][@STRENGTH]", advice="STRENGTH is a number"
+                f'"{text}"',
+                where="--lora",
+                expected="FILE[:high|:low][@STRENGTH]",
+                advice="STRENGTH is a number",
             ) from None
         assert match is not None
         # Absolute: a job that goes on from another folder must find it again.
@@ -101,5 +118,7 @@ def refuse_placement_flags(offload_model: str | None, t5_cpu: bool) -> None:
     flag = "--offload_model" if offload_model is not None else "--t5_cpu" if t5_cpu else None
     if flag:
         raise UsageError(
-            f"{flag} is not needed here", expected="a budget", advice="give --vram and --ram: the plan places the rest"
+            f"{flag} is not needed here",
+            expected="a budget",
+            advice="give --vram and --ram: the plan places the rest",
         )

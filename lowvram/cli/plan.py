@@ -38,7 +38,9 @@ def plan(
     vram: o.Vram = None,
     ram: o.Ram = None,
     device: o.Device = None,
-    machine: Annotated[str | None, typer.Option("--machine", help="Plan for a card, such as rtx4090.")] = None,
+    machine: Annotated[
+        str | None, typer.Option("--machine", help="Plan for a card, such as rtx4090.")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option("--weights", help="Encoding of weights that are not here, such as fp8.")
     ] = None,
@@ -99,14 +101,20 @@ def table(plan: Plan) -> str:
     for s in plan.stages:
         sizes = (format_bytes(n) for n in (s.vram, s.ram, s.disk_read, s.h2d))
         rows.append((s.name, *sizes, clock_time(s.seconds)))
-    rows.append(("whole job", format_bytes(plan.vram), format_bytes(plan.ram), "", "", clock_time(plan.seconds)))
+    rows.append(
+        ("whole job", format_bytes(plan.vram), format_bytes(plan.ram), "", "", clock_time(plan.seconds))
+    )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     rates = "measured here" if machine.measured else "times are a forecast from published rates"
-    head = f"{machine.label}: budget {format_bytes(budget.vram)} VRAM, {format_bytes(budget.ram)} RAM ({rates})"
+    head = (
+        f"{machine.label}: budget {format_bytes(budget.vram)} VRAM, {format_bytes(budget.ram)} RAM ({rates})"
+    )
     largest = max(plan.stages, key=lambda s: s.vram)
     claims = sorted(_merged(largest.claims).items(), key=lambda pair: -pair[1])
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in claims)

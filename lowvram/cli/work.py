@@ -63,14 +63,22 @@ def start(
 
 
 def work(
-    folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, target: Path, overwrite: bool, as_json: bool, quiet: bool
+    folder: JobFolder,
+    pipe: Pipeline,
+    job: Job,
+    plan: Plan,
+    target: Path,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Do what is left of a job: steps that are saved are not repeated."""
     with folder.locked():
         latent, state = load_latent(folder), load_state(folder)
         done = state.step if state else 0
         forecast = [
-            Forecast(s.name, s.steps - done if s.name == "denoise" else s.steps, s.seconds) for s in plan.stages
+            Forecast(s.name, s.steps - done if s.name == "denoise" else s.steps, s.seconds)
+            for s in plan.stages
         ]
         with Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:
             try:
@@ -103,7 +111,14 @@ def summary(job: Job, plan: Plan) -> str:
 def tell(target: Path, job: Job, report: Report, as_json: bool, quiet: bool) -> None:
     """The result: the file's path on stdout; on a terminal, where time and memory went."""
     if as_json:
-        emit_json({"schema": "lowvram.result/1", "output": str(target), "seed": job.seed, "report": report.to_json()})
+        emit_json(
+            {
+                "schema": "lowvram.result/1",
+                "output": str(target),
+                "seed": job.seed,
+                "report": report.to_json(),
+            }
+        )
         return
     if not quiet:
         say(table(report))
@@ -171,4 +186,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _damaged(path: Path) -> FileError:
-    return FileError("not a saved state, or a damaged one", where=str(path), advice="start the job again with `lowvram generate`")
+    return FileError(
+        "not a saved state, or a damaged one",
+        where=str(path),
+        advice="start the job again with `lowvram generate`",
+    )

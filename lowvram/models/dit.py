@@ -220,7 +220,9 @@ def _cross_kv(p: Params, context: Context) -> _CrossKV:
     bias = context.bias.to(k.dtype)[..., None, None, :]
     if context.image is None:
         return _CrossKV(k, v, bias)
-    k_image = _heads(_rms_norm(p.linear("cross_attn.k_img", context.image), p["cross_attn.norm_k_img.weight"]))
+    k_image = _heads(
+        _rms_norm(p.linear("cross_attn.k_img", context.image), p["cross_attn.norm_k_img.weight"])
+    )
     return _CrossKV(k, v, bias, k_image, _heads(p.linear("cross_attn.v_img", context.image)))
 
 
@@ -300,7 +302,9 @@ def block_(p: Params, x: Tensor, time: Time, context: Context, rope: Tensor, wor
         x[i:j] = _gated(c, _ffn(p, _modulate(c, mod(3, i, j), mod(4, i, j))), mod(5, i, j))
 
 
-def _attend_by_group(p: Params, x: Tensor, mod: _Modulation, rope: Tensor, work: Workspace, out: Tensor) -> None:
+def _attend_by_group(
+    p: Params, x: Tensor, mod: _Modulation, rope: Tensor, work: Workspace, out: Tensor
+) -> None:
     """Self attention of x into `out`, the heads of `work.k` at a time.
 
     The norm of q and k is over the full width, but all it needs from there is one factor per token. A first sweep
@@ -335,7 +339,9 @@ def _chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
 # ---- head and whole
 
 
-def head(outer: Params, spec: DitSpec, x: Tensor, time: Time, grid: tuple[int, int, int], chunk: int = CHUNK) -> Tensor:
+def head(
+    outer: Params, spec: DitSpec, x: Tensor, time: Time, grid: tuple[int, int, int], chunk: int = CHUNK
+) -> Tensor:
     """x [..., L, dim] -> velocity [..., C_out, F, H, W] float32. Modulated by e, not e0; all in float32.
 
     grid: latent frames, and rows and columns of tokens. A token's vector is ordered (p_h, p_w, channel).

@@ -91,8 +91,12 @@ def denoise(
             contexts = expert.contexts[:passes]
             velocities: list[Tensor] = []
             for shared in [contexts] if lean.together else [(c,) for c in contexts]:
-                blocks = (to_params(groups[b[0]][f"blocks.{b[1]}"], v) for b, v in _take(stream, spec.dit.layers))
-                velocities += dit.forward(expert.ends, blocks, spec.dit, x, expert.times[i], shared, rope, work)
+                blocks = (
+                    to_params(groups[b[0]][f"blocks.{b[1]}"], v) for b, v in _take(stream, spec.dit.layers)
+                )
+                velocities += dit.forward(
+                    expert.ends, blocks, spec.dit, x, expert.times[i], shared, rope, work
+                )
             v = guidance.combine(velocities[0], velocities[1] if passes == 2 else None, schedule.guidance[i])
             noise = fresh_noise(job, x, i) if solvers.needs_noise(schedule, i) else None
             x, memory = solvers.step(schedule, i, memory, x, v, noise)
@@ -120,7 +124,9 @@ def _open_stream(
     if start == len(order):
         return None
     return stack.enter_context(
-        BlockStream(layouts, run.plan.denoise, run.device, run.open_reader, order, start=start, clock=run.clock)
+        BlockStream(
+            layouts, run.plan.denoise, run.device, run.open_reader, order, start=start, clock=run.clock
+        )
     )
 
 
@@ -146,9 +152,13 @@ def _prepare(run: Run, model: Model, job: Job, texts: list[Tensor]) -> dict[str,
                 for i, (t, e) in enumerate(zip(job.schedule.timesteps, job.schedule.experts, strict=True)):
                     if e == number:
                         row = torch.full((rows,), t, dtype=torch.float64, device=run.device.torch_device)
-                        times[i] = dit.embed_time(outer, spec, row, per_frame if rows > 1 else per_frame * latent[1])
+                        times[i] = dit.embed_time(
+                            outer, spec, row, per_frame if rows > 1 else per_frame * latent[1]
+                        )
                 kept = ("patch_embedding.", "head.")
-                ends = Params({k: outer[k].clone() for k in outer.tensors if k.startswith(kept)}, outer.branches)
+                ends = Params(
+                    {k: outer[k].clone() for k in outer.tensors if k.startswith(kept)}, outer.branches
+                )
                 experts[name] = _Expert(ends, contexts, times)
             run.listener.step(run.device.ledger.used)
     return experts

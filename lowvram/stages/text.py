@@ -19,6 +19,7 @@ from lowvram.stages.run import Run
 from lowvram.stages.weights import to_params
 from lowvram.tokenizer import tokenize
 
+
 @torch.inference_mode()
 def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
     """Text features [n, text_dim] of each prompt, on the device, in the compute dtype; n counts its true tokens."""

@@ -22,7 +22,9 @@ def to_params(group: Group, views: Views) -> Params:
     for ref in group.refs:
         parts = views[ref.name]
         plain = isinstance(ref.encoding, Plain)
-        tensors[ref.name] = parts["weight"].view(ref.shape) if plain else Encoded(ref.encoding, ref.shape, parts)
+        tensors[ref.name] = (
+            parts["weight"].view(ref.shape) if plain else Encoded(ref.encoding, ref.shape, parts)
+        )
     branches = {}
     for linear, scales in group.branches.items():
         found = []

@@ -24,7 +24,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) ->
     monkeypatch.chdir(tmp_path)
     whole = (tiny_model / "vae.safetensors").read_bytes()
     (tmp_path / "truncated.safetensors").write_bytes(whole[:-1000])
-    (tmp_path / "page.safetensors").write_bytes(b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>")
+    (tmp_path / "page.safetensors").write_bytes(
+        b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
+    )
     (tmp_path / "empty.safetensors").write_bytes(b"")
     (tmp_path / "noise.safetensors").write_bytes(bytes(range(1, 256)) * 40)
     (tmp_path / "notes.txt").write_text("nothing to see")
@@ -85,7 +87,10 @@ USAGE: list[tuple[list[str], list[str]]] = [
     (["plan", "--machine", "rtx409"], ['did you mean "rtx4090"']),
     (["plan", "--weights", "fp7"], ["fp7", "fp8"]),
     (["plan", "--machine", "rtx4090", "--model", "model"], ["--machine", "--model model"]),
-    (["plan", "--model", "wan2.1-t2v-14b", "--vae", "page.safetensors", "--weights", "fp8"], ["--weights", "--vae"]),
+    (
+        ["plan", "--model", "wan2.1-t2v-14b", "--vae", "page.safetensors", "--weights", "fp8"],
+        ["--weights", "--vae"],
+    ),
     (["resume", "last"], ["no unfinished job"]),
     (["resume", "20990101"], ["20990101"]),
     (["decode", "last"], ["no finished latent"]),
@@ -174,7 +179,11 @@ def test_where_no_job_can_be_kept_is_a_storage_error(
 
 @pytest.mark.parametrize(("signal_error", "code"), [(KeyboardInterrupt(), 130), (console.Terminated(), 143)])
 def test_interruptions_have_their_exit_codes(
-    signal_error: KeyboardInterrupt, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+    signal_error: KeyboardInterrupt,
+    code: int,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cli: Callable[..., Any],
 ) -> None:
     def stop(*arguments: object) -> None:
         raise signal_error
@@ -224,7 +233,9 @@ def test_help_and_version_need_no_torch() -> None:
 
 def test_flags_of_wan_itself_are_understood(folder: Path, cli: Callable[..., Any]) -> None:
     flags = "--frame_num 5 --sample_steps 2 --sample_solver dpm++ --sample_shift 5 --sample_guide_scale 4,3 --base_seed 7"
-    made = cli("generate", "a red circle", "--ckpt_dir", "model", "--save_file", "wan.mp4", *flags.split(), "--json")
+    made = cli(
+        "generate", "a red circle", "--ckpt_dir", "model", "--save_file", "wan.mp4", *flags.split(), "--json"
+    )
     assert made.code == 0
     (result,) = made.objects
     assert (result["schema"], result["output"], result["seed"]) == ("lowvram.result/1", "wan.mp4", 7)
@@ -240,7 +251,13 @@ def test_flags_of_wan_itself_are_understood(folder: Path, cli: Callable[..., Any
 def test_inspect_says_what_each_part_is(folder: Path, cli: Callable[..., Any]) -> None:
     parts = ["high_noise_model", "vae", "text_encoder"]
     said = cli("inspect", *(f"model/{name}.safetensors" for name in parts), "--json")
-    assert [(f["kind"], f["variant"]) for f in said.objects] == [("dit", "t2v"), ("vae", "2.1"), ("text", "umt5")]
-    assert said.objects[0]["sizes"]["dim"] == 256 and said.objects[0]["encodings"] == {"bf16": said.objects[0]["tensors"]}
+    assert [(f["kind"], f["variant"]) for f in said.objects] == [
+        ("dit", "t2v"),
+        ("vae", "2.1"),
+        ("text", "umt5"),
+    ]
+    assert said.objects[0]["sizes"]["dim"] == 256 and said.objects[0]["encodings"] == {
+        "bf16": said.objects[0]["tensors"]
+    }
     text = cli("inspect", "model/vae.safetensors")
     assert "kind: vae" in text.out and text.err == ""

@@ -29,8 +29,17 @@ def job(model: str = "nano", **settings: Any) -> Job:
 def test_what_is_left_out_is_the_models_own_default() -> None:
     for name, spec in load_models().items():
         made = job(name)
-        assert (made.width, made.height, made.frames, made.fps) == (spec.width, spec.height, spec.frames, spec.fps)
-        assert (len(made.schedule), made.schedule.solver, made.negative) == (spec.steps, "unipc", spec.negative)
+        assert (made.width, made.height, made.frames, made.fps) == (
+            spec.width,
+            spec.height,
+            spec.frames,
+            spec.fps,
+        )
+        assert (len(made.schedule), made.schedule.solver, made.negative) == (
+            spec.steps,
+            "unipc",
+            spec.negative,
+        )
         assert set(made.schedule.guidance) <= set(spec.guidance)
 
 
@@ -60,7 +69,9 @@ def test_whitespace_in_prompts_means_nothing() -> None:
         ({"preset": "lightning-4", "shift": 5.0}, ("--shift", "--preset lightning-4")),
     ],
 )
-def test_what_cannot_be_made_is_refused_with_what_can(settings: dict[str, Any], fragments: tuple[str, ...]) -> None:
+def test_what_cannot_be_made_is_refused_with_what_can(
+    settings: dict[str, Any], fragments: tuple[str, ...]
+) -> None:
     with pytest.raises(UsageError) as refused:
         job(**settings)
     assert all(fragment in str(refused.value) for fragment in fragments)
@@ -79,7 +90,9 @@ def test_a_lora_for_an_expert_that_is_not_there_is_refused() -> None:
 
 def test_what_is_written_into_a_video_holds_no_paths_of_this_machine(tmp_path: Path) -> None:
     lora = LoraChoice(path=str(tmp_path / "style.safetensors"), strength=0.5)
-    made = make_job(model_preset("nano"), model=str(tmp_path / "mine"), files={"vae": str(tmp_path)}, loras=(lora,))
+    made = make_job(
+        model_preset("nano"), model=str(tmp_path / "mine"), files={"vae": str(tmp_path)}, loras=(lora,)
+    )
     text = json.dumps(describe(made, "1"))
     assert str(tmp_path) not in text and "style.safetensors" in text and '"model": "mine"' in text
 
@@ -107,12 +120,15 @@ def test_parts_are_found_in_anyones_layout(tmp_path: Path) -> None:
         assert set(found) == {"high", "low", "vae", "text", "tokenizer"}, layout
         assert all(Path(path).is_absolute() for path in found.values())
         experts = {part: Path(found[part]).name for part in ("high", "low")}
-        assert experts == {
-            "native": {"high": "high_noise_model", "low": "low_noise_model"},
-            "diffusers": {"high": "transformer", "low": "transformer_2"},
-            "flat": {"high": files[0], "low": files[1]},
-            "shipped": {"high": files[0], "low": files[1]},
-        }[layout]
+        assert (
+            experts
+            == {
+                "native": {"high": "high_noise_model", "low": "low_noise_model"},
+                "diffusers": {"high": "transformer", "low": "transformer_2"},
+                "flat": {"high": files[0], "low": files[1]},
+                "shipped": {"high": files[0], "low": files[1]},
+            }[layout]
+        )
 
 
 def test_given_files_win_over_found_ones(tmp_path: Path) -> None:
@@ -188,7 +204,11 @@ def test_finishing_drops_the_state_and_keeps_the_latent(jobs: Path) -> None:
 
 def test_two_holders_of_one_job_are_refused_and_the_second_is_told_the_first(jobs: Path) -> None:
     folder = new_job(saved(), jobs, "20260101-000000")
-    with folder.locked(), pytest.raises(BusyError, match=f"process {os.getpid()} "), JobFolder(folder.path).locked():
+    with (
+        folder.locked(),
+        pytest.raises(BusyError, match=f"process {os.getpid()} "),
+        JobFolder(folder.path).locked(),
+    ):
         pass
     with folder.locked():
         pass

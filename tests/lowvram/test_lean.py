@@ -43,7 +43,9 @@ def run(params: Params, group: int, chunk: int, dtype: torch.dtype = torch.float
     out = torch.empty(TOKENS, SPEC.dim, dtype=dtype) if group else None
     work = dit.Workspace(k, v, out, chunk)
     with torch.inference_mode():
-        return dit.forward(params, params.blocks(2), SPEC, latent, time, [context], dit.rope_table(*GRID), work)[0]
+        return dit.forward(
+            params, params.blocks(2), SPEC, latent, time, [context], dit.rope_table(*GRID), work
+        )[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,7 +65,9 @@ def test_what_a_block_allocates_is_what_fake_tensors_say(params: Params, group: 
     spec = model_preset("nano")
     block = imagine("nano", spec, "fp32").transformers["high"].groups()["blocks.0"]
     tokens = 2 * chunk if chunk < 100 else 96
-    predicted = footprint.block_scratch(spec.dit, block, tokens, 0, 510, torch.float32, group=min(group, 1), chunk=chunk)
+    predicted = footprint.block_scratch(
+        spec.dit, block, tokens, 0, 510, torch.float32, group=min(group, 1), chunk=chunk
+    )
     own = {n: torch.randn(s) * 0.05 for n, s in spec.dit.block_shapes().items()}
     group = min(group, 1)
     k, v = (torch.empty(group or 2, tokens, HEAD_DIM) for _ in "kv")

@@ -72,7 +72,10 @@ class WatchedRuntime(Runtime):
     @contextmanager
     def device(self) -> Iterator[Device]:
         with super().device() as device:
-            device.ledger, device.ram = WatchedLedger(device.ledger, self.log), WatchedLedger(device.ram, self.log)
+            device.ledger, device.ram = (
+                WatchedLedger(device.ledger, self.log),
+                WatchedLedger(device.ram, self.log),
+            )
             yield device
 
 
@@ -127,14 +130,22 @@ def mixed(n: int) -> Where:
     ids=lambda value: getattr(value, "__qualname__", str(value)).partition(".")[0],
 )
 def test_placement_never_changes_bits(
-    where: Callable[[int], Where], slots: int, ring: int, pipe: Pipeline, job: Job, plan: Plan, resident: Video
+    where: Callable[[int], Where],
+    slots: int,
+    ring: int,
+    pipe: Pipeline,
+    job: Job,
+    plan: Plan,
+    resident: Video,
 ) -> None:
     placed: dict[tuple[str, int], Where] = {(e, n): where(n) for e in ("high", "low") for n in range(6)}
     other = pipe.run(job, plan=replace(plan, denoise=Placement(placed, slots=slots, ring=ring)))
     assert torch.equal(other.latent, resident.latent)
 
 
-def test_budgets_choose_the_placement_and_give_the_same_frames(tiny_model: Path, plan: Plan, resident: Video) -> None:
+def test_budgets_choose_the_placement_and_give_the_same_frames(
+    tiny_model: Path, plan: Plan, resident: Video
+) -> None:
     denoise = plan.stage("denoise")
     blocks = {name: nbytes for name, nbytes in denoise.claims.items() if name.startswith("resident")}
     vram = denoise.vram - sum(blocks.values()) + 2 * max(blocks.values())
@@ -186,7 +197,9 @@ def test_a_job_resumed_at_any_step_stays_inside_its_plan(residents: int, pipe: P
     for expert, transformer in pipe.model.transformers.items():
         layouts |= layouts_of(transformer.groups(), expert)
     where: dict[tuple[str, int], Where] = {
-        (e, n): "resident" if n < residents else "ram" if n % 2 else "disk" for e in ("high", "low") for n in range(6)
+        (e, n): "resident" if n < residents else "ram" if n % 2 else "disk"
+        for e in ("high", "low")
+        for n in range(6)
     }
     placement = Placement(where)
     order = visiting_order(job, pipe.model.spec, together=True)
@@ -197,7 +210,9 @@ def test_a_job_resumed_at_any_step_stays_inside_its_plan(residents: int, pipe: P
         assert sum(rest.host_claims().values()) <= sum(whole.host_claims().values())
 
 
-def test_the_prompt_the_seed_and_the_negative_prompt_each_change_the_video(pipe: Pipeline, resident: Video) -> None:
+def test_the_prompt_the_seed_and_the_negative_prompt_each_change_the_video(
+    pipe: Pipeline, resident: Video
+) -> None:
     for change in ({"seed": 6}, {"negative": "slow"}, {"guidance": (2.0, 3.0)}):
         assert not torch.equal(pipe(PROMPT, **SETTINGS | change).latent, resident.latent)
     assert not torch.equal(pipe("a blue square", **SETTINGS).latent, resident.latent)

@@ -16,7 +16,9 @@ from lowvram.errors import BudgetError
 from lowvram.offload.io import FileReader
 
 GB = 10**9
-COMMAND = "plan --model wan2.2-t2v-a14b --weights fp8 --size 1280x720 --frames 121 --vram 16GB --machine rtx4090"
+COMMAND = (
+    "plan --model wan2.2-t2v-a14b --weights fp8 --size 1280x720 --frames 121 --vram 16GB --machine rtx4090"
+)
 
 
 class Memory(msgspec.Struct, forbid_unknown_fields=True):

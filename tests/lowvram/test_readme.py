@@ -33,7 +33,9 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     """Arguments of every call of lowvram in the README."""
-    lines = [line.removeprefix("$ ") for block in blocks("bash") + blocks("console") for line in block.splitlines()]
+    lines = [
+        line.removeprefix("$ ") for block in blocks("bash") + blocks("console") for line in block.splitlines()
+    ]
     calls = [part.strip() for line in lines for part in line.split("&&")]
     return [shlex.split(call)[1:] for call in calls if re.match(r"(\.venv/bin/)?lowvram ", call)]
 
@@ -73,7 +75,9 @@ def test_plans_are_what_is_shown(block: str, cli: Callable[..., Any]) -> None:
     assert said.code == 0
     real = iter([line.rstrip() for line in said.out.splitlines()])
     for line in shown:
-        assert line == "..." or line.rstrip() in real, f"{line!r} is not in what the command says now:\n{said.out}"
+        assert line == "..." or line.rstrip() in real, (
+            f"{line!r} is not in what the command says now:\n{said.out}"
+        )
 
 
 @pytest.mark.parametrize("arguments", ELSEWHERE, ids=shlex.join)
@@ -96,7 +100,7 @@ def test_the_test_command_is_the_gate() -> None:
     assert any(block.strip() == "bash .ci/run" for block in blocks("bash"))
     gate = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "set -euo pipefail" in gate
-    for part in ("ruff\" check", "ruff\" format", "mypy", "pytest"):
+    for part in ('ruff" check', 'ruff" format', "mypy", "pytest"):
         assert part in gate
 
 

@@ -64,7 +64,18 @@ main.run(sys.argv[3:])
 
 
 def arguments(model: Path, output: Path) -> list[str]:
-    texts = ["generate", "a red circle moves left", "--model", model, "--seed", 5, "--steps", STEPS, "-o", output]
+    texts = [
+        "generate",
+        "a red circle moves left",
+        "--model",
+        model,
+        "--seed",
+        5,
+        "--steps",
+        STEPS,
+        "-o",
+        output,
+    ]
     return [str(text) for text in texts] + ["--quiet", "--device", "cpu"]
 
 
@@ -110,7 +121,9 @@ def wait_for_step(process: subprocess.Popen[str], jobs: Path, step: int) -> JobF
     raise AssertionError("the child saved nothing")
 
 
-@pytest.mark.parametrize("death", [("before-save", 1), ("before-save", 4), ("in-write", 4), ("decode", 1), ("decode", 6)])
+@pytest.mark.parametrize(
+    "death", [("before-save", 1), ("before-save", 4), ("in-write", 4), ("decode", 1), ("decode", 6)]
+)
 def test_a_job_killed_anywhere_goes_on_to_the_same_frames(
     death: tuple[str, int],
     tiny_model: Path,
@@ -206,7 +219,9 @@ def test_a_damaged_state_is_a_file_error_and_makes_no_video(
     assert cli("resume", "last", "--quiet").code == 0
 
 
-def test_an_unfinished_job_cannot_be_decoded(unfinished: JobFolder, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_an_unfinished_job_cannot_be_decoded(
+    unfinished: JobFolder, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
     said = cli("decode", unfinished.name, "-o", tmp_path / "early.mp4")
     assert said.code == 2 and f"lowvram resume {unfinished.name}" in said.err
     assert not (tmp_path / "early.mp4").exists()

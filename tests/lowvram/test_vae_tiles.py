@@ -135,16 +135,18 @@ def test_spans_cover_an_axis_evenly(size: int, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plane", "tiling"),
+    ("latents", "plane", "tiling"),
     [
-        ((24, 20), Tiling(2, 2)),
-        ((24, 5), Tiling(2, 1)),
-        ((3, 23), Tiling(1, 5, visit=3)),
-        ((5, 3), Tiling(5, 3, visit=3)),
+        (1, (24, 20), Tiling(2, 2)),
+        (3, (23, 2), Tiling(2, 1, visit=2)),
+        (2, (3, 22), Tiling(1, 5, visit=2)),
+        (3, (4, 3), Tiling(4, 3, visit=3)),
     ],
 )
-def test_tiles_decode_to_the_untiled_frames(spec: VaeSpec, plane: tuple[int, int], tiling: Tiling) -> None:
-    w, z = random_weights(spec), noise(1, spec.z, 2 if min(plane) > 8 else 3, *plane)
+def test_tiles_decode_to_the_untiled_frames(
+    spec: VaeSpec, latents: int, plane: tuple[int, int], tiling: Tiling
+) -> None:
+    w, z = random_weights(spec), noise(1, spec.z, latents, *plane)
     whole = untiled(spec, w, z)
     assert whole.std() > 0.5
     assert error(tiled(spec, w, z, tiling, whole), whole) <= EXACT
@@ -169,7 +171,7 @@ def test_any_rectangle_can_be_a_tile(spec: VaeSpec) -> None:
 
 @pytest.mark.parametrize(
     ("plane", "tiling"),
-    [((22, 3), Tiling(2, 1, visit=2)), ((3, 19), Tiling(1, 3)), ((5, 4), Tiling(5, 4, visit=3))],
+    [((22, 3), Tiling(2, 1, visit=2)), ((3, 19), Tiling(1, 3)), ((4, 3), Tiling(4, 3, visit=3))],
 )
 def test_tiles_encode_to_the_untiled_latent(spec: VaeSpec, plane: tuple[int, int], tiling: Tiling) -> None:
     w, stride = random_weights(spec), spec.stride[1]
@@ -182,7 +184,7 @@ def test_tiles_encode_to_the_untiled_latent(spec: VaeSpec, plane: tuple[int, int
 
 def test_float32_tiles_are_as_exact_and_have_no_seams(spec: VaeSpec) -> None:
     """Steps across tile borders are those of the untiled frames, and no more wrong than steps elsewhere."""
-    w, z = random_weights(spec, dtype=torch.float32), noise(1, spec.z, 2, 9, 16, dtype=torch.float32)
+    w, z = random_weights(spec, dtype=torch.float32), noise(1, spec.z, 2, 4, 16, dtype=torch.float32)
     whole = untiled(spec, w, z)
     parts = tiled(spec, w, z, Tiling(1, 4), whole)
     assert error(parts, whole) <= 1e-5
@@ -199,9 +201,9 @@ def test_one_tile_is_the_untiled_decoder_bit_for_bit(spec: VaeSpec) -> None:
 
 
 def test_how_many_latents_pass_at_a_visit_changes_no_bit(spec: VaeSpec) -> None:
-    w, z = random_weights(spec, dtype=torch.float32), noise(1, spec.z, 4, 5, 9, dtype=torch.float32)
+    w, z = random_weights(spec, dtype=torch.float32), noise(1, spec.z, 3, 3, 8, dtype=torch.float32)
     like = untiled(spec, w, z)
-    clips = [tiled(spec, w, z, Tiling(1, 2, visit=n), like) for n in (1, 3, 4)]
+    clips = [tiled(spec, w, z, Tiling(1, 2, visit=n), like) for n in (1, 2, 3)]
     assert torch.equal(clips[0], clips[1]) and torch.equal(clips[0], clips[2])
 
 
@@ -246,7 +248,7 @@ def test_what_is_remembered_is_known_beforehand(spec: VaeSpec) -> None:
 def test_a_packed_history_is_a_history_bit_for_bit(spec: VaeSpec) -> None:
     """In a slab of garbage, and moved away and back between chunks."""
     for layers, channels, lengths in (
-        (vae.decoder_upsampling(spec), 4 * spec.decoder_base, (1, 1, 2, 3)),
+        (vae.decoder_upsampling(spec), 4 * spec.decoder_base, (1, 1, 2)),
         (vae.encoder_downsampling(spec), 3 * spec.patch**2, (1, 4, 8)),
     ):
         w = random_weights(spec, dtype=torch.float32)

@@ -130,10 +130,10 @@ def test_converting_in_chunks_changes_nothing(encoding, monkeypatch):
         assert torch.equal(again[role].flatten().view(torch.uint8), part.flatten().view(torch.uint8))
 
 
-@pytest.mark.parametrize("encoding", [e for e in EVERY if e.fits((13824, 5120))], ids=lambda e: e.name)
+@pytest.mark.parametrize("encoding", EVERY, ids=lambda e: e.name)
 def test_decoding_takes_little_memory_beside_its_result(encoding):
-    """At the size of the largest matrix of a 14B model, 135 MiB in bf16."""
-    shape = (13824, 5120)
+    """Four chunks of a matrix, 25 MiB in bf16: what is live does not add up from chunk to chunk."""
+    shape = (2560, 5120)
     with FakeTensorMode():
         parts = {p.role: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]) for p in encoding.layout(shape)}
         out = torch.empty(shape, dtype=torch.bfloat16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowvram.quant.names import DIT, TEXT, TIED_EMBEDDING, detect_styles, split_side, vae_renames
+from lowvram.quant.names import DIT, TEXT, TEXT_GGUF, TIED_EMBEDDING, detect_styles, split_side, vae_renames
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, DitSpec, TextSpec, VaeSpec
 
 TINY = DitSpec(dim=128, ffn=256, layers=2, in_channels=36, out_channels=16, text_dim=64)
@@ -103,6 +103,7 @@ def test_vaes_and_text_encoders_are_detected():
     text = TextSpec(layers=2)
     assert style_of(text.shapes()) == [("text", "native", "")]
     assert style_of([str(TEXT.from_native(n)) for n in text.shapes()]) == [("text", "hf", "")]
+    assert style_of([str(TEXT_GGUF.from_native(n)) for n in text.shapes()]) == [("text", "gguf", "")]
 
 
 def test_one_stray_key_does_not_decide():
@@ -131,6 +132,17 @@ def test_an_all_in_one_file_holds_several_networks():
         ("blocks.0.ffn.0.weight", ("blocks.0.ffn.0.weight", "weight")),
         ("scaled_fp8", ("scaled_fp8", "weight")),
         ("blocks.0.modulation", ("blocks.0.modulation", "weight")),
+        ("a.q.weight_scale_2", ("a.q.weight", "scale_2")),
+        ("a.q.weight_global_scale", ("a.q.weight", "global_scale")),
+        ("a.q.SCB", ("a.q.weight", "scb")),
+        ("a.q.weight._data", ("a.q.weight", "weight")),
+        ("a.q.weight._data._data", ("a.q.weight", "packed")),
+        ("a.q.weight._shift", ("a.q.weight", "shift")),
+        ("a.q.weight.absmax", ("a.q.weight", "absmax")),
+        ("a.q.weight.nested_absmax", ("a.q.weight", "nested_absmax")),
+        ("a.q.weight.quant_state.bitsandbytes__fp4", ("a.q.weight", "quant_state")),
+        ("alpha", ("alpha", "weight")),
+        ("a.absmax", ("a.absmax", "weight")),
     ],
 )
 def test_side_tensors_belong_to_their_weight(name, expected):

@@ -33,6 +33,9 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
         "high_noise_model*",
         "*high*noise*.safetensors",
         "*high*.safetensors",
+        "*high*.gguf",
+        "*high*noise*.gguf",
+        "*high*.gguf",
     ),
     "low": (
         "low_noise_model",
@@ -40,6 +43,9 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
         "low_noise_model*",
         "*low*noise*.safetensors",
         "*low*.safetensors",
+        "*low*.gguf",
+        "*low*noise*.gguf",
+        "*low*.gguf",
     ),
     "single": (
         "transformer",
@@ -48,9 +54,11 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
         "*wan*t2v*.safetensors",
         "*wan*ti2v*.safetensors",
         "*wan*i2v*.safetensors",
+        "*wan*t2v*.gguf",
+        "*wan*ti2v*.gguf",
     ),
     "vae": ("vae", "*vae*.safetensors", "*vae*.pth"),
-    "text": ("text_encoder", "*umt5*.safetensors", "text_encoder*.safetensors", "*umt5*.pth"),
+    "text": ("text_encoder", "*umt5*.safetensors", "text_encoder*.safetensors", "*umt5*.gguf", "*umt5*.pth"),
     "tokenizer": ("tokenizer/spiece.model", "google/umt5-xxl/spiece.model", "spiece.model"),
 }
 """Folders and files of the native, diffusers and ComfyUI layouts, the surest first, in lower case.

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from lowvram.errors import FileError
 from lowvram.model import Group, Model
 from lowvram.models import umt5
 from lowvram.offload.stream import BlockStream
 from lowvram.planner import layouts_of, text_groups
-from lowvram.quant.encodings.base import TORCH_DTYPES
-from lowvram.quant.encodings.plain import Plain
-from lowvram.quant.refs import TensorRef, stored_bytes
+from lowvram.quant.rows import gather_rows
 from lowvram.stages.run import Run
 from lowvram.stages.weights import to_params
 from lowvram.tokenizer import tokenize
@@ -28,7 +23,7 @@ def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
     table = next(ref for ref in groups["outer"].refs if ref.name == "token_embedding.weight")
     dtype, device = run.plan.dtype, run.device.torch_device
     with run.stage("text") as (stack, traffic):
-        rows = [gather_rows(run, table, i).to(device=device, dtype=dtype) for i in ids]
+        rows = [gather_rows(table, i, run.open_reader, dtype).to(device) for i in ids]
         buckets = [umt5.relative_buckets(len(i), device) for i in ids]
         layouts = layouts_of(groups, "text")
         stream = stack.enter_context(
@@ -43,19 +38,3 @@ def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
         norm = Group(tuple(r for r in groups["outer"].refs if r.name == "norm.weight"), {})
         with run.loaded("norm", norm, traffic) as p:
             return [umt5.rms_norm(x, p["norm.weight"]) for x in rows]
-
-
-def gather_rows(run: Run, table: TensorRef, ids: list[int]) -> Tensor:
-    """Rows of a [vocab, dim] table, read one by one from its file: [n, dim] on the host, in the stored dtype."""
-    part = table.parts[0]
-    if not isinstance(table.encoding, Plain):
-        raise FileError(
-            f"its token embedding is stored as {table.encoding.name}",
-            where=str(part.file),
-            expected="bf16, fp16 or fp32",
-            advice="use a text encoder whose embedding is not quantised",
-        )
-    row_bytes = stored_bytes(part.dtype, (table.shape[1],))
-    with run.open_reader(Path(part.file)) as reader:
-        data = b"".join(reader.read_at(part.offset + i * row_bytes, row_bytes) for i in ids)
-    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[part.dtype]).view(len(ids), table.shape[1])

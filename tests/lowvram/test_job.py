@@ -107,6 +107,8 @@ def test_parts_are_found_in_anyones_layout(tmp_path: Path) -> None:
         "diffusers": ("transformer/x", "transformer_2/x", "vae/x", "text_encoder/x", "tokenizer/spiece.model"),
         "flat": ("Wan2_2-T2V-A14B-HIGH_fp8.safetensors", "Wan2_2-T2V-A14B-LOW_fp8.safetensors",
                  "Wan2_1_VAE_bf16.safetensors", "umt5_xxl_fp16.safetensors", "spiece.model"),
+        "gguf": ("wan2.2_t2v_high_noise_14B_Q4_K_M.gguf", "wan2.2_t2v_low_noise_14B_Q4_K_M.gguf",
+                 "wan_2.1_vae.safetensors", "umt5_xxl_fp16.safetensors", "spiece.model"),
         "shipped": ("high_noise_model.safetensors", "low_noise_model.safetensors", "vae.safetensors",
                     "text_encoder.safetensors", "spiece.model", "dmd-4-high_noise.safetensors",
                     "lightning-4-low_noise.safetensors"),
@@ -126,6 +128,7 @@ def test_parts_are_found_in_anyones_layout(tmp_path: Path) -> None:
                 "native": {"high": "high_noise_model", "low": "low_noise_model"},
                 "diffusers": {"high": "transformer", "low": "transformer_2"},
                 "flat": {"high": files[0], "low": files[1]},
+                "gguf": {"high": files[0], "low": files[1]},
                 "shipped": {"high": files[0], "low": files[1]},
             }[layout]
         )

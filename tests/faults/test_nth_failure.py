@@ -37,7 +37,7 @@ def pipe() -> Pipeline:
 
 @pytest.fixture(scope="module")
 def job(pipe: Pipeline) -> Job:
-    return pipe.job("a red circle moves left on a black background", steps=2, frames=1, guidance=(1.0, 1.0))
+    return pipe.job("a red circle moves left on a black background", steps=1, frames=1, guidance=(1.0, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def test_every_nth_failure_ends_well(
 ) -> None:
     threads = threading.active_count()
     struck = 0
-    for n in range(1, 400):
+    for n in range(
+        1, 400, 7 if kind == "short_read" else 1
+    ):  # what must not be noticed runs the whole job every time
         faults = Faults(FaultPlan(kind, n, persistent))
         device = device_with(faults, plan)
         try:

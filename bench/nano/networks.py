@@ -5,6 +5,7 @@ The forward is the product's own (`lowvram.models`); only what a batch needs is 
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -52,11 +53,10 @@ def initial(spec: DitSpec | TextSpec, generator: torch.Generator) -> Weights:
 
 def train_tokenizer(folder: Path) -> Path:
     """A sentencepiece model of the captions' words; ids as in UMT5: pad 0, </s> 1, unknown 2."""
-    captions = folder / "captions.txt"
-    captions.write_text("\n".join(s.caption() for s in all_scenes()))
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(captions),
-        model_prefix=str(folder / "spiece"),
+        sentence_iterator=iter(s.caption() for s in all_scenes()),
+        model_writer=model,
         vocab_size=VOCABULARY,
         model_type="unigram",
         hard_vocab_limit=False,
@@ -67,7 +67,9 @@ def train_tokenizer(folder: Path) -> Path:
         normalization_rule_name="nmt_nfkc_cf",
         minloglevel=2,
     )
-    return folder / "spiece.model"
+    path = folder / "spiece.model"
+    path.write_bytes(model.getvalue())
+    return path
 
 
 class Text:

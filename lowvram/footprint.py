@@ -131,7 +131,7 @@ def _under_way(found: Sequence[Memory], dtype: torch.dtype) -> _UnderWay:
     return _UnderWay(places=places)
 
 
-PLANE = 128 * 128
+PLANE = 64 * 64
 """Latents of the largest plane that is imitated in full; what a larger one takes is in proportion, or less."""
 
 

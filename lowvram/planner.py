@@ -343,7 +343,7 @@ class _Planner:
             "decode",
             self.job.frames,
             device | {"vae histories": found.slab, "vae scratch": found.scratch},
-            host | {"vae middle": found.waiting, "ram histories": found.shelf},
+            host | {k: n for k, n in (("vae middle", found.waiting), ("ram histories", found.shelf)) if n},
             nbytes,
             nbytes + found.moved,
             nbytes / self.machine.disk + seconds(found),

@@ -16,8 +16,8 @@ from lowvram.errors import UsageError
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _ParserError = cast(type[Exception], typer.BadParameter.__base__)
-"""What the parser raises for arguments that cannot be meant. Typer carries its own copy of click from 0.26 on, so the
-class is asked of Typer and not of click."""
+"""What the parser raises for arguments that cannot be meant. Recent releases of Typer carry a copy of click of their own,
+so the class is asked of Typer and not of click."""
 
 
 class _Stopped(Exception):

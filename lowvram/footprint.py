@@ -12,8 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.model import Group
-from lowvram.models import dit, umt5, vae
-from lowvram.models.vae_tiles import Memory, PackedHistory, Tile, memories
+from lowvram.models import dit, umt5, vae, vae_clip
+from lowvram.models.vae_history import Memory, PackedHistory, memories, tile_memories
+from lowvram.models.vae_layers import History, Weights
+from lowvram.models.vae_tiles import Tile
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import peak_memory
 from lowvram.quant.encodings.base import TORCH_DTYPES
@@ -117,7 +119,7 @@ def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) ->
 
 
 class _UnderWay(PackedHistory):
-    """A history of a clip that has begun: every layer is past its first frame."""
+    """A history of a clip that has begun: every layer is past its first frames."""
 
     def first(self, name: str) -> bool:
         return False
@@ -128,30 +130,51 @@ def _under_way(found: Sequence[Memory], dtype: torch.dtype) -> _UnderWay:
         m.name: tuple(torch.empty(1, m.shape[0], 1, *m.shape[1:], dtype=dtype) for _ in range(m.frames))
         for m in found
     }
-    return _UnderWay(places=places)
+    return _UnderWay(frames=dict(places), places=places)
 
 
 PLANE = 64 * 64
 """Latents of the largest plane that is imitated in full; what a larger one takes is in proportion, or less."""
 
 
-def middle_scratch(spec: VaeSpec, weights: Group, plane: tuple[int, int], dtype: torch.dtype) -> int:
+def decoder_middle_scratch(spec: VaeSpec, weights: Group, plane: tuple[int, int], dtype: torch.dtype) -> int:
     """Transient bytes of the decoder's middle block on one latent frame of `plane`, its result included."""
-    height, width = plane
-    excess = max(1.0, height * width / PLANE)
-    height = round(height / excess)
-    layers = vae.decoder_middle(spec)
+
+    def run(like: Tensor, size: tuple[int, int], w: Weights, history: History) -> None:
+        mean, std = vae.statistics(spec, like)
+        vae.run(vae.decoder_middle(spec), like.new_empty(1, spec.z, 1, *size) * std + mean, w, history)
+
+    return _middle_scratch(vae.decoder_middle(spec), run, spec, weights, plane, dtype)
+
+
+def encoder_middle_scratch(spec: VaeSpec, weights: Group, plane: tuple[int, int], dtype: torch.dtype) -> int:
+    """Transient bytes of the encoder's middle block on one latent frame of `plane`, its result included."""
+
+    def run(like: Tensor, size: tuple[int, int], w: Weights, history: History) -> None:
+        mean, std = vae.statistics(spec, like)
+        whole = like.new_empty(1, vae_clip.encoder(spec).channels, 1, *size)
+        moments = vae.run(vae.encoder_middle(spec), whole, w, history)
+        (moments[:, : spec.z] - mean).div_(std)
+
+    return _middle_scratch(vae.encoder_middle(spec), run, spec, weights, plane, dtype)
+
+
+def _middle_scratch(
+    layers: tuple[vae.Layer, ...],
+    run: Callable[[Tensor, tuple[int, int], Weights, History], None],
+    spec: VaeSpec,
+    weights: Group,
+    plane: tuple[int, int],
+    dtype: torch.dtype,
+) -> int:
+    excess = max(1.0, plane[0] * plane[1] / PLANE)
+    size = round(plane[0] / excess), plane[1]
     with FakeTensorMode():
         w = Dense(_fake_params(weights), dtype)
-        history = _under_way(memories(layers, (height, width), spec.shapes()), dtype)
+        history = _under_way(memories(layers, size, spec.shapes()), dtype)
         like = torch.empty((), dtype=dtype)
-
-    def run(like: Tensor) -> None:
-        mean, std = vae.statistics(spec, like)
-        vae.run(layers, like.new_empty(1, spec.z, 1, height, width) * std + mean, w, history)
-
     with torch.no_grad():
-        return allocated_size(int(_peak(run, like) * excess))
+        return allocated_size(int(_peak(lambda like: run(like, size, w, history), like) * excess))
 
 
 def decode_scratch(spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype) -> int:
@@ -159,18 +182,41 @@ def decode_scratch(spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype
 
     The first frame tells: what waits for the frames after it is already there.
     """
-    rows, columns = (span.size for span in tile.window)
-    with FakeTensorMode():
-        w = Dense(_fake_params(weights), dtype)
-        history = _under_way(tile.memories(spec.shapes()), dtype)
-        like = torch.empty((), dtype=dtype)
 
-    def run(like: Tensor) -> None:
+    def run(like: Tensor, w: Weights, history: History) -> None:
         statistics = vae.statistics(spec, like)  # held meanwhile
-        window = like.new_empty(1, 4 * spec.decoder_base, 1, rows, columns)
+        window = like.new_empty(1, 4 * spec.decoder_base, 1, *(span.size for span in tile.window))
         frame = next(vae.run_framewise(tile.layers, window, w, history))
         vae.to_uint8(vae.unpatchify(frame, spec.patch))
         del statistics
 
+    return _tile_scratch(run, spec, weights, tile, dtype)
+
+
+def encode_scratch(spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype) -> int:
+    """Transient bytes of one visit of an encoder tile: four frames, its window of them and the result included."""
+    size = [span.stop * spec.patch for span in tile.window]
+
+    def run(like: Tensor, w: Weights, history: History) -> None:
+        statistics = vae.statistics(spec, like)  # held meanwhile
+        frames = [like.new_empty(()).expand(3, *size)] * vae_clip.FRAMES
+        window = vae_clip.patches(spec, tile, frames, like.device, dtype)
+        vae.run_pairwise(tile.layers, window, w, history)
+        del statistics
+
+    return _tile_scratch(run, spec, weights, tile, dtype)
+
+
+def _tile_scratch(
+    run: Callable[[Tensor, Weights, History], None],
+    spec: VaeSpec,
+    weights: Group,
+    tile: Tile,
+    dtype: torch.dtype,
+) -> int:
+    with FakeTensorMode():
+        w = Dense(_fake_params(weights), dtype)
+        history = _under_way(tile_memories(tile, spec.shapes()), dtype)
+        like = torch.empty((), dtype=dtype)
     with torch.no_grad():
-        return _peak(run, like)
+        return _peak(lambda like: run(like, w, history), like)

@@ -81,6 +81,11 @@ class Group:
     """By name of a Linear: the scale of each of its LoRA branches."""
 
 
+def vae_group(model: Model, prefixes: tuple[str, ...]) -> Group:
+    """The tensors of the VAE whose names begin with one of `prefixes`: one of its halves."""
+    return Group(tuple(ref for name, ref in model.vae.items() if name.startswith(prefixes)), {})
+
+
 def branch_name(linear: str, index: int, role: str) -> str:
     """Name under which factor `role` ("down", "up") of LoRA branch `index` travels beside a Linear."""
     return f"{linear}.lora.{index}.{role}"

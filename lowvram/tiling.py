@@ -1,4 +1,4 @@
-"""How the decoder's plane is cut: the fastest tiling that fits, found without trying them all.
+"""How the autoencoder's plane is cut: the fastest tiling that fits, found without trying them all.
 
 What the histories of a tiling take is known in closed form. What its largest tile allocates besides goes with
 that tile's history, closely enough to choose by; a run of the tile on fake tensors has the last word.
@@ -6,7 +6,8 @@ that tile's history, closely enough to choose by; a run of the tile on fake tens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
@@ -17,11 +18,16 @@ import torch
 from numpy.typing import NDArray
 
 from lowvram import footprint
-from lowvram.model import Group
-from lowvram.models import vae
-from lowvram.models.vae_tiles import Tiling, make_tile, memories, packed_size, split
+from lowvram.machine import Machine
+from lowvram.model import Group, Model, vae_group
+from lowvram.models.vae import ENCODER
+from lowvram.models.vae_clip import FRAMES, Half, decoder, encoder
+from lowvram.models.vae_history import Memory, memories, packed_size, tile_memories
+from lowvram.models.vae_tiles import Tile, Tiling, make_tile, split
+from lowvram.offload.budget import exact_size, segment_size
 from lowvram.offload.estimate import Rounding
-from lowvram.quant.spec import VaeSpec
+from lowvram.offload.slab import build_layout
+from lowvram.quant.spec import VaeSpec, numel
 
 VISIT = 16
 """Latents that pass a tile before the next has its turn, if histories are moved: 64 frames wait to be whole."""
@@ -40,7 +46,7 @@ class _Histories(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """A tiling and what it takes, in bytes."""
+    """A tiling, of either half, and what it takes, in bytes."""
 
     tiling: Tiling
     slab: int
@@ -50,9 +56,9 @@ class Decoding:
     shelf: int
     """Histories on the host."""
     waiting: int
-    """Results of the middle block on the host, until every tile has seen them."""
+    """Planes between tiles and middle block on the host, until every tile has seen them or given its part."""
     frames: int
-    """Frames on the host, until every tile has given its part."""
+    """Frames on the host: until every tile has given its part, or of the latents that pass at once."""
     moved: int
     """Histories copied to the device, and as many back."""
     work: float
@@ -87,16 +93,16 @@ Seconds = Callable[[Decoding], float]
 
 
 @dataclass
-class Decodings:
-    """The ways to decode one clip."""
+class Codings(ABC):
+    """The ways to bring one clip through half of an autoencoder."""
 
     spec: VaeSpec
     weights: Group
-    """Of the decoder."""
+    """Of the half."""
     latent: tuple[int, int, int, int]
     """[z, F, h, w]"""
     frame: int
-    """Bytes of a finished frame."""
+    """Bytes of a frame on the host."""
     dtype: torch.dtype
     rounding: Rounding
     """What the device gives up for a long-lived buffer."""
@@ -104,6 +110,22 @@ class Decodings:
     """By rows and columns of tiles: history of the largest, of all, scratch of the largest."""
     _share: float = field(default=0.0, init=False)
     """Scratch of a tile to its history: the most that is known."""
+
+    @property
+    @abstractmethod
+    def half(self) -> Half: ...
+
+    @abstractmethod
+    def tile_scratch(self, tile: Tile) -> int:
+        """Transient bytes of one visit of a tile."""
+
+    @abstractmethod
+    def middle_scratch(self) -> int:
+        """Transient bytes of the middle block on one plane."""
+
+    @abstractmethod
+    def frames_held(self, tiling: Tiling) -> int:
+        """Frames on the host at once."""
 
     def choose(self, vram: int, ram: int, seconds: Seconds) -> Decoding:
         """The fastest inside `vram` and `ram` bytes; all frames at the end only if there is no other way.
@@ -142,10 +164,9 @@ class Decodings:
         return self._decoding(tiling, *self._known[tiling.grid])
 
     def _settle(self, tiling: Tiling) -> None:
-        tiles = tiling.tiles(self._layers, self._plane)
-        sizes = [packed_size(tile.memories(self._shapes), self.dtype) for tile in tiles]
-        largest = tiles[sizes.index(max(sizes))]
-        scratch = footprint.decode_scratch(self.spec, self.weights, largest, self.dtype)
+        tiles = self._half.tiles(tiling, self._plane)
+        sizes = [packed_size(tile_memories(tile, self._shapes), self.dtype) for tile in tiles]
+        scratch = self.tile_scratch(tiles[sizes.index(max(sizes))])
         self._known[tiling.grid] = max(sizes), sum(sizes), scratch
         self._share = max(self._share, scratch / max(sizes))
 
@@ -153,14 +174,13 @@ class Decodings:
         visits = ceil(self.latent[1] / tiling.visit)
         everything = total + self._middle_history
         away = not tiling.kept and visits > 1
-        cut = tiling.rows * tiling.columns > 1
         return Decoding(
             tiling,
             slab=self.rounding(everything if tiling.kept else max(largest, self._middle_history)),
             scratch=max(self._middle_scratch, tile_scratch),
             shelf=everything if away else 0,
-            waiting=tiling.visit * self._middle_result,
-            frames=self.frame * (4 * tiling.visit if cut else 1),
+            waiting=tiling.visit * self._half.channels * numel(self._plane) * self.dtype.itemsize,
+            frames=self.frame * self.frames_held(tiling),
             moved=everything * (visits - 1) if away else 0,
             work=total / self._whole,
         )
@@ -175,7 +195,7 @@ class Decodings:
     def _histories(self) -> list[_Histories]:
         """Of every tiling that is worth a thought."""
         frames, found = self.latent[1], []
-        whole = memories(self._layers, self._plane, self._shapes)
+        whole = self._whole_memories
         per_cell = np.array([m.frames * m.shape[0] * self.dtype.itemsize for m in whole], dtype=np.int64)
         visits = {ceil(frames / ceil(frames / VISIT)), frames}
         across = self._cells(self._plane[1])
@@ -189,17 +209,20 @@ class Decodings:
 
     def _cells(self, size: int) -> dict[int, NDArray[np.int64]]:
         """By number of tiles along an axis of `size` latents: cells [tile, memory] that each of them remembers."""
-        scale = self.spec.stride[1] // self.spec.patch
+        layers, given = self._half.tiled, size * self._half.cells
+        made = self._half.made
         table = {}
         for count in (n for n in _COUNTS if n == 1 or n * SMALLEST <= size):
-            spans = [span.scaled(scale) for span in split(size, count)]
-            tiles = [make_tile(self._layers, (size, size), span, span) for span in spans]
-            table[count] = np.array([[m.shape[1] for m in tile.memories(self._shapes)] for tile in tiles])
+            spans = [span.scaled(made) for span in split(size, count)]
+            tiles = [make_tile(layers, (given, given), span, span) for span in spans]
+            table[count] = np.array(
+                [[m.shape[1] for m in tile_memories(tile, self._shapes)] for tile in tiles]
+            )
         return table
 
     @cached_property
-    def _layers(self) -> tuple[vae.Layer, ...]:
-        return vae.decoder_upsampling(self.spec)
+    def _half(self) -> Half:
+        return self.half
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -210,17 +233,123 @@ class Decodings:
         return self.latent[2], self.latent[3]
 
     @cached_property
+    def _whole_memories(self) -> list[Memory]:
+        (whole,) = self._half.tiles(Tiling(), self._plane)
+        return tile_memories(whole, self._shapes)
+
+    @cached_property
     def _whole(self) -> int:
-        return packed_size(memories(self._layers, self._plane, self._shapes), self.dtype)
+        return packed_size(self._whole_memories, self.dtype)
 
     @cached_property
     def _middle_history(self) -> int:
-        return packed_size(memories(vae.decoder_middle(self.spec), self._plane, self._shapes), self.dtype)
+        return packed_size(memories(self._half.middle, self._plane, self._shapes), self.dtype)
 
     @cached_property
     def _middle_scratch(self) -> int:
-        return footprint.middle_scratch(self.spec, self.weights, self._plane, self.dtype)
+        return self.middle_scratch()
+
+
+class Decodings(Codings):
+    """The ways to decode one clip; `frame` in bytes as it leaves."""
 
     @property
-    def _middle_result(self) -> int:
-        return 4 * self.spec.decoder_base * self._plane[0] * self._plane[1] * self.dtype.itemsize
+    def half(self) -> Half:
+        return decoder(self.spec)
+
+    def tile_scratch(self, tile: Tile) -> int:
+        return footprint.decode_scratch(self.spec, self.weights, tile, self.dtype)
+
+    def middle_scratch(self) -> int:
+        return footprint.decoder_middle_scratch(self.spec, self.weights, self._plane, self.dtype)
+
+    def frames_held(self, tiling: Tiling) -> int:
+        return FRAMES * tiling.visit if tiling.rows * tiling.columns > 1 else 1
+
+
+class Encodings(Codings):
+    """The ways to encode one clip; `frame` in bytes as it comes."""
+
+    @property
+    def half(self) -> Half:
+        return encoder(self.spec)
+
+    def tile_scratch(self, tile: Tile) -> int:
+        return footprint.encode_scratch(self.spec, self.weights, tile, self.dtype)
+
+    def middle_scratch(self) -> int:
+        return footprint.encoder_middle_scratch(self.spec, self.weights, self._plane, self.dtype)
+
+    def frames_held(self, tiling: Tiling) -> int:
+        return FRAMES * tiling.visit
+
+
+# ---- a planned encode
+
+
+@dataclass(frozen=True, slots=True)
+class EncodePlan:
+    """How one clip is encoded: what `lowvram.stages.encode` is given, and what a stage that calls it must claim."""
+
+    shape: tuple[int, int, int]
+    """Frames (1 + 4k), rows and columns of pixels."""
+    dtype: torch.dtype
+    """What is computed in."""
+    tiling: Tiling
+    claims: Mapping[str, int]
+    """Device bytes by name."""
+    ram_claims: Mapping[str, int]
+    disk_read: int
+    h2d: int
+    seconds: float
+    """A forecast."""
+    choice: str
+    """The tiling and its reason, in words."""
+
+
+def plan_encode(
+    model: Model,
+    shape: tuple[int, int, int],
+    vram: int,
+    ram: int,
+    machine: Machine,
+    dtype: torch.dtype = torch.float32,
+) -> EncodePlan:
+    """The fastest way to encode `shape` pixels inside `vram` and `ram` bytes; the smallest if none fits.
+
+    `vram` and `ram` are what a stage has left beside its other claims (the context and the program are among those).
+    A stage that encodes several clips one after the other claims the most of each name. bf16 loses detail that an
+    encoder cannot do without; float32 is what the authors compute in.
+    """
+    spec, (frames, height, width) = model.spec.vae, shape
+    group = vae_group(model, ENCODER)
+    stored = build_layout(group.refs).nbytes
+    rounding = segment_size if machine.kind == "cuda" else exact_size
+    latent = model.spec.latent_shape(width, height, frames)
+    ways = Encodings(spec, group, latent, 12 * height * width, dtype, rounding)
+    # 2.1: 18 TFLOP per latent at 1280x720 (wan-models 6.5), in the format that `matmul` was measured in
+    native = 2 if machine.kind == "cuda" else 4
+    flops = 18e12 * numel(latent[1:]) / (90 * 160) * (spec.base / 96) ** 2 * dtype.itemsize / native
+
+    def seconds(coding: Decoding) -> float:
+        return coding.work * flops / machine.matmul + 2 * coding.moved / machine.link
+
+    weights = rounding(stored)
+    found = ways.choose(vram - weights, ram - stored, seconds)
+    host = {
+        "ring 0": stored,
+        "frames": found.frames,
+        "vae planes": found.waiting,
+        "ram histories": found.shelf,
+    }
+    return EncodePlan(
+        shape,
+        dtype,
+        found.tiling,
+        {"vae weights": weights, "vae histories": found.slab, "vae scratch": found.scratch},
+        {name: nbytes for name, nbytes in host.items() if nbytes},
+        stored,
+        stored + found.moved,
+        stored / machine.disk + seconds(found),
+        found.explain(),
+    )

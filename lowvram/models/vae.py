@@ -59,6 +59,8 @@ class Attention:
 
 DECODER = ("conv2.", "decoder.")
 """How the names of the decoder's weights begin."""
+ENCODER = ("conv1.", "encoder.")
+"""How the names of the encoder's weights begin."""
 
 Layer = Conv | Residual | Attention | Double | Up | Down | Stage | Head | Crop
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowvram import Runtime
 from lowvram.model import Group, Model, imagined_model
-from lowvram.models import vae_tiles
+from lowvram.models import vae_clip
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger, allocated_size, exact_size, segment_size
 from lowvram.offload.device import CpuDevice
@@ -25,6 +25,7 @@ from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, VaeSpec
 from lowvram.sampling.presets import model_preset
 from lowvram.stages import decode
 from lowvram.stages.run import Run
+from lowvram.stages.shelf import Shelf
 from lowvram.stages.weights import Dense, to_params
 from lowvram.tiling import VISIT, Decoding, Decodings
 
@@ -81,11 +82,9 @@ def test_the_planned_peak_is_the_measured_one(version: str, tiling: Tiling) -> N
     ways = Decodings(spec, group, (spec.z, 2, *plane), 1, torch.float32, exact_size)
     planned = ways.exactly(tiling)
     with track(rounding=allocated_size) as tracker:
-        memories = vae_tiles.decoder_memories(spec, tiling, plane)
-        shelf = decode.Shelf(
-            CpuDevice(), memories, torch.float32, math.ceil(2 / tiling.visit), kept=tiling.kept
-        )
-        pieces = vae_tiles.decode(spec, w, latent, tiling, shelf, torch.device("cpu"), torch.float32)
+        memories = vae_clip.decoder(spec).memories(tiling, plane, spec.shapes())
+        shelf = Shelf(CpuDevice(), memories, torch.float32, math.ceil(2 / tiling.visit), kept=tiling.kept)
+        pieces = vae_clip.decode(spec, w, latent, tiling, shelf, torch.device("cpu"), torch.float32)
         assert sum(1 for _ in decode._as_bytes(pieces)) == 5 * tiling.rows * tiling.columns
         del shelf
     piece = 3 * math.ceil(16 / tiling.rows) * math.ceil(10 / tiling.columns) * spec.stride[1] ** 2

@@ -1,0 +1,127 @@
+"""What the layers of an autoencoder remember between chunks: how much it is, and where it lies.
+
+Each tile has a history of its own, carried over the whole clip. Tiles are visited in turn, each for some latents at
+a time, so that a history kept elsewhere is moved seldom, and frames leave in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowvram.models.vae import Layer
+from lowvram.models.vae_layers import Conv, Crop, Double, Down, Head, History, Residual, Stage, Up
+from lowvram.models.vae_tiles import Tile, extent
+from lowvram.quant.spec import Shape
+
+_ALIGNMENT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one convolution remembers."""
+
+    name: str
+    frames: int
+    shape: tuple[int, int, int]
+    """Channels, rows, columns."""
+
+
+def memories(layers: Sequence[Layer], plane: tuple[int, int], shapes: Mapping[str, Shape]) -> list[Memory]:
+    """All that `layers` remember when they are given a `plane` of cells. shapes: of the weights, by name."""
+    found: list[Memory] = []
+    rows, columns = plane
+    for layer in layers:
+        names: tuple[str, ...] = ()
+        match layer:
+            case Conv(name=name, radius=radius) if radius:
+                names = (name,)
+            case Residual(name=name):
+                names = (f"{name}.residual.2", f"{name}.residual.6")
+            case Head(name=name):
+                names = (f"{name}.2",)
+            case Double(name=name) | Up(name=name, time=True):
+                names = (f"{name}.time_conv",)
+            case Down(name=name, time=True):
+                found.append(
+                    Memory(
+                        f"{name}.time_conv",
+                        1,
+                        (shapes[f"{name}.time_conv.weight"][1], rows // 2, columns // 2),
+                    )
+                )
+            case Stage(layers=inner):
+                found += memories(inner, (rows, columns), shapes)
+            case Crop(rows=kept_rows, columns=kept_columns):
+                rows, columns = len(range(rows)[kept_rows]), len(range(columns)[kept_columns])
+        found += [Memory(name, 2, (shapes[f"{name}.weight"][1], rows, columns)) for name in names]
+        rows, columns = extent(layer, rows), extent(layer, columns)
+    return found
+
+
+def tile_memories(tile: Tile, shapes: Mapping[str, Shape]) -> list[Memory]:
+    """All that a tile remembers. shapes: of the weights, by name."""
+    rows, columns = tile.window
+    return memories(tile.layers, (rows.size, columns.size), shapes)
+
+
+@dataclass(slots=True)
+class PackedHistory(History):
+    """A history inside one piece of memory, so that it is moved at once and never grows."""
+
+    places: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """By layer name, a place per frame; oldest first, those not used yet before them."""
+
+    def keep(self, name: str, x: Tensor, count: int) -> None:
+        fresh = min(x.shape[2], count)
+        places = self.places[name][fresh:] + self.places[name][:fresh]
+        for place, frame in zip(places[-fresh:], x[:, :, -fresh:].split(1, dim=2), strict=True):
+            place.copy_(frame)
+        known = min(count, len(self.frames.get(name, ())) + fresh)
+        self.places[name], self.frames[name] = places, places[-known:]
+
+
+def packed_size(found: Sequence[Memory], dtype: torch.dtype) -> int:
+    """Bytes of a `PackedHistory`."""
+    return sum(memory.frames * _frame_size(memory, dtype) for memory in found)
+
+
+def pack(found: Sequence[Memory], slab: Tensor, dtype: torch.dtype) -> PackedHistory:
+    """An empty history inside the first `packed_size` bytes of `slab` (uint8), whose contents do not matter."""
+    history, offset = PackedHistory(), 0
+    for memory in found:
+        places = []
+        for _ in range(memory.frames):
+            nbytes = prod(memory.shape) * dtype.itemsize
+            channels, rows, columns = memory.shape
+            places.append(slab[offset : offset + nbytes].view(dtype).view(1, channels, 1, rows, columns))
+            offset += _frame_size(memory, dtype)
+        history.places[memory.name] = tuple(places)
+    return history
+
+
+def _frame_size(memory: Memory, dtype: torch.dtype) -> int:
+    return -(-prod(memory.shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+class Shelf(Protocol):
+    """Where histories are between visits."""
+
+    def visit(self, number: int) -> AbstractContextManager[History]:
+        """The history of tile `number`, counted from 1, or of the middle block, 0, for as long as the block lasts."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """A shelf that keeps every history where it was made."""
+
+    histories: dict[int, History] = field(default_factory=dict)
+
+    def visit(self, number: int) -> AbstractContextManager[History]:
+        return nullcontext(self.histories.setdefault(number, History()))

@@ -203,7 +203,8 @@ def _with_preset_loras(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, An
     return settings | {"loras": tuple(found)}
 
 
-def _machine(device: str | None) -> Machine:
+def check_device(device: str | None) -> None:
+    """UsageError for a device that is none, or that is not here."""
     if device not in (None, "cpu", "cuda"):
         raise UsageError(
             f'device "{device}"', where="--device", expected="cpu or cuda", advice="leave it out"
@@ -212,7 +213,11 @@ def _machine(device: str | None) -> Machine:
         raise UsageError(
             "no CUDA device here", where="--device", advice="check the driver, or use --device cpu"
         )
-    return this_machine(device=device)
+
+
+def _machine(device: str | None) -> Machine:
+    check_device(device)
+    return this_machine(device)
 
 
 def _budget(vram: str | int | None, ram: str | int | None, machine: Machine) -> Budget:

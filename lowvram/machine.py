@@ -1,17 +1,26 @@
-"""What a machine can do, as far as a forecast needs it: measured here, or read from a table for cards elsewhere."""
+"""What a machine can do, as far as a forecast needs it: measured here once, or read from a table for cards elsewhere."""
 
 from __future__ import annotations
 
+import json
 import os
-import time
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-import psutil
+import platformdirs
 
+from lowvram.errors import FileError, StorageError
+from lowvram.offload.io import read_small_text, write_atomic
 from lowvram.sampling.presets import unknown_name
+
+ASSUMED_DISK = 2e9
+"""Bytes/s of a disk nobody has measured."""
+_MAX_SAVED = 1 << 16
+_SCHEMA = "lowvram.machine/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +36,48 @@ class Machine:
     ram: int
     """What a job may use of the host's memory."""
     matmul: float
-    """FLOP/s that large multiplications and attention reach in the compute dtype."""
+    """FLOP/s that large multiplications reach in the compute dtype."""
+    attention: float
+    """FLOP/s that attention over long sequences reaches in the compute dtype."""
     link: float
-    """Host to device."""
+    """Host to device, from pinned memory."""
     disk: float
     """Sequential reads."""
     context: int
     """Device memory taken before the first tensor: CUDA context, library workspaces."""
     measured: bool
     """Whether the rates were measured here. Otherwise they are a vendor's figures times an assumed share."""
+    arch: str = ""
+    """"sm_89" and the like; empty for a CPU."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where each number comes from, by field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What was measured on this machine, kept until the device, its driver or torch changes."""
+
+    device: str
+    driver: str
+    torch: str
+    matmul: float
+    attention: float
+    link: float
+    disk: float
+    disk_folder: str
+    """The folder whose disk was measured."""
+    context: int
+
+
+def machine_names() -> tuple[str, ...]:
+    """The cards of the table."""
+    return tuple(name for name in _table() if name not in ("defaults", "sources"))
 
 
 def machine_profile(name: str) -> Machine:
     """The machine of the table called `name`. UsageError with the nearest name if there is none."""
-    table = tomllib.loads(files("lowvram").joinpath("presets", "machines.toml").read_text(encoding="utf-8"))
-    defaults = table.pop("defaults")
+    table = _table()
+    defaults, sources = table.pop("defaults"), table.pop("sources")
     if name not in table:
         raise unknown_name("machine", name, table, where="--machine")
     card = defaults | table[name]
@@ -51,58 +87,91 @@ def machine_profile(name: str) -> Machine:
         kind="cuda",
         vram=card["vram"] - card["display"],
         ram=card["ram"],
-        matmul=card["matmul"] * card["efficiency"],
+        matmul=card["matmul"] * card["matmul_share"],
+        attention=card["matmul"] * card["attention_share"],
         link=card["link"],
         disk=card["disk"],
         context=card["context"],
         measured=False,
+        arch=card["arch"],
+        sources=sources | card.get("sources", {}),
     )
 
 
-def this_machine(device: str | None = None, clock: Callable[[], float] = time.perf_counter) -> Machine:
+def _table() -> dict[str, Any]:
+    return tomllib.loads(files("lowvram").joinpath("presets", "machines.toml").read_text(encoding="utf-8"))
+
+
+def this_machine(device: str | None = None) -> Machine:
     """The machine this runs on: `device` ("cuda", "cpu"), or its CUDA device if there is one, else its processor.
 
-    The multiplication rate is measured in a few milliseconds; disk and link rates are assumed.
+    Rates are those that `lowvram doctor` measured and kept, if it did. Otherwise multiplication, attention and
+    copies are measured now, in a fraction of a second, and the disk's rate is assumed.
     """
-    import torch
+    from lowvram import survey
 
-    available = psutil.virtual_memory().available
-    if device != "cpu" and torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        return Machine(
-            name="this machine",
-            label=torch.cuda.get_device_name(),
-            kind="cuda",
-            vram=free,
-            ram=int(available * 0.8),
-            matmul=_matmul_rate(torch.device("cuda"), torch.bfloat16, 4096, clock),
-            link=20e9,
-            disk=2e9,
-            context=500_000_000,
-            measured=True,
-        )
+    place = survey.identify(device)
+    rates = load_rates(rates_path(place.kind))
+    if rates is not None and (rates.device, rates.driver, rates.torch) == (
+        place.label,
+        place.driver,
+        place.torch_version,
+    ):
+        sources = dict.fromkeys(("matmul", "attention", "link", "disk", "context"), "measured by the doctor")
+    else:
+        rates = survey.quick_rates(place)
+        sources = dict.fromkeys(("matmul", "attention", "link"), "measured just now") | {
+            "disk": "assumed: `lowvram doctor` measures it",
+            "context": "assumed" if place.kind == "cuda" else "none",
+        }
+    memory = survey.memory(place)
     return Machine(
         name="this machine",
-        label=f"CPU, {os.cpu_count()} threads",
-        kind="cpu",
-        vram=int(available * 0.4),
-        ram=int(available * 0.4),
-        matmul=_matmul_rate(torch.device("cpu"), torch.float32, 512, clock) / 2,
-        link=10e9,
-        disk=1e9,
-        context=0,
+        label=place.label,
+        kind=place.kind,
+        vram=memory.vram,
+        ram=memory.ram,
+        matmul=rates.matmul,
+        attention=rates.attention,
+        link=rates.link,
+        disk=rates.disk,
+        context=rates.context,
         measured=True,
+        arch=place.arch,
+        sources=sources | {"vram": "free now", "ram": "free now"},
     )
 
 
-def _matmul_rate(device: object, dtype: object, n: int, clock: Callable[[], float]) -> float:
-    """FLOP/s of an n x n x n multiplication, best of three."""
-    import torch
+def rates_path(kind: str) -> Path:
+    """Where the rates of this machine are kept: in LOWVRAM_CACHE, or the user's cache folder."""
+    root = os.environ.get("LOWVRAM_CACHE") or platformdirs.user_cache_dir("lowvram", appauthor=False)
+    return Path(root) / f"machine-{kind}.json"
 
-    a = torch.ones(n, n, device=device, dtype=dtype)  # type: ignore[call-overload]
-    best = float("inf")
-    for _ in range(4):
-        start = clock()
-        (a @ a)[0, 0].item()
-        best = min(best, clock() - start)
-    return 2 * n**3 / best
+
+def save_rates(path: Path, rates: Rates) -> None:
+    """Keep what was measured. StorageError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise StorageError(
+            f"no folder can be made here ({problem.strerror})",
+            where=str(path.parent),
+            advice="set LOWVRAM_CACHE to a folder that you may write to",
+        ) from problem
+    values = {f.name: getattr(rates, f.name) for f in fields(Rates)}
+    write_atomic(path, json.dumps({"schema": _SCHEMA} | values, indent=1).encode())
+
+
+def load_rates(path: Path) -> Rates | None:
+    """What was kept; None if nothing was, or if it cannot be understood: measuring again costs little."""
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(read_small_text(path, _MAX_SAVED))
+        if stored.pop("schema") != _SCHEMA:
+            return None
+        rates = Rates(**stored)
+        numbers = (rates.matmul, rates.attention, rates.link, rates.disk)
+        return rates if all(n > 0 for n in numbers) and rates.context >= 0 else None
+    except (FileError, StorageError, ValueError, TypeError, KeyError, AttributeError):
+        return None

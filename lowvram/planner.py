@@ -399,8 +399,8 @@ class _Planner:
     def _block_seconds(self) -> float:
         """One block, one pass: linears on tokens, text keys and values, both attentions (wan-models 1.8)."""
         d, f, t, n = self.spec.dit.dim, self.spec.dit.ffn, self.tokens, self.spec.dit.text_len
-        flops = 2 * t * (6 * d * d + 2 * d * f) + 4 * n * d * d + 4 * t * t * d + 4 * t * n * d
-        return flops / self.machine.matmul
+        linears, attention = 2 * t * (6 * d * d + 2 * d * f) + 4 * n * d * d, 4 * t * t * d + 4 * t * n * d
+        return linears / self.machine.matmul + attention / self.machine.attention
 
     # ---- fitting
 

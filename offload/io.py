@@ -1,8 +1,9 @@
-"""The only place that reads or writes files. Never mmap: mapped pages are memory that no ledger sees."""
+"""The only place that reads or writes files. Files are never mapped: such pages are memory that no ledger sees."""
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import secrets
 import stat
@@ -20,6 +21,9 @@ from lowvram.offload.faults import Faults
 
 _SYSCALL_BYTES = 1 << 30
 """The most asked of the system at once: Linux stops at 2^31 - 4096, Windows at 2^31 - 1."""
+_KERNEL_BYTES = 1 << 20
+_TIMED_BYTES = 16 << 20
+"""Bytes per read where the disk's rate is measured: more is not faster."""
 _FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 _REPLACE_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Seconds between attempts to replace a file that a scanner or viewer holds open (Windows)."""
@@ -94,11 +98,7 @@ class FileReader:
                 done += count
             self._check_unchanged()
         except OSError as error:
-            raise StorageError(
-                f"reading failed: {error.strerror or error}",
-                where=str(self._path),
-                advice="check that the disk or network share is still there, then run again or resume",
-            ) from error
+            raise _failed_reading(self._path, error) from error
 
     def _read_some(self, offset: int, target: memoryview) -> int:
         """Bytes read into `target`, perhaps fewer than it holds; 0 at the end. Interrupted calls are repeated
@@ -203,6 +203,56 @@ def read_small_text(path: Path, limit: int) -> str:
             expected="a UTF-8 text",
             advice="check that this is the file you meant, or save it as UTF-8",
         ) from error
+
+
+def read_kernel_text(path: Path) -> str | None:
+    """The text of a file that the kernel makes when it is read (`/proc`, `/sys`); None if it is not there."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(_KERNEL_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return None
+
+
+def read_past_cache(path: Path, limit: int, *, direct: bool) -> int:
+    """Read up to `limit` bytes from the start of a file off the disk itself, to time it; how many came.
+
+    direct: without the system's cache (0 where the file system has no such way). Otherwise through the cache,
+    which first forgets the file; where it cannot be told to (Windows), what it holds is not read from disk.
+    StorageError if reading fails.
+    """
+    flags = getattr(os, "O_DIRECT", 0)
+    if direct and not flags:
+        return 0
+    done = 0
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | (flags if direct else 0))
+    except OSError as error:
+        if direct and error.errno == errno.EINVAL:
+            return 0
+        raise _failed_reading(path, error) from error
+    try:
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        # Anonymous pages are aligned as direct reads want their target to be.
+        with mmap.mmap(-1, _TIMED_BYTES) as pages, open(file, "rb", buffering=0, closefd=False) as raw:
+            count = _TIMED_BYTES
+            while done < limit and count == _TIMED_BYTES:
+                count = raw.readinto(pages) or 0
+                done += count
+    except OSError as error:
+        raise _failed_reading(path, error) from error
+    finally:
+        os.close(file)
+    return done
+
+
+def _failed_reading(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"reading failed: {error.strerror or error}",
+        where=str(path),
+        advice="check that the disk or network share is still there, then run again or resume",
+    )
 
 
 Buffer = bytes | bytearray | memoryview

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from lowvram import __version__
-from lowvram.cli import console, decode, demo, generate, inspect, plan, resume
+from lowvram.cli import console, decode, demo, doctor, generate, inspect, plan, resume
 from lowvram.errors import UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -53,7 +53,16 @@ def options(
     """Wan video diffusion inside a hard memory budget."""
 
 
-for verb in (demo.demo, generate.generate, plan.plan, inspect.inspect, resume.resume, decode.decode):
+VERBS: tuple[Callable[..., None], ...] = (
+    demo.demo,
+    generate.generate,
+    plan.plan,
+    doctor.doctor,
+    inspect.inspect,
+    resume.resume,
+    decode.decode,
+)
+for verb in VERBS:
     app.command(verb.__name__)(_verb(verb))
 
 

@@ -27,6 +27,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     """Where the jobs of this test are kept: a folder that does not exist yet."""
     root = tmp_path_factory.mktemp("state") / "jobs"
     monkeypatch.setenv("LOWVRAM_STATE", str(root))
+    monkeypatch.setenv("LOWVRAM_CACHE", str(root.parent / "cache"))
     return root
 
 

@@ -1,0 +1,96 @@
+"""The doctor measures, says what is wrong, and what it measured is what the next plan uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowvram import survey
+from lowvram.doctor import Findings, Reading
+from lowvram.errors import UsageError
+from lowvram.machine import (
+    Rates,
+    load_rates,
+    machine_names,
+    machine_profile,
+    rates_path,
+    save_rates,
+    this_machine,
+)
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "_WRITTEN", 4 << 20)
+
+
+def known_rates() -> Rates:
+    place = survey.identify("cpu")
+    return Rates(place.label, place.driver, place.torch_version, 7e9, 5e9, 3e9, 2.5e9, "/models", 0)
+
+
+def test_what_the_doctor_measures_is_what_plans_use(cli: Callable[..., Any], tmp_path: Path) -> None:
+    said = cli("doctor", "--device", "cpu", "--folder", tmp_path, "--json")
+    assert said.code == 0
+    (found,) = said.objects
+    values = {r["name"]: r["value"] for r in found["readings"]}
+    assert found["schema"] == "lowvram.doctor/1" and values["multiply fp32"] > 1e6
+    machine = this_machine("cpu")
+    assert machine.attention == values["attention"] / 2 and machine.link == values["copy in RAM"]
+    assert machine.disk == max(values["disk, direct reads"] or 0, values["disk, buffered reads"])
+    assert machine.sources["disk"] == "measured by the doctor"
+    assert list(tmp_path.iterdir()) == []  # what was written to be read is gone
+
+
+def test_rates_are_kept_until_device_driver_or_torch_changes() -> None:
+    path = rates_path("cpu")
+    save_rates(path, known_rates())
+    assert (this_machine("cpu").matmul, this_machine("cpu").disk) == (7e9, 2.5e9)
+    for change in ({"device": "another"}, {"driver": "1.2"}, {"torch": "2.10"}):
+        save_rates(path, replace(known_rates(), **change))
+        assert this_machine("cpu").disk != 2.5e9
+        assert this_machine("cpu").sources["disk"].startswith("assumed")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": "lowvram.machine/1"}', '{"schema": "other"}'])
+def test_what_was_kept_and_cannot_be_understood_is_measured_again(text: str) -> None:
+    path = rates_path("cpu")
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert load_rates(path) is None and this_machine("cpu").matmul > 0
+
+
+def test_readings_are_for_people() -> None:
+    assert Reading("a", 3.25e12, "FLOP/s").shown() == "3.25 TFLOP/s"
+    assert Reading("a", 26.5e9, "FLOP/s").shown() == "26.5 GFLOP/s"
+    assert Reading("a", 12.5e9, "bytes/s").shown() == "12.5 GB/s"
+    assert Reading("a", None, "bytes").shown() == "not available"
+
+
+def test_bad_readings_come_with_what_to_do() -> None:
+    from lowvram.cli.doctor import table
+
+    slow = Reading("copy", 1e9, "bytes/s", "bad", "check the slot")
+    lines = table(Findings(known_rates(), (slow, Reading("RAM", 8 * GB, "bytes")))).splitlines()
+    assert lines[0].endswith("bad") and "-> check the slot" in lines[1] and lines[-1].startswith("1 bad")
+
+
+def test_every_number_of_a_profile_has_a_source(cli: Callable[..., Any]) -> None:
+    assert len(machine_names()) >= 11
+    for name in machine_names():
+        machine = machine_profile(name)
+        for number in ("vram", "ram", "matmul", "attention", "link", "disk", "context"):
+            assert machine.sources[number], f"{name} {number}"
+        assert machine.label in cli("doctor", "--machine", name).out
+    with pytest.raises(UsageError, match="rtx4090"):
+        machine_profile("rtx4091")
+
+
+def test_a_folder_that_is_not_there_is_refused(cli: Callable[..., Any], tmp_path: Path) -> None:
+    assert cli("doctor", "--folder", tmp_path / "none").code == 2

@@ -19,8 +19,17 @@ from torch.nn import functional
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM, DitSpec
 from lowvram.triton_kernels.attention import attention
+from lowvram.triton_kernels.modulate import gated as _gated
+from lowvram.triton_kernels.modulate import gelu as _gelu
+from lowvram.triton_kernels.modulate import layer_norm as _layer_norm
+from lowvram.triton_kernels.modulate import modulate as _modulate
+from lowvram.triton_kernels.norm_rope import EPS
+from lowvram.triton_kernels.norm_rope import heads as _heads
+from lowvram.triton_kernels.norm_rope import rms_factor as _rms_factor
+from lowvram.triton_kernels.norm_rope import rms_norm as _rms_norm
+from lowvram.triton_kernels.norm_rope import rotate as _rotate
+from lowvram.triton_kernels.norm_rope import scaled as _scaled
 
-EPS = 1e-6
 ROPE_THETA = 10000.0
 ROPE_PAIRS = (22, 21, 21)
 """Complex pairs of a head given to time, rows and columns."""
@@ -151,44 +160,8 @@ def rope_table(frames: int, rows: int, columns: int, device: torch.device | None
 # ---- pieces of a block
 
 
-def _layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
-    """LayerNorm without weights, computed and returned in float32."""
-    return functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
-
-
 def _affine_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
     return functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LN(x) * (1 + scale) + shift in float32, rounded once to the dtype of x."""
-    return (_layer_norm(x) * (1 + scale) + shift).to(x.dtype)
-
-
-def _rms_factor(x: Tensor) -> Tensor:
-    """[..., width] -> [..., 1] float32: 1 / sqrt(mean square + eps)."""
-    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
-
-
-def _scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-    """x * factor in float32, cast, then the weight."""
-    return (x.float() * factor).to(x.dtype) * weight.to(x.dtype)
-
-
-def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMS over the full width, before the split into heads."""
-    return _scaled(x, _rms_factor(x), weight)
-
-
-def _heads(x: Tensor) -> Tensor:
-    """[..., n, dim] -> [..., heads, n, 128] (a view)."""
-    return x.unflatten(-1, (-1, HEAD_DIM)).transpose(-2, -3)
-
-
-def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate interleaved pairs of x [..., heads, n, 128] by rope [n, 64, 2], in float32, rounded once."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
 
 def _self_q(p: Params, h: Tensor, rope: Tensor) -> Tensor:
@@ -237,11 +210,7 @@ def _cross(p: Params, x: Tensor, kv: _CrossKV) -> Tensor:
 
 
 def _ffn(p: Params, h: Tensor) -> Tensor:
-    return p.linear("ffn.2", functional.gelu(p.linear("ffn.0", h), approximate="tanh"))
-
-
-def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return (x.float() + y.float() * gate).to(x.dtype)
+    return p.linear("ffn.2", _gelu(p.linear("ffn.0", h)))
 
 
 class _Modulation:

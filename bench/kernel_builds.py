@@ -1,0 +1,222 @@
+"""Ahead-of-time builds of every kernel configuration, for cards that are not here: what the compiler made of each.
+
+Pointers and strides are marked divisible by 16, as a launch would find them: without that the compiler uses neither
+cp.async nor ldmatrix, and the build says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lowvram.triton_kernels import attention_triton, modulate_triton, norm_rope_triton, tiles
+from lowvram.triton_kernels.attention import KEY_TILE, QUERY_TILE, V_PEAK, V_RUN
+from lowvram.triton_kernels.norm_rope import EPS, LEAST
+
+SHARED_LIMIT = 101_376
+"""99 KiB: what a program may take on sm_86, sm_89 and sm_120."""
+SHARED_LIMIT_SM90 = 232_448
+
+INT8 = r"(mma\.sync|wgmma)\S*s32\.s8\.s8"
+HALF = {
+    "fp16": r"(mma\.sync\S*\.f16\.f16\.f16\.f16|wgmma\S*\.f16\.f16\.f16)",
+    "fp8": r"(mma\.sync\S*\.f16\.e4m3\.e4m3\.f16|wgmma\S*\.f16\.e4m3\.e4m3)",
+}
+FULL = {
+    "bf16": r"(mma\.sync|wgmma)\S*f32\.bf16\.bf16",
+    "fp8": r"(mma\.sync|wgmma)\S*f32\.e4m3\.e4m3",
+}
+POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp8": "*fp8e4nv"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with everything that is fixed when it is compiled."""
+
+    kernel: Any
+    config: str
+    arch: str
+    pointers: Mapping[str, str]
+    """Type of each pointer argument."""
+    constants: Mapping[str, object]
+    warps: int
+    stages: int = 3
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    """Arguments that are neither pointers nor 32-bit integers."""
+    ragged: frozenset[str] = frozenset()
+    """Integers that need not be divisible by 16."""
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    """What makes it fast: name, and pattern that its PTX must hold."""
+    quick: bool = False
+    """Whether the test suite builds it."""
+
+
+def builds() -> Iterator[Build]:
+    """Every configuration that a run may use, or that the tuning command tries."""
+    for arch in tiles.ARCHS:
+        yield from _attention(arch)
+        yield from _producers(arch)
+
+
+def _attention(arch: str) -> Iterator[Build]:
+    for v_format, by_arch in tiles.ATTENTION.items():
+        if arch not in by_arch:
+            continue
+        half = tiles.HALF[v_format].get(arch, False)
+        for tile in sorted({by_arch[arch], *tiles.CANDIDATES}, key=lambda t: t != by_arch[arch]):
+            for sparse in (False, True):
+                if sparse and tile.n != KEY_TILE:
+                    continue
+                patterns = {
+                    "int8 mma": INT8,
+                    f"{v_format} mma": (HALF if half else FULL)[v_format],
+                    "ldmatrix": r"ldmatrix|wgmma",
+                    "cp.async": r"cp\.async\.c[ag]",
+                }
+                yield Build(
+                    attention_triton.attend_kernel,
+                    f"v={v_format} half={half} sparse={sparse} tile={tile.m}x{tile.n} warps={tile.warps} "
+                    f"stages={tile.stages}",
+                    arch,
+                    {"q": "*i8", "q_scale": "*fp32", "k": "*i8", "k_scale": "*fp32", "v": POINTER[v_format],
+                     "v_scale": "*fp32", "index": "*i32", "out": "*bf16"},
+                    {"V_FORMAT": v_format, "HALF": half, "SPARSE": sparse, "SELECT_M": QUERY_TILE,
+                     "V_RUN": V_RUN, "BLOCK_M": tile.m, "BLOCK_N": tile.n},
+                    tile.warps,
+                    tile.stages,
+                    numbers={"factor": "fp32"},
+                    ragged=frozenset({"n_q", "n_k", "count", "qs_head", "ks_head", "index_head", "index_row"}),
+                    instructions=patterns,
+                    quick=tile == by_arch[arch] and not sparse and (v_format, arch) in QUICK,
+                )  # fmt: skip
+
+
+QUICK = (("fp16", "sm_86"), ("fp8", "sm_89"), ("fp16", "sm_120"))
+
+
+def _producers(arch: str) -> Iterator[Build]:
+    for given, int8, centred in ((False, False, False), (False, True, False), (True, True, True)):
+        yield Build(
+            norm_rope_triton.norm_rope_kernel,
+            f"factor={'given' if given else 'found'} int8={int8} centred={centred}",
+            arch,
+            {"x": "*bf16", "weight": "*bf16", "rope": "*fp32", "factor": "*fp32", "matrix": "*bf16",
+             "centre": "*fp32", "out": "*i8" if int8 else "*bf16", "scale": "*fp32"},
+            {"EPS": EPS, "LEAST": LEAST, "HEADS": 40, "GIVEN": given, "INT8": int8, "CENTRED": centred,
+             "BLOCK": norm_rope_triton.ROWS},
+            norm_rope_triton.WARPS,
+            numbers={"root": "fp32"},
+            ragged=frozenset({"n", "scale_head"}),
+            instructions={"bf16 mma": FULL["bf16"]} if int8 else {},
+            quick=centred and arch == "sm_86",
+        )  # fmt: skip
+    yield Build(
+        norm_rope_triton.rms_factor_kernel,
+        "width=5120",
+        arch,
+        {"x": "*bf16", "factor": "*fp32"},
+        {"EPS": EPS, "HEADS": 40, "BLOCK": norm_rope_triton.ROWS},
+        norm_rope_triton.WARPS,
+        ragged=frozenset({"n"}),
+    )
+    for v_format in ("fp16", "fp8"):
+        if v_format == "fp8" and arch not in tiles.ATTENTION["fp8"]:
+            continue
+        yield Build(
+            norm_rope_triton.quantise_values_kernel,
+            f"v={v_format}",
+            arch,
+            {"v": "*bf16", "out": POINTER[v_format], "scale": "*fp32"},
+            {"LEAST": LEAST, "PEAK": V_PEAK[v_format], "FP8": v_format == "fp8", "RUN": V_RUN,
+             "PAD": KEY_TILE, "BLOCK": 64},
+            norm_rope_triton.WARPS,
+            ragged=frozenset({"n"}),
+        )  # fmt: skip
+    yield Build(
+        modulate_triton.modulate_kernel,
+        "width=5120",
+        arch,
+        {"x": "*bf16", "shift": "*fp32", "scale": "*fp32", "out": "*bf16"},
+        {"EPS": EPS, "BLOCK": 8192},
+        8,
+    )
+    yield Build(
+        modulate_triton.gated_kernel,
+        "",
+        arch,
+        {"x": "*bf16", "y": "*bf16", "gate": "*fp32"},
+        {"BLOCK": modulate_triton.BLOCK},
+        modulate_triton.WARPS,
+    )
+    yield Build(
+        modulate_triton.gelu_kernel,
+        "",
+        arch,
+        {"x": "*bf16", "bias": "*bf16"},
+        {"BIASED": False, "BLOCK": modulate_triton.BLOCK},
+        modulate_triton.WARPS,
+    )
+
+
+def report(build: Build) -> dict[str, object]:
+    """Compile, and say what came out: one object of `kernels.py aot --json`."""
+    names = build.kernel.arg_names
+    signature = {
+        name: "constexpr"
+        if name in build.constants
+        else build.pointers.get(name) or build.numbers.get(name, "i32")
+        for name in names
+    }
+    whole = [
+        (i,)
+        for i, name in enumerate(names)
+        if name not in build.constants and name not in build.numbers and name not in build.ragged
+    ]
+    source = ASTSource(
+        fn=build.kernel,
+        signature=signature,
+        constexprs=dict(build.constants),
+        attrs={i: [["tt.divisibility", 16]] for i in whole},
+    )
+    target = GPUTarget("cuda", int(build.arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(
+        source, target=target, options={"num_warps": build.warps, "num_stages": build.stages}
+    )
+    registers, spilled = _resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    missing = [name for name, pattern in build.instructions.items() if not re.search(pattern, ptx)]
+    limit = SHARED_LIMIT_SM90 if build.arch == "sm_90" else SHARED_LIMIT
+    shared = compiled.metadata.shared
+    return {
+        "kernel": build.kernel.__name__.removesuffix("_kernel"),
+        "config": build.config,
+        "arch": build.arch,
+        "shared_bytes": shared,
+        "spill_bytes": spilled,
+        "registers": registers,
+        "instructions": [name for name in build.instructions if name not in missing],
+        "missing": missing,
+        "ok": shared <= limit and spilled == 0 and not missing,
+    }
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack, where spilled registers go."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "kernel.cubin")
+        Path(file).write_bytes(cubin)
+        done = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert found is not None, done.stdout
+    return int(found[1]), int(found[2])

@@ -1,0 +1,42 @@
+"""What the kernels are, without a GPU: how they build, how exact their arithmetic is; with one, which tiles are fastest.
+
+    python bench/kernels.py aot [--json] [--quick]    every configuration built for every architecture
+    python bench/kernels.py accuracy [--json]         error of each 8-bit attention on synthetic data
+
+Exits with 1 if a build spills, takes too much shared memory or lacks an instruction, or an error is out of bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+
+Row = dict[str, object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"aot": aot}
+    parser.add_argument("verb", choices=verbs)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--quick", action="store_true", help="only what the test suite looks at")
+    args = parser.parse_args()
+    right = True
+    for row in verbs[args.verb](args):
+        right &= bool(row["ok"])
+        print(json.dumps(row) if args.json else "  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+    sys.exit(0 if right else 1)
+
+
+def aot(args: argparse.Namespace) -> Iterator[Row]:
+    from kernel_builds import builds, report
+
+    return (report(build) for build in builds() if build.quick or not args.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The kernels of `modulate`: each reads its tensors once and writes once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowvram.triton_kernels.norm_rope import EPS
+
+BLOCK = 1024
+WARPS = 4
+
+
+@triton.jit
+def modulate_kernel(
+    x, shift, scale, out, width, x_row, shift_row, scale_row, EPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One token a program; BLOCK is the least power of two that holds it."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    inside = d < width
+    y = tl.load(x + row * x_row + d, mask=inside, other=0).to(tl.float32)
+    mean = tl.sum(y, 0) / width
+    y = tl.where(inside, y - mean, 0.0)
+    y = y / tl.sqrt_rn(tl.sum(y * y, 0) / width + EPS)
+    by = 1.0 + tl.load(scale + row * scale_row + d, mask=inside, other=0)
+    y = y * by + tl.load(shift + row * shift_row + d, mask=inside, other=0)
+    tl.store(out + row * width + d, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_kernel(x, y, gate, width, x_row, y_row, gate_row, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < width
+    old = tl.load(x + row * x_row + d, mask=inside, other=0).to(tl.float32)
+    add = tl.load(y + row * y_row + d, mask=inside, other=0).to(tl.float32)
+    new = old + add * tl.load(gate + row * gate_row + d, mask=inside, other=0)
+    tl.store(x + row * x_row + d, new.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gelu_kernel(x, bias, width, x_row, BIASED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < width
+    y = tl.load(x + row * x_row + d, mask=inside, other=0).to(tl.float32)
+    if BIASED:
+        y += tl.load(bias + d, mask=inside, other=0).to(tl.float32)
+    inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)  # sqrt(2 / pi)
+    y = y * tl.sigmoid(2.0 * inner)  # 0.5 * (1 + tanh(u)) is sigmoid(2 u)
+    tl.store(x + row * x_row + d, y.to(x.dtype.element_ty), mask=inside)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Launch with tensors as `modulate.modulate_op` describes them."""
+    n, width = x.shape
+    out = torch.empty(n, width, dtype=x.dtype, device=x.device)
+    modulate_kernel[(n,)](
+        x, shift, scale, out, width, x.stride(0), _row(shift), _row(scale),
+        EPS=EPS, BLOCK=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def gated(x: Tensor, y: Tensor, gate: Tensor) -> None:
+    """Launch with tensors as `modulate.gated_` describes them."""
+    n, width = x.shape
+    gated_kernel[(triton.cdiv(width, BLOCK), n)](
+        x, y, gate, width, x.stride(0), y.stride(0), _row(gate), BLOCK=BLOCK, num_warps=WARPS
+    )
+
+
+def gelu(x: Tensor, bias: Tensor | None) -> None:
+    """Launch with tensors as `modulate.gelu_` describes them."""
+    n, width = x.shape
+    gelu_kernel[(triton.cdiv(width, BLOCK), n)](
+        x, x if bias is None else bias, width, x.stride(0), BIASED=bias is not None, BLOCK=BLOCK, num_warps=WARPS
+    )  # fmt: skip
+
+
+def _row(x: Tensor) -> int:
+    """Distance between the rows of x [n, width]; 0 if there is one, which then serves all tokens."""
+    return 0 if x.shape[0] == 1 else x.stride(0)

@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import platformdirs
 
 from lowvram.errors import BusyError, FileError, StorageError, UsageError
 from lowvram.job import Job
-from lowvram.offload.io import read_small_text, write_atomic
+from lowvram.offload.io import read_small_text, try_lock, write_atomic
 
 MAX_JOB_BYTES = 1 << 20
 KEPT = 20
 """Finished jobs that are kept."""
-_LOCKED_BYTE = 1 << 30
-"""Windows locks bytes, and what it locks nobody can read: one far behind the process number in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +85,9 @@ class JobFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the job for this process; BusyError if another one holds it.
-
-        The system's own lock: it ends with the process, however that ends, so none is ever left behind.
-        """
+        """Hold the job for this process; BusyError if another one holds it."""
         with open(self.path / "lock", "a+b") as file:
-            if not _try_lock(file):
+            if not try_lock(file):
                 file.seek(0)
                 owner = file.read(20).decode("ascii", "replace")
                 raise BusyError(
@@ -106,23 +99,6 @@ class JobFolder:
             file.write(str(os.getpid()).encode())
             file.flush()
             yield
-
-
-def _try_lock(file: BinaryIO) -> bool:
-    """Lock an open file for this process; False if it is locked. Closing it unlocks."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(_LOCKED_BYTE)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def jobs_root() -> Path:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from lowvram import __version__
-from lowvram.cli import console, decode, demo, doctor, generate, inspect, plan, resume
+from lowvram.cli import console, decode, demo, doctor, generate, inspect, plan, quantize, resume
 from lowvram.errors import UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -59,6 +59,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     plan.plan,
     doctor.doctor,
     inspect.inspect,
+    quantize.quantize,
     resume.resume,
     decode.decode,
 )

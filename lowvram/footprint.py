@@ -91,7 +91,7 @@ def prepare_scratch(
         kept += [
             dit.embed_time(p, spec, torch.zeros(time_rows, dtype=torch.float64), 1) for _ in range(steps)
         ]
-        kept += [p[name].clone() for name in p.tensors if name.startswith(("patch_embedding.", "head."))]
+        kept.append(p.copied(("patch_embedding.", "head.")))
 
     return _peak(run, text)
 

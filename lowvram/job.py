@@ -29,6 +29,8 @@ class LoraChoice:
     expert: str = "both"
     """"high", "low", or "both"."""
     strength: float = 1.0
+    partial: bool = False
+    """Whether a LoRA that fits in part is taken all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

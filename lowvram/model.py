@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from lowvram.discovery import FLAGS, default_spec
-from lowvram.errors import FileError
+from lowvram.errors import FileError, UsageError
 from lowvram.job import Job, LoraChoice
 from lowvram.offload.io import FileReader
 from lowvram.quant.encodings.base import TORCH_DTYPES
@@ -18,7 +20,7 @@ from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import planned_encoding
 from lowvram.quant.files.shards import open_checkpoint_files
 from lowvram.quant.identify import Checkpoint, identify_path
-from lowvram.quant.lora import LoraSet, match_lora
+from lowvram.quant.lora import LoraPair, LoraSet, match_lora
 from lowvram.quant.refs import Part, Shape, TensorRef
 from lowvram.quant.spec import DitSpec, ModelSpec, TextSpec, VaeSpec
 from lowvram.sampling.presets import load_models
@@ -38,8 +40,24 @@ class Lora:
 
     matched: LoraSet
     strength: float
-    scales: Mapping[str, float]
-    """strength * alpha / rank by the native name of the weight."""
+    ratios: Mapping[str, float]
+    """alpha / rank by the native name of the weight."""
+
+    def scale(self, pair: LoraPair) -> LoraScale:
+        ratio = self.ratios[pair.target]
+        if pair.magnitude is None:
+            return LoraScale(self.strength * ratio)
+        return LoraScale(ratio, self.strength, pair.of_base)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraScale:
+    """The numbers of one LoRA branch; see `lowvram.quant.linear.Branch` and `Dora`."""
+
+    scale: float
+    dora: float | None = None
+    """Strength of a DoRA; None for a plain LoRA."""
+    of_base: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +71,8 @@ class Transformer:
     def groups(self) -> dict[str, Group]:
         """ "outer" and "blocks.0" to "blocks.N": each with the names its tensors have inside it."""
         refs: dict[str, dict[str, TensorRef]] = {}
-        branches: dict[str, dict[str, tuple[float, ...]]] = {}
+        branches: dict[str, dict[str, tuple[LoraScale, ...]]] = {}
+        deltas: dict[str, dict[str, tuple[float, ...]]] = {}
         for name, ref in self.refs.items():
             group, inner = _split(name)
             refs.setdefault(group, {})[inner] = replace(ref, name=inner)
@@ -62,13 +81,17 @@ class Transformer:
                 group, inner = _split(pair.target.removesuffix(".weight"))
                 scales = branches.setdefault(group, {})
                 index = len(scales.get(inner, ()))
-                scales[inner] = (*scales.get(inner, ()), lora.scales[pair.target])
-                for role, part in (("down", pair.down), ("up", pair.up)):
-                    key = branch_name(inner, index, role)
-                    refs[group][key] = TensorRef(
-                        key, part.shape, Plain(part.dtype), (replace(part, role="weight"),)
-                    )
-        return {g: Group(tuple(r.values()), branches.get(g, {})) for g, r in refs.items()}
+                scales[inner] = (*scales.get(inner, ()), lora.scale(pair))
+                for part in (pair.down, pair.up, pair.magnitude):
+                    if part is not None:
+                        _add(refs[group], branch_name(inner, index, part.role), part)
+            for delta in lora.matched.deltas:
+                group, inner = _split(delta.target)
+                strengths = deltas.setdefault(group, {})
+                index = len(strengths.get(inner, ()))
+                strengths[inner] = (*strengths.get(inner, ()), lora.strength)
+                _add(refs[group], delta_name(inner, index), delta.part)
+        return {g: Group(tuple(r.values()), branches.get(g, {}), deltas.get(g, {})) for g, r in refs.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +99,11 @@ class Group:
     """Tensors that travel together: a transformer block, or all that is outside the blocks."""
 
     refs: tuple[TensorRef, ...]
-    """Under their names inside the group, LoRA factors included (see `branch_name`)."""
-    branches: Mapping[str, tuple[float, ...]]
+    """Under their names inside the group, parts of LoRAs included (see `branch_name` and `delta_name`)."""
+    branches: Mapping[str, tuple[LoraScale, ...]]
     """By name of a Linear: the scale of each of its LoRA branches."""
+    deltas: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By name of a parameter: the strength of each difference that is added to it."""
 
 
 def vae_group(model: Model, prefixes: tuple[str, ...]) -> Group:
@@ -87,8 +112,18 @@ def vae_group(model: Model, prefixes: tuple[str, ...]) -> Group:
 
 
 def branch_name(linear: str, index: int, role: str) -> str:
-    """Name under which factor `role` ("down", "up") of LoRA branch `index` travels beside a Linear."""
+    """Name under which `role` ("down", "up", "magnitude") of LoRA branch `index` travels beside a Linear."""
     return f"{linear}.lora.{index}.{role}"
+
+
+def delta_name(parameter: str, index: int) -> str:
+    """Name under which difference `index` travels beside a parameter."""
+    return f"{parameter}.delta.{index}"
+
+
+def _add(refs: dict[str, TensorRef], name: str, part: Part) -> None:
+    """A part of a LoRA as a tensor of a group."""
+    refs[name] = TensorRef(name, part.shape, Plain(part.dtype), (replace(part, role="weight"),))
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -142,28 +177,46 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
 
 
 def with_loras(model: Model, choices: tuple[LoraChoice, ...]) -> Model:
-    """The model with the LoRAs beside its transformers. FileError for one that does not fit."""
+    """The model with the LoRAs beside its transformers. FileError for one that does not fit, UsageError for one whose
+    name says that it was made for the other expert."""
     loras: dict[str, list[Lora]] = {e: [] for e in model.transformers}
     for choice in choices:
-        matched = match_lora(open_checkpoint_files(Path(choice.path), FileReader), model.spec.dit)
-        if matched.deltas:
-            raise FileError(
-                f"{len(matched.deltas)} of its entries replace whole parameters (.diff)",
-                where=choice.path,
-                expected="pairs of factors (lora_down and lora_up)",
-                advice="use a LoRA without .diff entries: they are not supported yet",
-            )
-        for expert, chosen in loras.items():
-            if choice.expert in ("both", expert):
-                chosen.append(Lora(matched, choice.strength, _scales(matched, choice.strength)))
+        headers = open_checkpoint_files(Path(choice.path), FileReader)
+        matched = match_lora(headers, model.spec.dit, choice.partial)
+        ratios = _ratios(matched)
+        for expert in _experts_of(choice, model):
+            loras[expert].append(Lora(matched, choice.strength, ratios))
     return replace(
         model, transformers={e: replace(t, loras=tuple(loras[e])) for e, t in model.transformers.items()}
     )
 
 
-def _scales(matched: LoraSet, strength: float) -> dict[str, float]:
+def _experts_of(choice: LoraChoice, model: Model) -> tuple[str, ...]:
+    """The transformers that a LoRA acts on: those asked for, else the one its name says, else all."""
+    if len(model.transformers) == 1:
+        return tuple(model.transformers)
+    named = named_expert(Path(choice.path).name)
+    if choice.expert == "both":
+        return tuple(model.transformers) if named is None else (named,)
+    if named not in (None, choice.expert):
+        raise UsageError(
+            f"its name says that it is for the {named}-noise expert, but it is given to the {choice.expert}-noise one",
+            where=choice.path,
+            advice=f"give it with :{named}, or rename the file if its name is wrong",
+        )
+    return (choice.expert,)
+
+
+def named_expert(file_name: str) -> str | None:
+    """ "high" or "low" if the name of a file says for which expert it is, and for one only."""
+    words = set(re.findall(r"[a-z]+", file_name.lower()))
+    found = {e for e in ("high", "low") if {e, f"{e}noise", f"{e[0]}n"} & words}
+    return found.pop() if len(found) == 1 else None
+
+
+def _ratios(matched: LoraSet) -> dict[str, float]:
     """Alphas stored in the file are single numbers: the only tensor values read before a plan exists."""
-    scales = {}
+    ratios = {}
     with ExitStack() as stack:
         readers = {f: stack.enter_context(FileReader(f)) for f in matched.files}
         for pair in matched.pairs:
@@ -171,8 +224,15 @@ def _scales(matched: LoraSet, strength: float) -> dict[str, float]:
             if isinstance(alpha, Part):
                 data = readers[alpha.file].read_at(alpha.offset, alpha.nbytes)
                 alpha = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[alpha.dtype])[0].item()
-            scales[pair.target] = strength if alpha is None else strength * float(alpha) / pair.rank
-    return scales
+            ratio = 1.0 if alpha is None else float(alpha) / pair.rank
+            if not math.isfinite(ratio):
+                raise FileError(
+                    f"the alpha of {pair.target} is not finite",
+                    where=str(pair.down.file),
+                    advice="the LoRA is damaged: download it again, or use another",
+                )
+            ratios[pair.target] = ratio
+    return ratios
 
 
 def open_job_model(job: Job) -> Model:

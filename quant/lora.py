@@ -24,7 +24,7 @@ ENOUGH = 0.95
 """Share of a LoRA that must fit the model: less means that it was made for another one."""
 
 _FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
-_SCALAR_DTYPES = _FACTOR_DTYPES | {"F64", "I64", "I32"}
+_SCALAR_DTYPES = _FACTOR_DTYPES | {"F64", "I64", "I32", "I16", "I8", "U8", "F8_E4M3", "F8_E5M2"}
 _MAX_ADAPTER_METADATA = 65_536
 _PREFIXES = (
     "base_model.model.",
@@ -49,18 +49,19 @@ _ROLE = re.compile(
   | (?P<diff_m> \.diff_m )
   | (?P<lokr>   \.lokr_\w+ )
   | (?P<loha>   \.hada_\w+ )
-  | (?P<dora>   \.dora_scale | \.lora_magnitude_vector(\.\w+)?(\.weight)? )
+  | (?P<dora>   \.dora_scale )
+  | (?P<magnitude> \.lora_magnitude_vector(\.\w+)?(\.weight)? )
   | (?P<locon>  \.lora_mid\.weight )
     )""",
     re.VERBOSE | re.ASCII,
 )
 _HINTS = ("lora", ".alpha", ".diff", ".lokr_", ".hada_", ".dora_")
 """One of these is in every name that _ROLE matches: a quick way out for the others."""
-_ROLES = ("down", "up", "alpha", "diff", "diff_b", "diff_m", "lokr", "loha", "dora", "locon")
+_ROLES = ("down", "up", "alpha", "diff", "diff_b", "diff_m", "lokr", "loha", "dora", "magnitude", "locon")
+_MAGNITUDES = ("dora", "magnitude")
 _UNSUPPORTED: Mapping[str, str] = {
     "lokr": "LoKr",
     "loha": "LoHa",
-    "dora": "DoRA",
     "locon": "LoCon with a middle factor",
 }
 
@@ -78,6 +79,11 @@ class LoraPair:
     rank: int
     alpha: Part | float | None
     """A scalar in the file, a number from its header, or None: alpha = rank, factor 1."""
+    magnitude: Part | None = None
+    """Of a DoRA: [out, 1] or [1, in]."""
+    of_base: bool = True
+    """Whether the directions of a DoRA are measured on the base weight (`dora_scale`, as ComfyUI does) or on the
+    changed one (`lora_magnitude_vector`, as peft does)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +131,7 @@ def match_lora(headers: Sequence[Header], spec: DitSpec, partial: bool = False) 
     """The LoRA in these files, matched to the transformer `spec`.
 
     FileError if it is none, if a factor is missing or of another rank than its twin, if it is of a kind that is
-    not supported (LoKr, LoHa, DoRA), or if less than ENOUGH of it fits; with `partial` any fit will do.
+    not supported (LoKr, LoHa), or if less than ENOUGH of it fits; with `partial` any fit will do.
     """
     where = headers[0].path
     modules = _Modules(spec)
@@ -205,8 +211,8 @@ class _Match:
         """Takes the tensors of one module of the file."""
         if "down" in roles or "up" in roles:
             self._add_pair(spelled, native, roles)
-        elif "alpha" in roles:
-            self.unused.append(roles["alpha"][0].name)
+        else:
+            self.unused += [roles[role][0].name for role in ("alpha", *_MAGNITUDES) if role in roles]
         for role in ("diff", "diff_b", "diff_m"):
             if role in roles:
                 self._add_delta(native, role, *roles[role])
@@ -233,7 +239,7 @@ class _Match:
                     self.where, f"{shown(scalar.name)} is {scalar.dtype} {list(scalar.shape)}, not a number"
                 )
             alpha = _part("alpha", scalar, file)
-        names = [tensor.name for role, (tensor, _) in roles.items() if role in ("down", "up", "alpha")]
+        names = [t.name for role, (t, _) in roles.items() if role in ("down", "up", "alpha", *_MAGNITUDES)]
         target = f"{native}.weight"
         shape = self._wanted(native, target, names)
         if shape is None:
@@ -246,7 +252,22 @@ class _Match:
             _refuse(self.where, f"two LoRAs for {target} (a file for both experts must be split)")
         else:
             parts = (_part("down", *roles["down"]), _part("up", *roles["up"]))
-            self.pairs[target] = LoraPair(target, *parts, rank, alpha)
+            magnitude = self._magnitude(shape, roles)
+            self.pairs[target] = LoraPair(target, *parts, rank, alpha, magnitude, "dora" in roles)
+
+    def _magnitude(self, shape: Shape, roles: Roles) -> Part | None:
+        """The magnitudes of a DoRA for a weight of `shape`; None for a plain LoRA."""
+        role = next((role for role in _MAGNITUDES if role in roles), None)
+        if role is None:
+            return None
+        tensor, file = roles[role]
+        rows, columns = (shape[0], 1), (1, numel(shape[1:]))
+        fits = [form for form in (rows, columns) if numel(form) == numel(tensor.shape)]
+        if tensor.dtype not in _FACTOR_DTYPES or not fits:
+            _refuse(self.where, f"{shown(tensor.name)} is {tensor.dtype} {list(tensor.shape)}")
+        # A square weight: the place of the long dimension tells.
+        form = columns if tensor.shape[:1] == (1,) and columns in fits else fits[0]
+        return replace(_part("magnitude", tensor, file), shape=form)
 
     def _add_delta(self, native: str | None, role: str, tensor: StoredTensor, file: Path) -> None:
         # Modulations and position tables have no ".weight" of their own.

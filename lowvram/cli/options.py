@@ -38,6 +38,9 @@ Preset = Annotated[str | None, typer.Option("--preset", help="Few-step schedule,
 Lora = Annotated[
     list[str] | None, typer.Option("--lora", help="FILE[:high|:low][@STRENGTH]; may be given several times.")
 ]
+LoraPartial = Annotated[
+    bool, typer.Option("--lora-partial", help="Take LoRAs of which less than 95 % fit the model.")
+]
 Vram = Annotated[
     str | None, typer.Option("--vram", help="Device memory the whole job may take, such as 16GB.")
 ]
@@ -80,7 +83,7 @@ def parse_guidance(text: str | None) -> dict[str, tuple[float, float]]:
     return {"guidance": (numbers[0], numbers[-1])}
 
 
-def parse_loras(texts: list[str] | None) -> dict[str, Any]:
+def parse_loras(texts: list[str] | None, partial: bool = False) -> dict[str, Any]:
     """FILE[:high|:low][@STRENGTH] each -> LoraChoices; nothing for none."""
     if not texts:
         return {}
@@ -101,16 +104,22 @@ def parse_loras(texts: list[str] | None) -> dict[str, Any]:
         assert match is not None
         # Absolute: a job that goes on from another folder must find it again.
         path = str(Path(match["path"]).expanduser().absolute())
-        choices.append(LoraChoice(path=path, expert=match["expert"] or "both", strength=strength))
+        expert = match["expert"] or "both"
+        choices.append(LoraChoice(path=path, expert=expert, strength=strength, partial=partial))
     return {"loras": tuple(choices)}
 
 
 def settings(
-    *, size: str | None, guidance: str | None, lora: list[str] | None, **others: Any
+    *,
+    size: str | None,
+    guidance: str | None,
+    lora: list[str] | None,
+    lora_partial: bool = False,
+    **others: Any,
 ) -> dict[str, Any]:
     """What `make_job` takes, from the texts of the flags; flags that were not given are left out."""
     given = {name: value for name, value in others.items() if value is not None}
-    return given | parse_size(size) | parse_guidance(guidance) | parse_loras(lora)
+    return given | parse_size(size) | parse_guidance(guidance) | parse_loras(lora, lora_partial)
 
 
 def refuse_placement_flags(offload_model: str | None, t5_cpu: bool) -> None:

@@ -35,6 +35,7 @@ def plan(
     guidance: o.Guidance = None,
     preset: o.Preset = None,
     lora: o.Lora = None,
+    lora_partial: o.LoraPartial = False,
     vram: o.Vram = None,
     ram: o.Ram = None,
     device: o.Device = None,
@@ -52,7 +53,7 @@ def plan(
     """Forecast peak memory, bytes moved and time of a job."""
     o.refuse_placement_flags(offload_model, t5_cpu)
     settings = o.settings(
-        size=size, guidance=guidance, lora=lora, frames=frames, negative=negative, seed=seed,
+        size=size, guidance=guidance, lora=lora, lora_partial=lora_partial, frames=frames, negative=negative, seed=seed,
         steps=steps, solver=solver, shift=shift, preset=preset,
     )  # fmt: skip
     files = {"high": high, "low": low, "single": transformer, "vae": vae, "text": text_encoder}

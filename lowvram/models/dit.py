@@ -84,9 +84,7 @@ def embed_latent(outer: Params, spec: DitSpec, latent: Tensor, dtype: torch.dtyp
     """
     patches = latent.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [..., C, F, h, 2, w, 2]
     patches = patches.movedim((-6, -3, -1), (-3, -2, -1)).flatten(-3)  # [..., F, h, w, C*4]
-    patches = patches.flatten(-4, -2).to(dtype)
-    weight = outer.dense("patch_embedding.weight", dtype).reshape(spec.dim, -1)
-    return functional.linear(patches, weight, outer.dense("patch_embedding.bias", dtype))
+    return outer.linear("patch_embedding", patches.flatten(-4, -2).to(dtype))
 
 
 def embed_text(outer: Params, spec: DitSpec, text: Tensor, image: Tensor | None = None) -> Context:

@@ -155,11 +155,7 @@ def _prepare(run: Run, model: Model, job: Job, texts: list[Tensor]) -> dict[str,
                         times[i] = dit.embed_time(
                             outer, spec, row, per_frame if rows > 1 else per_frame * latent[1]
                         )
-                kept = ("patch_embedding.", "head.")
-                ends = Params(
-                    {k: outer[k].clone() for k in outer.tensors if k.startswith(kept)}, outer.branches
-                )
-                experts[name] = _Expert(ends, contexts, times)
+                experts[name] = _Expert(outer.copied(("patch_embedding.", "head.")), contexts, times)
             run.listener.step(run.device.ledger.used)
     return experts
 

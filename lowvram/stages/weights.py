@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowvram.model import Group, branch_name
+from lowvram.model import Group, branch_name, delta_name
 from lowvram.quant.encodings.plain import Plain
-from lowvram.quant.linear import Branch, Encoded, Params
+from lowvram.quant.linear import Branch, Delta, Dora, Encoded, Params
 
 Views = Mapping[str, Mapping[str, Tensor]]
 """Parts by tensor name and role, as `lowvram.offload.slab.carve` gives them."""
@@ -25,15 +25,27 @@ def to_params(group: Group, views: Views) -> Params:
         tensors[ref.name] = (
             parts["weight"].view(ref.shape) if plain else Encoded(ref.encoding, ref.shape, parts)
         )
+
+    def taken(name: str) -> Tensor:
+        value = tensors.pop(name)
+        assert isinstance(value, Tensor)
+        return value
+
     branches = {}
     for linear, scales in group.branches.items():
         found = []
         for i, scale in enumerate(scales):
-            down, up = (tensors.pop(branch_name(linear, i, role)) for role in ("down", "up"))
-            assert isinstance(down, Tensor) and isinstance(up, Tensor)
-            found.append(Branch(down, up, scale))
+            down, up = (taken(branch_name(linear, i, role)) for role in ("down", "up"))
+            dora = None
+            if scale.dora is not None:
+                dora = Dora(taken(branch_name(linear, i, "magnitude")), scale.dora, scale.of_base)
+            found.append(Branch(down, up, scale.scale, dora))
         branches[linear] = tuple(found)
-    return Params(tensors, branches)
+    deltas = {
+        name: tuple(Delta(taken(delta_name(name, i)), strength) for i, strength in enumerate(strengths))
+        for name, strengths in group.deltas.items()
+    }
+    return Params(tensors, branches, deltas)
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,7 @@ def test_a_missing_factor_is_refused(refusal, half):
         {"blocks.0.ffn.0.lora_A.weight": ("BF16", (0, 256))},
         {"blocks.0.ffn.0.lora_A.weight": ("U8", (4, 256))},
         {"blocks.0.ffn.0.alpha": ("F32", (2,))},
-        {"blocks.0.ffn.0.alpha": ("U8", ())},
+        {"blocks.0.ffn.0.alpha": ("BOOL", ())},
         {"blocks.0.ffn.0.diff_b": ("U8", (768,))},
     ],
 )
@@ -214,11 +214,43 @@ def test_a_difference_of_the_wrong_shape_is_unused(match, name, shape):
 
 @pytest.mark.parametrize(
     ("suffix", "kind"),
-    [(".lokr_w1", "LoKr"), (".hada_w1_a", "LoHa"), (".dora_scale", "DoRA"), (".lora_mid.weight", "LoCon"),
-     (".lora_magnitude_vector", "DoRA")],
-)  # fmt: skip
+    [(".lokr_w1", "LoKr"), (".hada_w1_a", "LoHa"), (".lora_mid.weight", "LoCon")],
+)
 def test_other_kinds_of_adapters_are_named(refusal, suffix, kind):
     assert f"this is a {kind}" in refusal(pairs() | {f"blocks.0.ffn.0{suffix}": ("F32", (4, 4))})
+
+
+@pytest.mark.parametrize(
+    "suffix", [".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.default.weight"]
+)
+@pytest.mark.parametrize(
+    ("module", "shape", "form"),
+    [
+        ("blocks.0.ffn.0", (768, 1), (768, 1)),
+        ("blocks.0.ffn.0", (768,), (768, 1)),
+        ("blocks.0.ffn.0", (1, 256), (1, 256)),
+        ("blocks.0.self_attn.q", (256, 1), (256, 1)),
+        ("blocks.0.self_attn.q", (1, 256), (1, 256)),
+    ],
+)
+def test_the_magnitudes_of_a_dora_belong_to_rows_or_columns(match, suffix, module, shape, form):
+    found = match(pairs() | {f"{module}{suffix}": ("F32", shape)})
+    (dora,) = [pair for pair in found.pairs if pair.magnitude is not None]
+    assert dora.target == f"{module}.weight" and dora.magnitude.shape == form
+    assert dora.of_base == (suffix == ".dora_scale") and found.unused == ()
+
+
+def test_magnitudes_that_fit_neither_are_refused_and_lonely_ones_are_unused(match, refusal):
+    assert "dora_scale" in refusal(pairs() | {"blocks.0.ffn.0.dora_scale": ("F32", (700, 1))})
+    assert match(pairs() | {"blocks.0.norm3.dora_scale": ("F32", (256,))}).unused == (
+        "blocks.0.norm3.dora_scale",
+    )
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "F8_E4M3"])
+def test_alpha_may_be_of_any_dtype(match, dtype):
+    found = match(pairs() | {"blocks.0.ffn.0.alpha": (dtype, ())})
+    assert [pair.target for pair in found.pairs if isinstance(pair.alpha, Part)] == ["blocks.0.ffn.0.weight"]
 
 
 def test_a_file_for_both_experts_is_refused(refusal):

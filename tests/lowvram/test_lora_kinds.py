@@ -1,0 +1,182 @@
+"""What a LoRA adds - factors, DoRA, whole differences - is what merging it in float64 gives, wherever the weights lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowvram import Pipeline, Runtime
+from lowvram.errors import FileError, UsageError
+from lowvram.job import LoraChoice
+from lowvram.model import named_expert, with_loras
+from lowvram.quant.linear import Dora
+from lowvram.sampling.presets import model_preset
+
+PROMPT = "a red circle moves left on a black background"
+SETTINGS: dict[str, Any] = {"seed": 5, "steps": 2, "shift": 3.0, "guidance": (1.0, 1.0)}
+GB = 10**9
+RANK, ALPHA = 4, 6.0
+SHAPES = model_preset("nano").dit.shapes()
+PAIRS = ["blocks.0.self_attn.q", "blocks.3.ffn.2", "blocks.5.cross_attn.k", "patch_embedding", "head.head",
+         "time_projection.1"]  # fmt: skip
+DORAS = {
+    "blocks.0.ffn.0": "dora_scale",
+    "blocks.1.self_attn.o": "lora_magnitude_vector",
+    "blocks.2.ffn.2": "dora_scale",
+}
+DIFFS = ["blocks.0.norm3.weight", "blocks.2.ffn.0.weight", "blocks.1.self_attn.norm_q.weight", "blocks.4.ffn.0.bias",
+         "blocks.0.self_attn.q.bias", "blocks.1.modulation", "head.modulation", "head.head.bias"]  # fmt: skip
+
+Weights = dict[str, Tensor]
+
+
+def noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def parts() -> Weights:
+    """The parts of the LoRA by native name and what they are."""
+    made: Weights = {}
+    for i, module in enumerate([*PAIRS, *DORAS]):
+        out, *inner = SHAPES[f"{module}.weight"]
+        made[f"{module}.lora_down.weight"] = noise((RANK, *inner), i) / 16
+        made[f"{module}.lora_up.weight"] = noise((out, RANK, *(1 for _ in inner[1:])), 100 + i) / 16
+        made[f"{module}.alpha"] = torch.tensor(ALPHA, dtype=torch.float64)
+        if module in DORAS:
+            size = (1, inner[0]) if module == "blocks.2.ffn.2" else (out, 1)
+            made[f"{module}.{DORAS[module]}"] = 0.5 + torch.rand(
+                size, generator=torch.Generator().manual_seed(i)
+            )
+    for i, name in enumerate(DIFFS):
+        module, _, kind = name.rpartition(".")
+        suffix = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[kind]
+        made[f"{module}.{suffix}"] = noise(SHAPES[name], 200 + i) / 16
+    return made
+
+
+@pytest.fixture(scope="module")
+def lora(parts: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lora") / "everything.safetensors"
+    save_file({f"diffusion_model.{name}": tensor for name, tensor in parts.items()}, path)
+    return path
+
+
+def merged(weights: Weights, parts: Weights, strength: float) -> Weights:
+    """The formulas of checkpoint-formats 10.2, in float64."""
+    made = {name: tensor.double() for name, tensor in weights.items()}
+    p = {name: tensor.double() for name, tensor in parts.items()}
+    for module in [*PAIRS, *DORAS]:
+        up, down = p[f"{module}.lora_up.weight"].flatten(1), p[f"{module}.lora_down.weight"].flatten(1)
+        change = (ALPHA / RANK * up @ down).view(SHAPES[f"{module}.weight"])
+        w = made[f"{module}.weight"]
+        if module not in DORAS:
+            made[f"{module}.weight"] = w + strength * change
+            continue
+        v, m = w + change, p[f"{module}.{DORAS[module]}"]
+        rows = m.shape[0] > 1
+        norm = (w if rows and DORAS[module] == "dora_scale" else v).norm(dim=1 if rows else 0, keepdim=True)
+        made[f"{module}.weight"] = w + strength * (v * m / norm - w)
+    for name in DIFFS:
+        module, _, kind = name.rpartition(".")
+        made[name] += (
+            strength * p[f"{module}.{ {'weight': 'diff', 'bias': 'diff_b', 'modulation': 'diff_m'}[kind] }"]
+        )
+    return {name: tensor.float() for name, tensor in made.items()}
+
+
+def model_with(folder: Path, tiny_model: Path, change: Callable[[Weights], Weights]) -> Path:
+    folder.mkdir()
+    for file in tiny_model.iterdir():
+        if file.name.endswith("noise_model.safetensors"):
+            save_file(change(load_file(file)), folder / file.name)
+        else:
+            (folder / file.name).hardlink_to(file)
+    return folder
+
+
+def test_a_lora_beside_the_weights_is_the_merged_model(
+    parts: Weights, lora: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    strength = 0.6
+    whole = model_with(tmp_path / "merged", tiny_model, lambda w: merged(w, parts, strength))
+    expected = Runtime(GB, 2 * GB, "cpu").load(str(whole))(PROMPT, **SETTINGS).latent
+    pipe = Runtime(GB, 2 * GB, "cpu").load(str(tiny_model))
+    choice = LoraChoice(path=str(lora), strength=strength)
+    found = pipe(PROMPT, loras=(choice,), **SETTINGS).latent
+    plain = pipe(PROMPT, **SETTINGS).latent
+    assert (plain - expected).abs().max() > 0.05
+    assert (found - expected).abs().max() < 2e-4
+
+
+def test_streamed_and_resident_are_equal_and_the_plan_prices_every_part(lora: Path, tiny_model: Path) -> None:
+    pipe = Runtime(GB, 2 * GB, "cpu").load(str(tiny_model))
+    job = pipe.job(
+        PROMPT, loras=(LoraChoice(path=str(lora)), LoraChoice(path=str(lora), strength=-0.3)), **SETTINGS
+    )
+    roomy = pipe.plan_job(job)
+    bare = pipe.plan(PROMPT, **SETTINGS)
+    assert sum(v for k, v in roomy.stage("denoise").claims.items() if k.startswith("resident")) > sum(
+        v for k, v in bare.stage("denoise").claims.items() if k.startswith("resident")
+    )
+    whole = pipe.run(job, plan=roomy).latent
+    least = min(s.vram for s in roomy.stages)
+    for vram in (roomy.vram * 3 // 4, roomy.vram // 2):
+        tight = Pipeline(Runtime(max(vram, least), 2 * GB, "cpu"), pipe.model, pipe.files)
+        plan = tight.plan_job(job)
+        assert plan.blocks()["resident"] < roomy.blocks()["resident"]
+        assert torch.equal(tight.run(job, plan=plan).latent, whole)
+
+
+def test_dora_with_the_norms_of_the_base_changes_nothing() -> None:
+    w, zero = noise((6, 4), 1), torch.zeros(6, 4)
+    assert torch.allclose(Dora(w.norm(dim=1, keepdim=True), 1.0, True).apply(w, zero.clone()), w, atol=1e-6)
+    assert torch.allclose(Dora(w.norm(dim=0, keepdim=True), 0.5, False).apply(w, zero.clone()), w, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("high_noise_model.safetensors", "high"),
+        ("Wan2.2-Lightning_T2V-A14B-4steps-lora_LOW_fp16.safetensors", "low"),
+        ("wan22_HN_style.safetensors", "high"),
+        ("highway_at_night.safetensors", None),
+        ("slow_motion.safetensors", None),
+        ("high_and_low.safetensors", None),
+        ("style.safetensors", None),
+    ],
+)
+def test_the_name_of_a_file_may_say_its_expert(name: str, expert: str | None) -> None:
+    assert named_expert(name) == expert
+
+
+def test_a_lora_goes_to_the_expert_its_name_says_and_to_no_other(
+    lora: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    pipe = Runtime(GB, 2 * GB, "cpu").load(str(tiny_model))
+    path = tmp_path / "style_HIGH.safetensors"
+    path.hardlink_to(lora)
+    model = with_loras(pipe.model, (LoraChoice(path=str(path)),))
+    assert {e: len(t.loras) for e, t in model.transformers.items()} == {"high": 1, "low": 0}
+    with pytest.raises(UsageError, match="high-noise"):
+        with_loras(pipe.model, (LoraChoice(path=str(path), expert="low"),))
+
+
+def test_a_lora_that_fits_in_part_is_taken_only_when_asked_for(
+    parts: Weights, tiny_model: Path, tmp_path: Path
+) -> None:
+    pipe = Runtime(GB, 2 * GB, "cpu").load(str(tiny_model))
+    path = tmp_path / "half.safetensors"
+    foreign = {n.replace("blocks.0", "blocks.77"): t for n, t in parts.items() if "blocks." in n}
+    save_file(foreign, path)
+    with pytest.raises(FileError, match="95%"):
+        with_loras(pipe.model, (LoraChoice(path=str(path)),))
+    model = with_loras(pipe.model, (LoraChoice(path=str(path), partial=True),))
+    (used,) = model.transformers["high"].loras
+    assert 0 < used.matched.matched < used.matched.total and used.matched.unused

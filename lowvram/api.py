@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,13 +55,34 @@ class Runtime:
         self.machine = _machine(device)
         self.budget = _budget(vram, ram, self.machine)
 
-    def load(self, model: str, **files: str | None) -> Pipeline:
+    def load(
+        self,
+        model: str,
+        *,
+        models_dirs: Sequence[str] = (),
+        weights: str | None = None,
+        preset: str | None = None,
+        force: bool = False,
+        progress: Callable[[Path], None] = lambda path: None,
+        **files: str | None,
+    ) -> Pipeline:
         """The model called `model`, or the one in the folder `model`: headers are read, no weights.
+
+        Parts that are not named are looked for as `lowvram.discovery.find` says, which takes the other settings.
 
         files: "high", "low", "single", "vae", "text", "tokenizer" name single files instead of found ones.
         """
-        parts = discovery.find(model, {part: path for part, path in files.items() if path})
-        return Pipeline(self, open_model(model, parts), parts)
+        given = {part: path for part, path in files.items() if path}
+        found = discovery.find(
+            model,
+            given,
+            models_dirs=models_dirs,
+            weights=weights,
+            preset=preset,
+            force=force,
+            progress=progress,
+        )
+        return Pipeline(self, open_model(model, found.paths), found.paths, found.reasons)
 
     @contextmanager
     def device(self) -> Iterator[Device]:
@@ -86,6 +107,8 @@ class Pipeline:
     runtime: Runtime
     model: Model
     files: dict[str, str]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why these files, of the parts that were chosen among others."""
 
     def job(self, prompt: str = "", **settings: Any) -> Job:
         """A job on this model; `settings` are those of `lowvram.job.make_job`."""

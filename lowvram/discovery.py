@@ -1,105 +1,185 @@
 """Where the parts of a model lie.
 
-A model is asked for by name or by a folder in anyone's naming; single files may be given for any part. Found are
-paths only: what is in them is read by `lowvram.model`.
+A model is asked for by name, and its parts are looked for where people keep such files; or by a folder, in anyone's
+naming. Single files may be given for any part. Found are paths only: what is in them is read by `lowvram.model`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files as package_files
 from pathlib import Path
 
 from lowvram.errors import FileError, UsageError
+from lowvram.library.cache import cache_file, load_cache, save_cache
+from lowvram.library.choose import choose, missing_error, possible_models
+from lowvram.library.naming import expert_of
+from lowvram.library.parts import FLAGS, PARTS
+from lowvram.library.places import Place, given_places, machine_drives, usual_places
+from lowvram.library.scan import Library, scan
+from lowvram.offload.io import FileReader
 from lowvram.quant.spec import ModelSpec
 from lowvram.sampling.presets import load_models, unknown_name
 
-PARTS = ("high", "low", "single", "vae", "text", "tokenizer")
-FLAGS: Mapping[str, str] = {
-    "high": "--high",
-    "low": "--low",
-    "single": "--transformer",
-    "vae": "--vae",
-    "text": "--text-encoder",
-    "tokenizer": "tokenizer",
-}
-"""What a person gives a part with."""
-
 _PLACES: Mapping[str, tuple[str, ...]] = {
-    "high": (
-        "high_noise_model",
-        "transformer",
-        "high_noise_model*",
-        "*high*noise*.safetensors",
-        "*high*.safetensors",
-        "*high*.gguf",
-        "*high*noise*.gguf",
-        "*high*.gguf",
-    ),
-    "low": (
-        "low_noise_model",
-        "transformer_2",
-        "low_noise_model*",
-        "*low*noise*.safetensors",
-        "*low*.safetensors",
-        "*low*.gguf",
-        "*low*noise*.gguf",
-        "*low*.gguf",
-    ),
+    "high": ("high_noise_model", "transformer", "high_noise_model.safetensors"),
+    "low": ("low_noise_model", "transformer_2", "low_noise_model.safetensors"),
     "single": (
         "transformer",
         "diffusion_pytorch_model.safetensors.index.json",
         "diffusion_pytorch_model*.safetensors",
-        "*wan*t2v*.safetensors",
-        "*wan*ti2v*.safetensors",
-        "*wan*i2v*.safetensors",
-        "*wan*t2v*.gguf",
-        "*wan*ti2v*.gguf",
     ),
-    "vae": ("vae", "*vae*.safetensors", "*vae*.pth"),
-    "text": ("text_encoder", "*umt5*.safetensors", "text_encoder*.safetensors", "*umt5*.gguf", "*umt5*.pth"),
+    "vae": ("vae", "vae.safetensors"),
+    "text": ("text_encoder", "text_encoder.safetensors"),
     "tokenizer": ("tokenizer/spiece.model", "google/umt5-xxl/spiece.model", "spiece.model"),
 }
-"""Folders and files of the native, diffusers and ComfyUI layouts, the surest first, in lower case.
+"""Folders and files of the authors', diffusers' and our own layouts, the surest first. Anything else is recognised by
+its contents."""
 
-The .pth files of the authors' own folders cannot be read, but naming them tells what to look for instead."""
+_PICKLES: Mapping[str, tuple[str, ...]] = {
+    "vae": ("wan2.?_vae.pth",),
+    "text": ("models_t5_umt5-xxl-enc-bf16.pth",),
+}
+"""What the authors' folders hold instead: named, so that it can be told what to do about it."""
+
+_SAMPLES, _SAMPLE_BYTES = 8, 4096
 
 
-def find(model: str, given: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Paths by part of `model`, a name or a folder; `given` files win over found ones.
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Where the parts of a model lie, and why these files."""
 
-    Returns absolute paths of every part that was found: "high" and "low" if there are two transformers, else
-    "single". A missing part is not an error here, because not every job needs every part. UsageError if `model` is
-    neither a known name nor an existing folder; FileError if nothing of it is there.
+    paths: dict[str, str]
+    """Absolute paths by part: "high" and "low" if there are two transformers, else "single"; "vae", "text",
+    "tokenizer". A missing part is not an error here, because not every job needs every part."""
+    reasons: dict[str, str]
+    """Of the parts that were chosen among others."""
+
+
+def find(
+    model: str,
+    given: Mapping[str, str] | None = None,
+    *,
+    models_dirs: Sequence[str] = (),
+    weights: str | None = None,
+    preset: str | None = None,
+    force: bool = False,
+    progress: Callable[[Path], None] = lambda path: None,
+) -> ModelFiles:
+    """The files of `model`, a name or a folder; `given` files win over found ones.
+
+    models_dirs  more folders to look in, before the usual ones
+    weights      the encoding that transformers must have where several are here
+    preset       the few-step preset of the job: transformers made for it are taken where they are here
+    force        take experts whose names contradict the flags they were given with
+
+    UsageError if `model` is neither a known name nor a folder, or if several sets of files fit it equally; FileError
+    if a part is not there.
     """
     chosen = {part: path for part, path in (given or {}).items() if path}
-    folder = _folder(model)
-    if folder is None and not chosen:
-        raise FileError(
-            f"no files were given for {model}",
-            expected="a folder that holds its parts, or the files themselves",
-            advice="give --model FOLDER, or --high/--low (or --transformer), --vae and --text-encoder FILE",
-        )
-    found = {} if folder is None else _parts_in(folder)
-    if "high" in chosen or "low" in chosen:
-        found.pop("single", None)
-    if "single" in chosen:
-        found.pop("high", None)
-        found.pop("low", None)
-    parts = found | chosen
-    for part, path in parts.items():
+    for part, path in chosen.items():
         if not Path(path).expanduser().exists():
             raise FileError("no such file or folder", where=path, advice=f"check {FLAGS[part]}")
-    if not parts:
+    folder = _folder(model)
+    if folder is not None:
+        found = _in_folder(folder, model, chosen, weights, preset, progress)
+    elif {"vae", "text"} <= chosen.keys() and ({"high", "low"} <= chosen.keys() or "single" in chosen):
+        found = ModelFiles({}, {})
+    else:
+        found = _by_name(model, chosen, models_dirs, weights, preset, progress)
+    parts = _without_other_transformers(found.paths, chosen) | chosen
+    paths = {part: str(Path(path).expanduser().absolute()) for part, path in parts.items()}
+    _check_experts(paths, chosen, force)
+    return ModelFiles(paths, {part: why for part, why in found.reasons.items() if part not in chosen})
+
+
+def look(models_dirs: Sequence[str] = (), progress: Callable[[Path], None] = lambda path: None) -> Library:
+    """Every part of a Wan model on this machine: in `models_dirs` first, then where people keep such files."""
+    places = [*given_places(models_dirs), *usual_places(os.environ, Path.home(), machine_drives())]
+    return _scan(places, progress)
+
+
+def _scan(places: Sequence[Place], progress: Callable[[Path], None]) -> Library:
+    path = cache_file()
+    cache = load_cache(path)
+    before = len(cache.records), sum(len(record.stamps) for record in cache.records.values())
+    library = scan(places, cache, progress)
+    if before != (len(cache.records), sum(len(record.stamps) for record in cache.records.values())):
+        save_cache(path, cache)
+    return library
+
+
+def _by_name(
+    model: str,
+    given: Mapping[str, str],
+    models_dirs: Sequence[str],
+    weights: str | None,
+    preset: str | None,
+    progress: Callable[[Path], None],
+) -> ModelFiles:
+    library = look(models_dirs, progress)
+    chosen = choose(library.entries, model, given=given, weights=weights, preset=preset)
+    if chosen.missing:
+        labels = dict.fromkeys(place.label for place in library.places)
+        where = f"looked in {', '.join(labels)}" if labels else "no folder of models is known"
+        raise missing_error(chosen, library.entries, where)
+    return ModelFiles(
+        {part: taken.path for part, taken in chosen.parts.items()},
+        {part: taken.why for part, taken in chosen.parts.items()},
+    )
+
+
+def _in_folder(
+    folder: Path,
+    model: str,
+    given: Mapping[str, str],
+    weights: str | None,
+    preset: str | None,
+    progress: Callable[[Path], None],
+) -> ModelFiles:
+    """The parts in a folder: by the names of the known layouts, the rest by what the files hold."""
+    paths = _parts_in(folder)
+    reasons: dict[str, str] = {}
+    have = paths.keys() | given.keys()
+    if not {"vae", "text"} <= have or not ("single" in have or {"high", "low"} <= have):
+        library = _scan([Place(folder, folder.name)], progress)
+        models = possible_models(library.entries)
+        if len(models) > 1 and not have & {"single", "high", "low"}:
+            raise UsageError(
+                f"{len(models)} models lie here: {', '.join(models)}",
+                where=str(folder),
+                expected="one of them",
+                advice=f"choose with --model {models[0]} --models-dir {folder}",
+            )
+        name = models[0] if models else next((m for m in load_models() if _fits(paths, m, library)), None)
+        if name is not None:
+            named = [part for part in PARTS if part in have]
+            chosen = choose(library.entries, name, given=named, weights=weights, preset=preset)
+            paths |= {part: taken.path for part, taken in chosen.parts.items()}
+            reasons = {part: taken.why for part, taken in chosen.parts.items()}
+    for part, names in _PICKLES.items():
+        if part not in paths and (pickle := _first(folder, names)) is not None:
+            paths[part] = pickle
+    if not paths and not given:
         raise FileError(
             "no part of a Wan model was recognised here",
             where=model,
             expected="high_noise_model/ and low_noise_model/, or transformer/, with vae and text encoder",
             advice="name the files: --high/--low (or --transformer), --vae, --text-encoder",
         )
-    # A job that goes on from another folder must find them again.
-    return {part: str(Path(path).expanduser().absolute()) for part, path in parts.items()}
+    return ModelFiles(paths, reasons)
+
+
+def _fits(paths: Mapping[str, str], model: str, library: Library) -> bool:
+    """Whether a transformer that was found by its place is one of `model`."""
+    mine = tuple(paths[part] for part in ("high", "single") if part in paths)
+    return any(
+        entry.kind == "dit" and model in entry.models and entry.path.startswith(mine)
+        for entry in library.entries
+    )
 
 
 def lora_path(model: str, preset: str, expert: str) -> Path | None:
@@ -111,9 +191,18 @@ def lora_path(model: str, preset: str, expert: str) -> Path | None:
     return path if path.exists() else None
 
 
-def is_here(model: str) -> bool:
-    """Whether the files of `model` can be found without naming them."""
-    return _embedded(model) is not None or model not in load_models()
+def is_embedded(model: str) -> bool:
+    """Whether `model` ships inside the package."""
+    return _embedded(model) is not None
+
+
+def is_here(
+    model: str, models_dirs: Sequence[str] = (), progress: Callable[[Path], None] = lambda path: None
+) -> bool:
+    """Whether every part of `model` can be found without naming a file. UsageError if several sets fit it equally."""
+    if is_embedded(model) or model not in load_models():
+        return True
+    return not choose(look(models_dirs, progress).entries, model).missing
 
 
 def default_spec(model: str) -> ModelSpec | None:
@@ -166,3 +255,47 @@ def _first(folder: Path, places: tuple[str, ...]) -> str | None:
             if fnmatchcase(name.lower(), place):
                 return str(folder / name)
     return None
+
+
+def _without_other_transformers(found: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
+    """Found parts, without transformers that the given ones replace."""
+    out = {"single"} if {"high", "low"} & given.keys() else {"high", "low"} if "single" in given else set()
+    return {part: path for part, path in found.items() if part not in out}
+
+
+def _check_experts(paths: Mapping[str, str], given: Mapping[str, str], force: bool) -> None:
+    """Experts in the wrong place give mush without an error, so they are refused before."""
+    if {"high", "low"} <= paths.keys() and Path(paths["high"]).samefile(paths["low"]):
+        return  # told when they are opened
+    for part, other in (("high", "low"), ("low", "high")):
+        if part in given and not force and expert_of(Path(paths[part])) == other:
+            raise UsageError(
+                f"the name says that this is the {other}-noise expert",
+                where=f"{FLAGS[part]} {given[part]}",
+                expected=f"the {part}-noise expert",
+                advice=f"give it with {FLAGS[other]}, or --force if the name is wrong",
+            )
+    if {"high", "low"} <= paths.keys() and _same_numbers(Path(paths["high"]), Path(paths["low"])):
+        raise UsageError(
+            "both experts hold the same numbers",
+            where=f"{paths['high']} and {paths['low']}",
+            expected="the high-noise and the low-noise expert",
+            advice="check --high and --low: one is a copy of the other",
+        )
+
+
+def _same_numbers(first: Path, second: Path) -> bool:
+    """Whether two files are copies, from samples of their bytes. Holes and zeros prove nothing."""
+    if not (first.is_file() and second.is_file()):
+        return False
+    with FileReader(first) as one, FileReader(second) as two:
+        if one.size != two.size:
+            return False
+        step = one.size // _SAMPLES
+        told = False
+        for offset in range(step // 2, one.size, max(1, step)):
+            sample = one.read_at(offset, _SAMPLE_BYTES)
+            if sample != two.read_at(offset, _SAMPLE_BYTES):
+                return False
+            told |= any(sample)
+        return told

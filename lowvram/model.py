@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from lowvram.discovery import FLAGS, default_spec
+from lowvram.discovery import default_spec
 from lowvram.errors import FileError, UsageError
 from lowvram.job import Job, LoraChoice
+from lowvram.library.parts import FLAGS, PART_NAMES
 from lowvram.offload.io import FileReader
 from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.encodings.plain import Plain
@@ -24,14 +25,6 @@ from lowvram.quant.lora import LoraPair, LoraSet, match_lora
 from lowvram.quant.refs import Part, Shape, TensorRef
 from lowvram.quant.spec import DitSpec, ModelSpec, TextSpec, VaeSpec
 from lowvram.sampling.presets import load_models
-
-PART_LABELS: Mapping[str, str] = {
-    "high": "high-noise transformer",
-    "low": "low-noise transformer",
-    "single": "transformer",
-    "vae": "VAE",
-    "text": "text encoder",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +147,7 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
     for part in (*experts, "vae", "text"):
         if part not in files:
             raise FileError(
-                f"no {PART_LABELS[part]} was found",
+                f"no {PART_NAMES[part]} was found",
                 where=name,
                 advice=f"give its file with {FLAGS[part]} FILE",
             )

@@ -13,6 +13,14 @@ import pytest
 from lowvram.quant.files.header import Header, StoredTensor
 from lowvram.quant.refs import Reader, Shape, stored_bytes
 
+
+@pytest.fixture(autouse=True)
+def no_models_of_ones_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the model files of the person who runs it, nor what was remembered of them."""
+    monkeypatch.setenv("LOWVRAM_MODELS", "")
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 Entries = Mapping[str, tuple[str, Shape]]
 """Dtype code and shape of each tensor."""
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import lowvram
-from lowvram.discovery import PARTS, find
+from lowvram.discovery import find
+from lowvram.library.parts import PARTS
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("quant", "offload", "triton_kernels")
@@ -67,7 +68,7 @@ def test_every_file_that_is_read_at_run_time_is_shipped(project: dict[str, Any])
 
 
 def test_the_embedded_model_is_whole() -> None:
-    parts = find("nano")
+    parts = find("nano").paths
     assert set(parts) == set(PARTS) - {"single"}
     assert all(Path(path).parent == ROOT / "lowvram" / "assets" / "nano" for path in parts.values())
 
@@ -83,7 +84,7 @@ def test_the_command_starts_what_the_project_says(project: dict[str, Any]) -> No
 
 
 def test_everything_imported_is_a_declared_dependency(project: dict[str, Any]) -> None:
-    names = {"Pillow": "PIL", "av": "av"}
+    names = {"Pillow": "PIL", "PyYAML": "yaml"}
     declared = {d.split(">")[0].split("=")[0].strip() for d in project["project"]["dependencies"]}
     allowed = {names.get(d, d) for d in declared} | set(sys.stdlib_module_names) | {"lowvram", "triton"}
     for folder in ("lowvram", *ROOMS):

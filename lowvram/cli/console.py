@@ -111,7 +111,7 @@ def explain(error: BaseException) -> tuple[int, tuple[str, ...]]:
         case _:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             code, lines = BUG, [f"this is a bug in lowvram ({what}); run again with --debug and report it"]
-    return code, tuple(_printable(line) for line in lines)
+    return code, tuple(one_line(line) for line in lines)
 
 
 def print_error(error: BaseException, debug: bool) -> int:
@@ -132,8 +132,8 @@ def error_record(error: BaseException) -> dict[str, object]:
     return {"schema": "lowvram.error/1", "exit_code": code, "error": lines[0], "details": list(lines[1:])}
 
 
-def _printable(text: str) -> str:
-    """One line: names from files may hold newlines and terminal commands."""
+def one_line(text: str) -> str:
+    """Text fit for one line of a terminal: names from files may hold newlines and terminal commands."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 

@@ -23,4 +23,5 @@ def demo(
     from lowvram.cli.work import check_output, start
 
     check_output(output, True)
-    start("nano", {}, prompt, {"seed": seed}, output, vram, None, None, True, False, quiet)
+    flags = o.JobFlags(seed=seed, vram=vram)
+    start(flags, prompt, flags.settings(), output, overwrite=True, as_json=False, quiet=quiet)

@@ -10,7 +10,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from lowvram import __version__
-from lowvram.cli import console, decode, demo, doctor, generate, inspect, plan, quantize, resume
+from lowvram.cli import console, decode, demo, doctor, generate, inspect, models, plan, quantize, resume
+from lowvram.cli.foreign import ANSWERS, translate
 from lowvram.errors import UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -66,6 +67,11 @@ VERBS: tuple[Callable[..., None], ...] = (
 for verb in VERBS:
     app.command(verb.__name__)(_verb(verb))
 
+library = typer.Typer(help="The model files on this machine.", rich_markup_mode=None)
+for name, action in models.verbs():
+    library.command(name)(_verb(action))
+app.add_typer(library, name="models")
+
 
 def run(arguments: list[str] | None = None) -> None:
     """Entry point: parse, run, and leave with the exit code of what happened."""
@@ -79,13 +85,15 @@ def _run(arguments: list[str], debug: bool, as_json: bool) -> int:
     command = typer.main.get_command(app)
     try:
         with console.sigterm_raises():
-            code = command.main(arguments or ["--help"], prog_name="lowvram", standalone_mode=False)
+            given = [*arguments, "--help"] if arguments in ([], ["models"]) else translate(arguments)
+            code = command.main(given, prog_name="lowvram", standalone_mode=False)
             return int(code or 0)
     except _ParserError as problem:
         context = getattr(problem, "ctx", None)
         verb = context.command_path if context else "lowvram"
         message = " ".join(problem.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
-        error = UsageError(message, advice=f"see `{verb} --help`")
+        instead = ANSWERS.get(str(getattr(problem, "option_name", "")))
+        error = UsageError(message, advice=instead or f"see `{verb} --help`")
     except _Stopped as stopped:
         error = stopped.why
     except typer.Abort:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -20,19 +24,27 @@ Transformer = Annotated[
 ]
 Vae = Annotated[str | None, typer.Option("--vae", help="VAE file.")]
 TextEncoder = Annotated[str | None, typer.Option("--text-encoder", help="UMT5 encoder file.")]
+ModelsDir = Annotated[
+    list[str] | None,
+    typer.Option("--models-dir", help="A folder to look in for model files; may be given several times."),
+]
 Size = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, such as 1280x720.")]
-Frames = Annotated[int | None, typer.Option("--frames", "--frame_num", help="Number of frames, 4n+1.")]
+Frames = Annotated[
+    int | None,
+    typer.Option("--frames", help="Number of frames, 4n+1."),
+]
 Fps = Annotated[int | None, typer.Option("--fps", help="Frames a second; the model's own if left out.")]
 Negative = Annotated[str | None, typer.Option("--negative", help="What the video should not show.")]
-Seed = Annotated[int, typer.Option("--seed", "--base_seed", help="Same seed, same video.")]
-Steps = Annotated[int | None, typer.Option("--steps", "--sample_steps", help="Denoising steps.")]
-Solver = Annotated[
-    str | None, typer.Option("--solver", "--sample_solver", help="unipc, dpm++, euler or renoise.")
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same video.")]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", help="Denoising steps."),
 ]
-Shift = Annotated[float | None, typer.Option("--shift", "--sample_shift", help="Noise schedule shift.")]
+Solver = Annotated[str | None, typer.Option("--solver", help="unipc, dpm++, euler or renoise.")]
+Shift = Annotated[float | None, typer.Option("--shift", help="Noise schedule shift.")]
 Guidance = Annotated[
     str | None,
-    typer.Option("--guidance", "--sample_guide_scale", help="HIGH[,LOW] guidance scale of the experts."),
+    typer.Option("--guidance", help="HIGH[,LOW] guidance scale of the experts."),
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="Few-step schedule, such as lightning-4.")]
 Lora = Annotated[
@@ -46,11 +58,94 @@ Vram = Annotated[
 ]
 Ram = Annotated[str | None, typer.Option("--ram", help="Host memory the whole job may take, such as 24GB.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda or cpu; CUDA if there is any.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Go on with settings that contradict the model or the LoRAs.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Offload = Annotated[str | None, typer.Option("--offload_model", hidden=True)]
-T5Cpu = Annotated[bool, typer.Option("--t5_cpu", hidden=True)]
-CkptDir = Annotated[str | None, typer.Option("--ckpt_dir", hidden=True)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JobFlags:
+    """The flags of every verb that takes a job: which model, which video, which budget."""
+
+    model: Model = "nano"
+    high: High = None
+    low: Low = None
+    transformer: Transformer = None
+    vae: Vae = None
+    text_encoder: TextEncoder = None
+    models_dir: ModelsDir = None
+    size: Size = None
+    frames: Frames = None
+    fps: Fps = None
+    negative: Negative = None
+    seed: Seed = 0
+    steps: Steps = None
+    solver: Solver = None
+    shift: Shift = None
+    guidance: Guidance = None
+    preset: Preset = None
+    lora: Lora = None
+    lora_partial: LoraPartial = False
+    force: Force = False
+    vram: Vram = None
+    ram: Ram = None
+    device: Device = None
+
+    def files(self) -> dict[str, str]:
+        """The parts that were named, by part."""
+        given = {
+            "high": self.high,
+            "low": self.low,
+            "single": self.transformer,
+            "vae": self.vae,
+            "text": self.text_encoder,
+        }
+        return {part: path for part, path in given.items() if path}
+
+    def settings(self) -> dict[str, Any]:
+        """What `make_job` takes; flags that were not given are left out."""
+        plain = {
+            "frames": self.frames,
+            "fps": self.fps,
+            "negative": self.negative,
+            "seed": self.seed,
+            "steps": self.steps,
+            "solver": self.solver,
+            "shift": self.shift,
+            "preset": self.preset,
+        }
+        given = {name: value for name, value in plain.items() if value is not None}
+        return (
+            given
+            | parse_size(self.size)
+            | parse_guidance(self.guidance)
+            | parse_loras(self.lora, self.lora_partial)
+        )
+
+
+def with_job_flags(work: Callable[..., None]) -> Callable[..., None]:
+    """A verb whose parameter `flags` is a JobFlags, as a function of single flags, which is what Typer reads."""
+    hints = get_type_hints(work, include_extras=True)
+    flag_hints = get_type_hints(JobFlags, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    single = [
+        inspect.Parameter(f.name, kind, default=f.default, annotation=flag_hints[f.name])
+        for f in dataclasses.fields(JobFlags)
+    ]
+    parameters = []
+    for own in inspect.signature(work).parameters.values():
+        parameters += single if own.name == "flags" else [own.replace(kind=kind, annotation=hints[own.name])]
+
+    @wraps(work)
+    def call(**given: Any) -> None:
+        flags = JobFlags(**{p.name: given.pop(p.name) for p in single})
+        work(flags=flags, **given)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
 
 
 def parse_size(text: str | None) -> dict[str, int]:
@@ -107,27 +202,3 @@ def parse_loras(texts: list[str] | None, partial: bool = False) -> dict[str, Any
         expert = match["expert"] or "both"
         choices.append(LoraChoice(path=path, expert=expert, strength=strength, partial=partial))
     return {"loras": tuple(choices)}
-
-
-def settings(
-    *,
-    size: str | None,
-    guidance: str | None,
-    lora: list[str] | None,
-    lora_partial: bool = False,
-    **others: Any,
-) -> dict[str, Any]:
-    """What `make_job` takes, from the texts of the flags; flags that were not given are left out."""
-    given = {name: value for name, value in others.items() if value is not None}
-    return given | parse_size(size) | parse_guidance(guidance) | parse_loras(lora, lora_partial)
-
-
-def refuse_placement_flags(offload_model: str | None, t5_cpu: bool) -> None:
-    """Wan's own placement flags have no counterpart: the budget decides."""
-    flag = "--offload_model" if offload_model is not None else "--t5_cpu" if t5_cpu else None
-    if flag:
-        raise UsageError(
-            f"{flag} is not needed here",
-            expected="a budget",
-            advice="give --vram and --ram: the plan places the rest",
-        )

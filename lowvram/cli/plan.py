@@ -9,36 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowvram.cli import options as o
-from lowvram.discovery import FLAGS
 from lowvram.errors import UsageError
+from lowvram.library.parts import FLAGS
 from lowvram.sampling.presets import load_models, unknown_name
 
 if TYPE_CHECKING:
     from lowvram.planner import Plan
 
 
+@o.with_job_flags
 def plan(
+    flags: o.JobFlags,
     prompt: Annotated[str, typer.Argument(help="Not needed for a plan.")] = "",
-    model: o.Model = "nano",
-    high: o.High = None,
-    low: o.Low = None,
-    transformer: o.Transformer = None,
-    vae: o.Vae = None,
-    text_encoder: o.TextEncoder = None,
-    size: o.Size = None,
-    frames: o.Frames = None,
-    negative: o.Negative = None,
-    seed: o.Seed = 0,
-    steps: o.Steps = None,
-    solver: o.Solver = None,
-    shift: o.Shift = None,
-    guidance: o.Guidance = None,
-    preset: o.Preset = None,
-    lora: o.Lora = None,
-    lora_partial: o.LoraPartial = False,
-    vram: o.Vram = None,
-    ram: o.Ram = None,
-    device: o.Device = None,
     machine: Annotated[
         str | None, typer.Option("--machine", help="Plan for a card, such as rtx4090.")
     ] = None,
@@ -46,32 +28,38 @@ def plan(
         str | None, typer.Option("--weights", help="Encoding of weights that are not here, such as fp8.")
     ] = None,
     as_json: o.Json = False,
-    ckpt_dir: o.CkptDir = None,
-    offload_model: o.Offload = None,
-    t5_cpu: o.T5Cpu = False,
 ) -> None:
     """Forecast peak memory, bytes moved and time of a job."""
-    o.refuse_placement_flags(offload_model, t5_cpu)
-    settings = o.settings(
-        size=size, guidance=guidance, lora=lora, lora_partial=lora_partial, frames=frames, negative=negative, seed=seed,
-        steps=steps, solver=solver, shift=shift, preset=preset,
-    )  # fmt: skip
-    files = {"high": high, "low": low, "single": transformer, "vae": vae, "text": text_encoder}
-    given = {part: path for part, path in files.items() if path}
+    settings, given = flags.settings(), flags.files()
     from lowvram.api import Runtime, plan_without_files
     from lowvram.cli.console import emit, emit_json
+    from lowvram.cli.models import announce, tell_files
     from lowvram.discovery import is_here
 
-    name = ckpt_dir or model
-    imagined = machine or weights
+    imagined, look, folders = machine or weights, announce(as_json), flags.models_dir or ()
     if imagined:
-        _refuse_files(name, given, "--machine" if machine else "--weights")
-    if imagined or not (given or is_here(name)):
+        _refuse_files(flags.model, given, "--machine" if machine else "--weights")
+    if imagined or not (given or is_here(flags.model, folders, look)):
         found = plan_without_files(
-            name, weights=weights, machine=machine, vram=vram, ram=ram, prompt=prompt, **settings
+            flags.model,
+            weights=weights,
+            machine=machine,
+            vram=flags.vram,
+            ram=flags.ram,
+            prompt=prompt,
+            **settings,
         )
     else:
-        found = Runtime(vram, ram, device).load(name, **given).plan(prompt, **settings)
+        pipe = Runtime(flags.vram, flags.ram, flags.device).load(
+            flags.model,
+            models_dirs=folders,
+            preset=flags.preset,
+            force=flags.force,
+            progress=look,
+            **given,
+        )
+        tell_files(pipe, as_json)
+        found = pipe.plan(prompt, **settings)
     if as_json:
         emit_json(found.to_json())
     else:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lowvram.api import Pipeline, Runtime
 from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode, say
+from lowvram.cli.models import announce, tell_files
+from lowvram.cli.options import JobFlags
 from lowvram.errors import FileError
 from lowvram.job import Job
 from lowvram.media.video import check_target
@@ -33,21 +35,27 @@ def check_output(target: Path, overwrite: bool) -> None:
 
 
 def start(
-    model: str,
-    files: Mapping[str, str | None],
+    flags: JobFlags,
     prompt: str,
     settings: dict[str, Any],
     target: Path,
-    vram: str | None,
-    ram: str | None,
-    device: str | None,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    weights: str | None = None,
 ) -> None:
-    """Plan, make the job's folder, and work on it."""
-    runtime = Runtime(vram, ram, device)
-    pipe = runtime.load(model, **files)
+    """Find the model, plan, make the job's folder, and work on it."""
+    runtime = Runtime(flags.vram, flags.ram, flags.device)
+    pipe = runtime.load(
+        flags.model,
+        models_dirs=flags.models_dir or (),
+        weights=weights,
+        preset=flags.preset,
+        force=flags.force,
+        progress=announce(quiet or as_json),
+        **flags.files(),
+    )
+    tell_files(pipe, quiet or as_json)
     job = pipe.job(prompt, **settings)
     plan = pipe.plan_job(job)
     saved = Saved(

@@ -6,7 +6,9 @@ import difflib
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Any
 
 from lowvram.errors import UsageError
@@ -50,6 +52,12 @@ class FewStep:
     """Whether the first sample is noise * sigmas[0] instead of unit noise."""
     attention: str
     """Empty, or why dense attention does not give what was trained."""
+    loras: tuple[str, ...]
+    """Patterns of the names its LoRAs are published under, in lower case; FOLDER/NAME where the folder names it."""
+    checkpoints: tuple[str, ...]
+    """The same of whole distilled transformers."""
+    strength: float
+    """How strongly its LoRAs act where nothing else is asked for."""
     source: str
     """Where the numbers come from."""
 
@@ -81,6 +89,19 @@ def few_step(name: str) -> FewStep:
     if name not in presets:
         raise unknown_name("preset", name, presets, where="--preset")
     return presets[name]
+
+
+def preset_of_file(path: PurePath, kind: str) -> str | None:
+    """The few-step preset that a "lora" or a "dit" of this name was made for; None if the name says of none.
+
+    Looks at the file's name and at the folder it lies in.
+    """
+    names = (path.name.lower(), f"{path.parent.name}/{path.name}".lower())
+    for name, preset in load_few_step().items():
+        patterns = preset.loras if kind == "lora" else preset.checkpoints
+        if any(fnmatchcase(each, pattern) for pattern in patterns for each in names):
+            return name
+    return None
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str) -> UsageError:
@@ -147,5 +168,8 @@ def _few_step(name: str, table: dict[str, Any]) -> FewStep:
         switch_step=table.get("switch_step"),
         scale_noise=table.get("scale_noise", False),
         attention=table.get("attention", ""),
+        loras=tuple(table.get("loras", ())),
+        checkpoints=tuple(table.get("checkpoints", ())),
+        strength=table.get("strength", 1.0),
         source=table["source"],
     )

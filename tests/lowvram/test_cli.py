@@ -97,7 +97,7 @@ USAGE: list[tuple[list[str], list[str]]] = [
 ]
 
 FILE: list[tuple[list[str], list[str]]] = [
-    ([*GENERATE, "--model", "wan2.2-t2v-a14b"], ["wan2.2-t2v-a14b", "--model FOLDER"]),
+    ([*GENERATE, "--model", "wan2.2-t2v-a14b"], ["wan2.2-t2v-a14b", "--models-dir", "models pull"]),
     ([*GENERATE, "--model", "nothing"], ["nothing", "--high"]),
     ([*GENERATE, "--vae", "gone.safetensors"], ["gone.safetensors", "--vae"]),
     ([*GENERATE, "--vae", "truncated.safetensors"], ["truncated.safetensors", "download"]),

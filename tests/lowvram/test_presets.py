@@ -172,4 +172,11 @@ def test_fastwan_levels_are_the_nearest_entries_of_the_shift_8_table() -> None:
 
 
 def test_presets_that_need_sparse_attention_say_why() -> None:
-    assert {n for n, p in load_few_step().items() if p.attention} == {"rcm-t2v-4", "rcm-i2v-4"}
+    assert {n for n, p in load_few_step().items() if p.attention} == {
+        "rcm-t2v-4",
+        "rcm-i2v-4",
+        "nvfp4-sparse-t2v-4",
+        "nvfp4-sparse-i2v-4",
+        "fastwan-2.1-3",
+        "causvid-1.3b-4",
+    }

@@ -50,7 +50,7 @@ ELSEWHERE = [c for c in commands() if not runs_here(c)]
 
 def test_the_readme_shows_every_verb() -> None:
     assert {c[0] for c in HERE} == {"demo", "plan", "generate"}
-    assert {c[0] for c in ELSEWHERE} == {"generate", "inspect", "quantize", "resume", "decode"}
+    assert {c[0] for c in ELSEWHERE} == {"generate", "inspect", "models", "quantize", "resume", "decode"}
 
 
 @pytest.mark.parametrize("arguments", [c for c in HERE if c[0] != "plan"], ids=shlex.join)
@@ -83,6 +83,7 @@ def test_plans_are_what_is_shown(block: str, cli: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("arguments", ELSEWHERE, ids=shlex.join)
 def test_flags_of_the_other_commands_exist(arguments: list[str]) -> None:
     verb: Any = typer.main.get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
+    verb = verb.commands[arguments[1]] if arguments[0] == "models" else verb
     known = {flag for parameter in verb.params for flag in parameter.opts}
     assert {a for a in arguments[1:] if a.startswith("-")} <= known
     if "--preset" in arguments:

@@ -1,0 +1,185 @@
+"""lowvram models: which model files are on this machine, which models they make, whether they are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowvram.cli import options as o
+
+if TYPE_CHECKING:
+    from lowvram.api import Pipeline
+    from lowvram.library.choose import Chosen
+    from lowvram.library.entries import Entry
+    from lowvram.library.scan import Library
+
+_KINDS: Mapping[str, str] = {
+    "dit": "transformer",
+    "vae": "VAE",
+    "text": "text encoder",
+    "clip": "CLIP",
+    "lora": "LoRA",
+    "tokenizer": "tokenizer",
+    "pickle": "pickle",
+    "broken": "broken",
+}
+
+
+def scan(models_dir: o.ModelsDir = None, as_json: o.Json = False, quiet: o.Quiet = False) -> None:
+    """Find the Wan files on this machine: what they are and where they lie. Reads headers only."""
+    from lowvram.cli.console import emit, emit_json, say
+    from lowvram.discovery import look
+
+    library = look(models_dir or (), announce(quiet or as_json))
+    if as_json:
+        for entry in library.entries:
+            emit_json(record(entry))
+        return
+    if library.entries:
+        emit(table(library.entries))
+    for line in remarks(library):
+        say(line)
+
+
+def list_(models_dir: o.ModelsDir = None, as_json: o.Json = False, quiet: o.Quiet = False) -> None:
+    """Say which models can be run with the files that are here, and which parts the others lack."""
+    from lowvram.cli.console import emit, emit_json, say
+    from lowvram.discovery import is_embedded, look
+    from lowvram.errors import UsageError
+    from lowvram.library.choose import choose
+    from lowvram.sampling.presets import load_models
+
+    library = look(models_dir or (), announce(quiet or as_json))
+    for name in load_models():
+        if is_embedded(name):
+            state, files, question = "ready (ships inside)", {}, ""
+        else:
+            try:
+                chosen = choose(library.entries, name)
+                state, question = _state(chosen), ""
+                files = {part: taken.path for part, taken in chosen.parts.items()}
+            except UsageError as several:
+                state, files, question = "choose", {}, f"{several.found}; {several.advice}"
+        if as_json:
+            emit_json(
+                {"schema": "lowvram.model/1", "model": name, "state": state, "files": files, "note": question}
+            )
+            continue
+        emit(f"{name:<18}  {state}")
+        for part, path in files.items():
+            emit(f"    {part:<10}{printable(path)}")
+        if question:
+            emit(f"    {printable(question)}")
+    if not as_json:
+        say("see `lowvram models scan` for every file, `lowvram models pull NAME` to fetch what is missing")
+
+
+def _state(chosen: Chosen) -> str:
+    from lowvram.library.parts import PART_NAMES
+
+    if not chosen.missing:
+        return "ready"
+    lacks = ", ".join(PART_NAMES[part] for part in chosen.missing)
+    return (
+        f"lacks {lacks}" if chosen.parts.keys() & {"high", "low", "single"} else f"not here (lacks {lacks})"
+    )
+
+
+def announce(quiet: bool) -> Callable[[Path], None]:
+    """Says that headers are being read, once a first unknown file is met, and then which."""
+    from lowvram.cli.console import say
+
+    count = 0
+
+    def tell(path: Path) -> None:
+        nonlocal count
+        count += 1
+        if not quiet and (count in (1, 10, 30) or count % 100 == 0):
+            say(f"reading headers ({count}): {printable(str(path))}")
+
+    return tell
+
+
+def tell_files(pipe: Pipeline, quiet: bool) -> None:
+    """Which files were chosen among others, and why."""
+    from lowvram.cli.console import say
+
+    for part, why in () if quiet else pipe.reasons.items():
+        say(f"{part:<10}{printable(pipe.files[part])}  ({why})")
+
+
+def record(entry: Entry) -> dict[str, Any]:
+    """An entry as an object for programs."""
+    return {
+        "schema": "lowvram.file/1",
+        "path": entry.path,
+        "kind": entry.kind,
+        "variant": entry.variant,
+        "models": list(entry.models),
+        "encoding": entry.encoding,
+        "bytes": entry.nbytes,
+        "expert": entry.expert,
+        "preset": entry.preset,
+        "place": entry.place,
+        "sha256": entry.sha256 or None,
+        "problem": entry.problem or None,
+    }
+
+
+def table(entries: Iterable[Entry]) -> str:
+    """The files for people."""
+    from lowvram.offload.budget import format_bytes
+
+    rows = [("what", "variant", "encoding", "size", "expert", "where", "file")]
+    for entry in entries:
+        variant = " ".join(filter(None, (entry.version, entry.variant, entry.derived, entry.preset)))
+        rows.append(
+            (
+                _KINDS.get(entry.kind, entry.kind),
+                "cannot be used" if entry.problem else variant,
+                entry.encoding,
+                format_bytes(entry.nbytes),
+                entry.expert or "",
+                entry.place,
+                printable(entry.path),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = []
+    for row in rows:
+        cells = [
+            c.rjust(w) if i == 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    return "\n".join(lines)
+
+
+def remarks(library: Library) -> list[str]:
+    """What people should know besides the table."""
+    lines = [
+        f"{printable(entry.path)}: {printable(entry.problem)}" for entry in library.entries if entry.problem
+    ]
+    lines += [f"{printable(str(each.folder))}: {printable(each.why)}" for each in library.unreadable]
+    if not library.entries:
+        lines.append(
+            "no part of a Wan model was found; name folders with --models-dir, or set LOWVRAM_MODELS"
+        )
+    looked = (
+        ", ".join(dict.fromkeys(place.label for place in library.places))
+        or "nowhere: no such program is here"
+    )
+    count = f"; {library.others} other checkpoints there are none of Wan's" if library.others else ""
+    return [*lines, f"looked in: {looked}{count}"]
+
+
+def printable(text: str) -> str:
+    """Text from a file or a folder, fit for one line of a terminal."""
+    from lowvram.cli.console import one_line
+
+    return one_line(text)
+
+
+def verbs() -> Sequence[tuple[str, Callable[..., None]]]:
+    """The commands of this group by name."""
+    return (("scan", scan), ("list", list_))

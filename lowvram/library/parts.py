@@ -1,0 +1,24 @@
+"""What a model is made of, and what its parts are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PARTS = ("high", "low", "single", "vae", "text", "tokenizer")
+PART_NAMES: Mapping[str, str] = {
+    "high": "high-noise transformer",
+    "low": "low-noise transformer",
+    "single": "transformer",
+    "vae": "VAE",
+    "text": "text encoder",
+    "tokenizer": "tokenizer",
+}
+FLAGS: Mapping[str, str] = {
+    "high": "--high",
+    "low": "--low",
+    "single": "--transformer",
+    "vae": "--vae",
+    "text": "--text-encoder",
+    "tokenizer": "tokenizer",
+}
+"""What a person gives a part with."""

@@ -1,0 +1,163 @@
+"""A name is enough: the right files are taken for a stated reason, and where two sets fit the person is asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowvram.discovery import find
+from lowvram.errors import FileError, UsageError
+from lowvram.library.naming import expert_of
+from lowvram.sampling.presets import model_preset, preset_of_file
+
+T2V = model_preset("wan2.2-t2v-a14b")
+
+
+@pytest.fixture
+def owned(machine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv(
+        "LOWVRAM_MODELS", os.pathsep.join(map(str, (machine.comfy, machine.wangp, machine.hub)))
+    )
+    return machine
+
+
+def test_a_name_finds_all_parts_and_says_why(owned: Any) -> None:
+    found = find("wan2.2-t2v-a14b")
+    assert {part: Path(path).name for part, path in found.paths.items()} == {
+        "high": "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+        "low": "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
+        "vae": "wan_2.1_vae.safetensors",
+        "text": "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    }
+    assert found.reasons["high"] == "high-noise by its name, fp8_scaled, LOWVRAM_MODELS"
+    assert found.reasons["vae"] == "the only one that fits, bf16, LOWVRAM_MODELS"
+    found = find("wan2.2-i2v-a14b")
+    assert Path(found.paths["low"]).name == "wan2.2_image2video_14B_low_quanto_mbf16_int8.safetensors"
+    assert Path(find("wan2.2-ti2v-5b").paths["vae"]).name == "wan2.2_vae.safetensors"
+
+
+def test_several_sets_are_asked_about_with_what_to_type(
+    owned: Any, files: Any, sparse: Callable[..., Path]
+) -> None:
+    for expert in ("High", "Low"):
+        sparse(
+            owned.comfy / "unet" / f"Wan2.2-T2V-A14B-{expert}Noise-bf16.safetensors",
+            files["bf16"](T2V.dit.shapes()),
+        )
+    with pytest.raises(UsageError) as caught:
+        find("wan2.2-t2v-a14b")
+    text = str(caught.value)
+    assert "2 sets of transformers fit wan2.2-t2v-a14b" in text and text.count("\n") == 2
+    assert "--weights" in text and "--high" in text and "HighNoise-bf16" in text
+    taken = find("wan2.2-t2v-a14b", weights="bf16")
+    assert Path(taken.paths["low"]).name == "Wan2.2-T2V-A14B-LowNoise-bf16.safetensors"
+    assert Path(find("wan2.2-t2v-a14b", weights="fp8").paths["low"]).name.endswith("fp8_scaled.safetensors")
+
+
+def test_copies_of_a_file_are_no_question(owned: Any, files: Any, sparse: Callable[..., Path]) -> None:
+    for expert in ("high", "low"):
+        name = f"wan2.2_t2v_{expert}_noise_14B_fp8_scaled.safetensors"
+        sparse(owned.wangp / "ckpts" / name, files["fp8"](T2V.dit.shapes()))
+    assert "ComfyUI" in find("wan2.2-t2v-a14b").paths["high"]
+
+
+def test_experts_without_a_mark_are_never_guessed(
+    tmp_path: Path, files: Any, sparse: Callable[..., Path]
+) -> None:
+    for name in ("one", "two"):
+        sparse(tmp_path / f"wan2.2 {name}.safetensors", files["fp8"](T2V.dit.shapes()))
+    with pytest.raises(UsageError, match="no name says which is for high noise"):
+        find("wan2.2-t2v-a14b", models_dirs=[str(tmp_path)])
+
+
+def test_swapped_and_doubled_experts_are_refused(owned: Any, files: Any, sparse: Callable[..., Path]) -> None:
+    high, low = (find("wan2.2-t2v-a14b").paths[part] for part in ("high", "low"))
+    with pytest.raises(UsageError, match="the low-noise expert"):
+        find("wan2.2-t2v-a14b", {"high": low, "low": high})
+    assert find("wan2.2-t2v-a14b", {"high": low, "low": high}, force=True).paths["high"] == low
+    copy = Path(low).with_name("copy of high.safetensors")
+    os.link(high, copy)
+    small = {"w": ("F16", (512, 512))}
+    one = sparse(copy.parent / "one_high.safetensors", small)
+    one.write_bytes(bytes(range(256)) * 2048)
+    two = copy.parent / "two_low.safetensors"
+    two.write_bytes(one.read_bytes())
+    with pytest.raises(UsageError, match="both experts hold the same numbers"):
+        find("wan2.2-t2v-a14b", {"high": str(one), "low": str(two), "vae": str(one), "text": str(one)})
+
+
+def test_a_lacking_part_is_named_and_so_is_what_was_found_of_it(owned: Any) -> None:
+    (owned.comfy / "vae" / "wan_2.1_vae.safetensors").unlink()
+    with pytest.raises(FileError) as caught:
+        find("wan2.2-t2v-a14b")
+    assert "no VAE that can be used: a pickle" in caught.value.found and caught.value.where.endswith(
+        "Wan2.1_VAE.pth"
+    )
+    (owned.wangp / "ckpts" / "Wan2.1_VAE.pth").unlink()
+    with pytest.raises(FileError, match="no VAE was found") as caught:
+        find("wan2.2-t2v-a14b")
+    assert "models pull wan2.2-t2v-a14b" in caught.value.advice and "--vae FILE" in caught.value.advice
+
+
+def test_a_folder_of_loose_comfy_files_is_a_model(owned: Any) -> None:
+    found = find(str(owned.comfy))
+    assert Path(found.paths["high"]).name == "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors"
+    assert {"high", "low", "vae", "text"} == found.paths.keys()
+
+
+def test_a_folder_of_several_models_asks_which(owned: Any, files: Any, sparse: Callable[..., Path]) -> None:
+    spec = model_preset("wan2.1-t2v-1.3b")
+    sparse(owned.comfy / "unet" / "wan2.1_t2v_1.3B_fp16.safetensors", files["fp16"](spec.dit.shapes()))
+    with pytest.raises(UsageError, match="2 models lie here") as caught:
+        find(str(owned.comfy))
+    assert "--models-dir" in caught.value.advice
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", "high"),
+        ("Wan2.2-I2V-A14B-LowNoise-Q4_K_M.gguf", "low"),
+        ("Wan2_2-T2V-A14B_HIGH_fp8_e4m3fn_scaled_KJ.safetensors", "high"),
+        ("smoothMixWan22GGUF_highQ6K.gguf", "high"),
+        ("LowNoise/model.gguf", "low"),
+        ("transformer_2/diffusion_pytorch_model.safetensors", "low"),
+        ("Wan22_A14B_T2V_HIGH_Lightning_4steps_lora_250928_rank128_fp16.safetensors", "high"),
+        ("wan2.1_t2v_14B_high_quality.safetensors", None),
+        ("wan_flow_lowvram.safetensors", None),
+        ("wan_high_and_low.safetensors", None),
+        ("model.safetensors", None),
+    ],
+)
+def test_names_tell_the_expert_or_nothing(name: str, expert: str | None) -> None:
+    assert expert_of(Path("/models") / name) == expert
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "preset"),
+    [
+        ("wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors", "lora", "lightning-4"),
+        ("Wan22_A14B_T2V_HIGH_Lightning_4steps_lora_250928_rank128_fp16.safetensors", "lora", "lightning-4"),
+        ("Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1/high_noise_model.safetensors", "lora", "lightning-4"),
+        (
+            "Wan_2_2_I2V_A14B_HIGH_lightx2v_4step_lora_260412_rank_64_fp16.safetensors",
+            "lora",
+            "lightx2v-2.2-4",
+        ),
+        ("wan2.2_t2v_A14b_low_noise_lora_rank64_lightx2v_4step_1217.safetensors", "lora", "lightx2v-2.2-4"),
+        ("lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16.safetensors", "lora", "lightx2v-2.1-4"),
+        ("wan2.1_i2v_720p_scaled_fp8_e4m3_lightx2v_4step.safetensors", "dit", "lightx2v-2.1-4"),
+        ("Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors", "lora", "fastwan-5b-3"),
+        ("Wan21_CausVid_14B_T2V_lora_rank32_v2.safetensors", "lora", "causvid-9"),
+        ("Wan21_AccVid_T2V_14B_lora_rank32_fp16.safetensors", "lora", "accvid-10"),
+        ("TurboWan2.2-I2V-A14B-high-720P.safetensors", "dit", "rcm-i2v-4"),
+        ("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", "dit", None),
+        ("my style.safetensors", "lora", None),
+    ],
+)
+def test_published_names_tell_the_preset(name: str, kind: str, preset: str | None) -> None:
+    assert preset_of_file(Path("/models") / name, kind) == preset

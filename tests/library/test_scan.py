@@ -1,0 +1,239 @@
+"""Everything that people own is found where it lies, and nothing that is broken, slow or circular stops the search."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowvram.library.cache import Cache, load_cache, save_cache
+from lowvram.library.places import Place, given_places, usual_places, yaml_places
+from lowvram.library.scan import Library, scan
+from lowvram.sampling.presets import model_preset
+
+T2V = model_preset("wan2.2-t2v-a14b")
+SMALL: Mapping[str, tuple[str, tuple[int, ...]]] = {"a.weight": ("F16", (4, 4))}
+
+
+def found(library: Library) -> dict[str, tuple[str, str, str | None]]:
+    return {Path(e.path).name: (e.kind, e.encoding, e.expert) for e in library.entries}
+
+
+def test_a_comfy_wangp_and_hub_tree_is_found_whole(machine: Any) -> None:
+    library = scan(usual_places({}, machine.home), Cache())
+    i2v = "wan2.2_image2video_14B_{}_quanto_mbf16_int8.safetensors"
+    lora = "wan2.2_t2v_lightx2v_4steps_lora_v1.1_{}_noise.safetensors"
+    assert found(library) == {
+        "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": ("dit", "fp8_scaled", "high"),
+        "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": ("dit", "fp8_scaled", "low"),
+        lora.format("high"): ("lora", "rank 64", "high"),
+        lora.format("low"): ("lora", "rank 64", "low"),
+        "wan_2.1_vae.safetensors": ("vae", "bf16", None),
+        "umt5_xxl_fp8_e4m3fn_scaled.safetensors": ("text", "fp8_scaled", None),
+        i2v.format("high"): ("dit", "int8", "high"),
+        i2v.format("low"): ("dit", "int8", "low"),
+        "Wan2.1_VAE.pth": ("pickle", "", None),
+        "wan2.2_ti2v_5B_fp16.safetensors": ("dit", "fp16", None),
+        "wan2.2_vae.safetensors": ("vae", "bf16", None),
+    }
+    assert library.others == 1 and library.unreadable == ()
+    assert {e.place for e in library.entries} == {"ComfyUI", "WanGP", "Hugging Face cache"}
+    by_name = {Path(e.path).name: e for e in library.entries}
+    assert by_name["wan2.2_ti2v_5B_fp16.safetensors"].sha256.startswith("456f901338bd")
+    assert by_name["wan2.2_ti2v_5B_fp16.safetensors"].models == ("wan2.2-ti2v-5b",)
+    assert by_name[lora.format("high")].preset == "lightning-4"
+    assert "wan2.2-t2v-a14b" in by_name[lora.format("low")].models
+    assert by_name["umt5_xxl_fp8_e4m3fn_scaled.safetensors"].has_tokenizer
+
+
+def test_renamed_files_are_known_by_what_they_hold_and_nested_ones_are_found(
+    tmp_path: Path, files: Any, sparse: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "a" / "b" / "c" / "d"
+    sparse(folder / "my favourite.safetensors", files["bf16"](T2V.vae.shapes()))
+    sparse(folder / "HighNoise" / "x.safetensors", files["fp8"](T2V.dit.shapes()))
+    library = scan([Place(tmp_path, "here")], Cache())
+    assert found(library) == {
+        "my favourite.safetensors": ("vae", "bf16", None),
+        "x.safetensors": ("dit", "fp8_scaled", "high"),
+    }
+
+
+def test_a_published_hash_tells_the_expert_of_a_renamed_file(machine: Any, files: Any) -> None:
+    machine.snapshot(
+        "somebody/renamed",
+        "a.safetensors",
+        "e71b96d7c82e638694c5e7fb98fac4bfb0e4ddc5fbbb4b1df40da8f0f1278a97",
+        files["fp8"](T2V.dit.shapes()),
+    )
+    library = scan([Place(machine.hub, "hub")], Cache())
+    (entry,) = [e for e in library.entries if e.path.endswith("a.safetensors")]
+    assert (entry.expert, entry.version) == ("low", "2.2")
+
+
+def test_extra_model_paths_are_followed(tmp_path: Path, sparse: Callable[..., Path]) -> None:
+    shelf = tmp_path / "shelf"
+    for folder in ("unet", "more/unet", "vae", "upscale_models"):
+        (shelf / folder).mkdir(parents=True)
+    root = tmp_path / "ComfyUI"
+    (root / "models").mkdir(parents=True)
+    (root / "extra_model_paths.yaml").write_text(
+        "mine:\n  base_path: ../shelf/\n  is_default: true\n  unet: |\n    unet\n    more\\unet\n  vae: vae\n"
+        "  upscale_models: upscale_models\n  custom_nodes: nodes\nbroken: 7\n"
+    )
+    places = given_places([str(root)])
+    assert [p.folder.resolve() for p in places] == [
+        root.resolve(), *(shelf.resolve() / f for f in ("unet", "more/unet", "vae")),
+    ]  # fmt: skip
+    for text in ("a: [", "- 1", "a: &a\n  b: *a", "\x00", "a" * (2 << 20)):
+        (root / "extra_model_paths.yaml").write_text(text)
+        assert yaml_places(root / "extra_model_paths.yaml") == []
+
+
+def test_the_places_of_every_program_on_linux_and_windows(tmp_path: Path) -> None:
+    home = tmp_path / "me"
+    wanted = [
+        "ComfyUI/models/unet", "ComfyUI_windows_portable/ComfyUI/models/diffusion_models",
+        "Documents/ComfyUI/models/text_encoders", "SwarmUI/Models/diffusion_models", "SwarmUI/Models/Lora",
+        "SwarmUI/dlbackend/ComfyUI/models/vae", "StabilityMatrix/Data/Models/DiffusionModels",
+        "StabilityMatrix/Data/Packages/Forge/models/clip_vision", "Wan2GP/ckpts", "Wan2GP/loras",
+        "pinokio/api/wan.git/app/ckpts", ".cache/huggingface/hub", "elsewhere/ckpts",
+    ]  # fmt: skip
+    drive = [tmp_path / "D" / "AI" / "ComfyUI" / "models" / "loras"]
+    roaming = [tmp_path / "Roaming" / "StabilityMatrix" / "Models" / "VAE"]
+    local = [
+        tmp_path / "Local" / "Comfy-Desktop" / "ComfyUI-Installs" / "one" / "ComfyUI" / "models" / "clip"
+    ]
+    for folder in [
+        *(home / name for name in wanted),
+        *drive,
+        *roaming,
+        *local,
+        home / "ComfyUI/models/upscale",
+    ]:
+        folder.mkdir(parents=True)
+    (home / "Wan2GP" / "wgp_config.json").write_text(
+        '{"checkpoints_paths": ["ckpts", ".", "../elsewhere/ckpts"]}'
+    )
+    environ = {"APPDATA": str(tmp_path / "Roaming"), "LOCALAPPDATA": str(tmp_path / "Local")}
+    there = {p.folder.resolve() for p in usual_places(environ, home, [tmp_path / "D"])}
+    assert there == {p.resolve() for p in [*(home / name for name in wanted), *drive, *roaming, *local]}
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    assert usual_places({"HF_HUB_CACHE": str(hub)}, home)[-1] == Place(hub, "Hugging Face cache")
+    told = {"LOWVRAM_MODELS": os.pathsep.join([str(hub), str(home / "nowhere")])}
+    assert usual_places(told, home) == [Place(hub, "LOWVRAM_MODELS")]
+
+
+def test_loops_of_links_and_folders_that_may_not_be_read_do_not_stop_it(
+    tmp_path: Path, sparse: Callable[..., Path]
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    sparse(tmp_path / "a" / "wan_vae.safetensors", SMALL)
+    (tmp_path / "closed").mkdir()
+
+    @contextmanager
+    def scandir(folder: Path) -> Any:
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        with os.scandir(folder) as listing:
+            yield listing
+
+    library = scan([Place(tmp_path, "here")], Cache(), scandir=scandir)
+    missed = {each.folder.name: each.why for each in library.unreadable}
+    assert missed["closed"] == "Permission denied" and "gone.safetensors" in missed
+    assert library.others == 2  # the small file, and the pipe that nobody opened
+
+
+def test_a_place_that_does_not_answer_is_given_up_and_delays_nobody(
+    tmp_path: Path, files: Any, sparse: Callable[..., Path]
+) -> None:
+    for name in ("share", "disk"):
+        sparse(tmp_path / name / f"{name}.safetensors", files["bf16"](T2V.vae.shapes()))
+    hung = threading.Event()
+
+    @contextmanager
+    def scandir(folder: Path) -> Any:
+        if folder.name == "share":
+            hung.wait(60)
+        with os.scandir(folder) as listing:
+            yield listing
+
+    began = time.monotonic()
+    library = scan(
+        [Place(tmp_path / n, n) for n in ("share", "disk")], Cache(), patience=1.5, scandir=scandir
+    )
+    hung.set()
+    assert time.monotonic() - began < 30
+    assert [Path(e.path).name for e in library.entries] == ["disk.safetensors"]
+    assert [(each.folder.name, each.why) for each in library.unreadable] == [
+        ("share", "did not answer for 1.5 seconds: given up")
+    ]
+
+
+def test_headers_are_read_once_and_again_when_a_file_changes(
+    tmp_path: Path, files: Any, sparse: Callable[..., Path]
+) -> None:
+    path = sparse(tmp_path / "m" / "vae.safetensors", files["bf16"](T2V.vae.shapes()))
+    read: list[Path] = []
+    cache, kept = Cache(), tmp_path / "models.json"
+    first = scan([Place(tmp_path / "m", "here")], cache, read.append)
+    assert read == [path]
+    save_cache(kept, cache)
+    cache = load_cache(kept)
+    assert scan([Place(tmp_path / "m", "here")], cache, read.append) == first and read == [path]
+    os.utime(path, ns=(1, 1))
+    assert scan([Place(tmp_path / "m", "here")], cache, read.append) == first and read == [path, path]
+    shutil.rmtree(tmp_path / "m")
+    save_cache(kept, cache)
+    assert load_cache(kept).records == {}
+    for damaged in (b"", b"{", b'{"version": 3}', b"\xff"):
+        kept.write_bytes(damaged)
+        assert load_cache(kept) == Cache()
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path, files: Any, sparse: Callable[..., Path]) -> None:
+    import json
+
+    entries = list(files["bf16"](T2V.vae.shapes()).items())
+    names = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for folder, index in (("with", True), ("without", False)):
+        for n, name in enumerate(names):
+            sparse(tmp_path / folder / name, dict(entries[n::2]))
+        if index:
+            table = {tensor: names[n % 2] for n, (tensor, _) in enumerate(entries)}
+            text = json.dumps({"metadata": {}, "weight_map": table})
+            (tmp_path / folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    library = scan([Place(tmp_path, "here")], Cache())
+    assert [(e.kind, e.tensors, Path(e.path).name) for e in library.entries] == [
+        ("vae", 194, "diffusion_pytorch_model.safetensors.index.json"),
+        ("vae", 194, "without"),
+    ]
+
+
+@pytest.mark.parametrize("argument", [["scan"], ["list"], ["scan", "--json"], ["list", "--json"]])
+def test_the_command_lists_what_is_here(
+    argument: list[str], machine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lowvram.cli.main import _run
+
+    monkeypatch.setenv(
+        "LOWVRAM_MODELS", os.pathsep.join(map(str, (machine.comfy, machine.wangp, machine.hub)))
+    )
+    assert _run(["models", *argument], False, "--json" in argument) == 0
+    said = capsys.readouterr()
+    if argument[0] == "scan":
+        assert said.out.count(".safetensors") >= 9 and "sd_xl" not in said.out
+    else:
+        assert "ready" in said.out

@@ -22,7 +22,7 @@ from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import encoding_by_name, keeps_precision, planned_encoding
 from lowvram.quant.files.writing import Entry, Head, gguf_head, safetensors_head
 from lowvram.quant.identify import Checkpoint
-from lowvram.quant.names import DIT, TEXT, Renames, vae_renames
+from lowvram.quant.names import DIT, TEXT, vae_renames
 from lowvram.quant.published import (
     GGUF_FILE_TYPES,
     Published,
@@ -32,6 +32,7 @@ from lowvram.quant.published import (
     style_for,
 )
 from lowvram.quant.refs import Part, TensorRef
+from lowvram.quant.renames import Renames
 from lowvram.quant.spec import VaeSpec
 
 TOKENIZER = "spiece_model"

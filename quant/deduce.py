@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lowvram.errors import FileError
+from lowvram.quant.face_spec import FACE_STAGES, FaceSpec
 from lowvram.quant.names import NetKind
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import (
@@ -28,6 +29,8 @@ Shapes = Mapping[str, Shape]
 Spec = DitSpec | VaeSpec | TextSpec
 
 FLF_TOKENS, CLIP_TOKENS = 514, 257
+MASK_CHANNELS = 4
+"""Channels that say which of a latent's four frames are given."""
 
 _MAX_STATISTICS = 65_536
 """Characters of JSON a file may spend on its latent statistics."""
@@ -37,12 +40,6 @@ _DERIVED: tuple[tuple[str, Callable[[Collection[str]], bool]], ...] = (
     ("Fun camera-control", lambda names: "control_adapter.conv.weight" in names),
     ("speech-to-video (S2V)", lambda names: "casual_audio_encoder.encoder.final_linear.weight" in names),
     ("HuMo", lambda names: "audio_proj.audio_proj_glob_1.layer.bias" in names),
-    (
-        "Wan-Animate",
-        lambda names: bool(
-            {"face_adapter.fuser_blocks.0.k_norm.weight", "face_adapter.0.norm_k.weight"}.intersection(names)
-        ),
-    ),
     (
         "SCAIL",
         lambda names: any(n.startswith(("patch_embedding_pose", "patch_embedding_mask")) for n in names),
@@ -63,8 +60,8 @@ def derived_family(names: Collection[str]) -> str | None:
 def deduce(kind: NetKind, shapes: Shapes, metadata: Mapping[str, str], where: Path) -> tuple[Spec, str]:
     """(sizes, variant) of a network from its native names and logical shapes.
 
-    Variants: "t2v", "i2v" (36 channels), "ti2v" (48), "i2v-clip" (2.1, CLIP tokens), "flf2v"; "2.1", "2.2" for a
-    VAE; "umt5". FileError if a tensor that sizes are read from is missing or of a shape no Wan model has.
+    Variants: "t2v", "i2v" (36 channels), "ti2v" (48), "i2v-clip" (2.1, CLIP tokens), "flf2v", "animate"; "2.1",
+    "2.2" for a VAE; "umt5". FileError if a tensor that sizes are read from is missing or of a shape no Wan model has.
     """
     source = _Source(shapes, where)
     if kind == "dit":
@@ -117,11 +114,38 @@ def _dit(source: _Source) -> tuple[DitSpec, str]:
     if "img_emb.proj.0.bias" in source.shapes:
         tokens = FLF_TOKENS if "img_emb.emb_pos" in source.shapes else CLIP_TOKENS
         spec = replace(spec, image_tokens=tokens, image_dim=source.shape("img_emb.proj.0.bias", 1)[0])
+    if any(name.startswith(("face_adapter.", "face_encoder.", "motion_encoder.")) for name in source.shapes):
+        spec = replace(spec, face=_face(spec.layers, source))
     return spec, _dit_variant(spec, source)
+
+
+def _face(layers: int, source: _Source) -> FaceSpec:
+    convs = "motion_encoder.enc.net_app.convs"
+    widths = [source.shape(f"{convs}.0.0.weight", 4)[0]]
+    widths += [source.shape(f"{convs}.{n}.skip.1.weight", 4)[0] for n in range(1, FACE_STAGES + 1)]
+    adapters = source.count("face_adapter.fuser_blocks.")
+    if adapters == 0 or layers % adapters:
+        source.refuse(f"{adapters} face adapters for {layers} blocks", "an adapter after every fifth block")
+    motion, directions = source.shape("motion_encoder.dec.direction.weight", 2)
+    wide, hidden = (source.shape(f"face_encoder.{conv}.conv.bias", 1)[0] for conv in ("conv1_local", "conv2"))
+    if wide % hidden:
+        source.refuse(f"a face encoder of {wide} channels over {hidden}", "a whole number of heads")
+    return FaceSpec(
+        widths=tuple(widths),
+        style=source.shape("motion_encoder.enc.fc.0.bias", 1)[0],
+        directions=directions,
+        motion=motion,
+        hidden=hidden,
+        heads=wide // hidden,
+        every=layers // adapters,
+        split_kv="face_adapter.fuser_blocks.0.linear1_k.weight" in source.shapes,
+    )
 
 
 def _dit_variant(spec: DitSpec, source: _Source) -> str:
     channels = (spec.in_channels, spec.out_channels)
+    if spec.face and spec.image_tokens == CLIP_TOKENS and channels[0] == 2 * channels[1] + MASK_CHANNELS:
+        return "animate"
     if spec.image_tokens and channels == (36, 16):
         return "i2v-clip" if spec.image_tokens == CLIP_TOKENS else "flf2v"
     variant = {(16, 16): "t2v", (36, 16): "i2v", (48, 48): "ti2v"}.get(channels)

@@ -17,6 +17,7 @@ from lowvram.quant.files.header import Header, shown
 from lowvram.quant.files.shards import OpenReader, open_checkpoint_files
 from lowvram.quant.lora import is_lora
 from lowvram.quant.names import (
+    BLUR_FILTER,
     DIT,
     FILE_MARKERS,
     TEXT,
@@ -58,7 +59,7 @@ class Checkpoint:
     spec: Spec | None
     """None for "clip" and "lora", which are recognised only: their refs carry the stored names."""
     variant: str
-    """dit: "t2v", "i2v", "ti2v", "i2v-clip", "flf2v"; vae: "2.1", "2.2"; text: "umt5"; else the kind."""
+    """dit: "t2v", "i2v", "ti2v", "i2v-clip", "flf2v", "animate"; vae: "2.1", "2.2"; text: "umt5"; else the kind."""
     refs: Mapping[str, TensorRef]
     """By native name: exactly the names and shapes of `spec.shapes()`."""
     files: tuple[Path, ...]
@@ -195,7 +196,7 @@ def _is_ignored(style: KeyStyle, name: str, names: Mapping[str, Group]) -> bool:
         )
     if style.style == "gguf":
         return name.startswith(("dec.", "output."))
-    return style.kind == "dit" and name.endswith(".attn2.norm_added_q.weight")
+    return style.kind == "dit" and name.endswith((".attn2.norm_added_q.weight", BLUR_FILTER))
 
 
 def _bias(name: str, groups: Mapping[str, Group]) -> Stored | None:
@@ -210,9 +211,12 @@ def _width(found: Mapping[str, tuple[Recognised, Group]]) -> int:
 
 
 def _logical_shape(native: str, shape: Shape, width: int) -> Shape:
-    """The patch convolution [D, in, 1, 2, 2] is also stored as a matrix [D, in*4], and by writers that know four
-    dimensions as [D*in, 1, 2, 2] (checkpoint-formats 4.1, 6.5)."""
-    if native != "patch_embedding.weight":
+    """A patch convolution [D, in, 1, 2, 2] is also stored as a matrix [D, in*4], and by writers that know four
+    dimensions as [D*in, 1, 2, 2] (checkpoint-formats 4.1, 6.5); a bias of the motion encoder, natively [1, C, 1, 1],
+    by diffusers as [C]."""
+    if ".net_app.convs." in native and native.endswith(".bias") and len(shape) == 1:
+        return (1, shape[0], 1, 1)
+    if not native.endswith("patch_embedding.weight"):
         return shape
     if len(shape) == 2 and shape[1] % 4 == 0:
         return (shape[0], shape[1] // 4, 1, 2, 2)

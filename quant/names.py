@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from lowvram.quant.face_spec import FACE_STAGES, MOTION_LAYERS
+from lowvram.quant.renames import Renames
+
 NetKind = Literal["dit", "vae", "text"]
 Style = Literal["native", "diffusers", "hf", "gguf"]
 
@@ -30,83 +33,6 @@ class KeyStyle:
     """Names it explains."""
 
 
-_BLOCK_NUMBER = re.compile(r"0|[1-9]\d{0,3}", re.ASCII)
-"""Longer numbers are nobody's: no model has ten thousand blocks."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """Renames in one direction: modules, whose parameters keep their own name, and whole tensor names."""
-
-    modules: Mapping[str, str]
-    tensors: Mapping[str, str]
-
-    def rename(self, name: str) -> str | None:
-        if name in self.tensors:
-            return self.tensors[name]
-        module, _, parameter = name.rpartition(".")
-        if parameter in ("weight", "bias", "gamma") and module in self.modules:
-            return f"{self.modules[module]}.{parameter}"
-        return None
-
-    def reversed(self) -> _Table:
-        back = ({value: key for key, value in table.items()} for table in (self.modules, self.tensors))
-        return _Table(*(MappingProxyType(table) for table in back))
-
-
-@dataclass(frozen=True, slots=True)
-class _Direction:
-    """Names outside blocks, names inside, and what stands before a block's number on either side."""
-
-    outer: _Table
-    inner: _Table
-    block: str
-    new_block: str
-
-    def rename(self, name: str) -> str | None:
-        if self.block and name.startswith(self.block):
-            number, _, leaf = name[len(self.block) :].partition(".")
-            if leaf and _BLOCK_NUMBER.fullmatch(number):
-                renamed = self.inner.rename(leaf)
-                return renamed and f"{self.new_block}{number}.{renamed}"
-        return self.outer.rename(name)
-
-
-@dataclass(frozen=True, slots=True)
-class Renames:
-    """A bijection between native tensor names and those of another style."""
-
-    _from: _Direction
-    _to: _Direction
-
-    @staticmethod
-    def of(
-        outer: Mapping[str, str], inner: Mapping[str, str], blocks: tuple[str, str], whole: frozenset[str]
-    ) -> Renames:
-        """From tables native -> other of modules and (those in `whole`) tensors, outside and inside of blocks."""
-
-        def table(renames: Mapping[str, str]) -> _Table:
-            split: tuple[dict[str, str], dict[str, str]] = ({}, {})
-            for native, other in renames.items():
-                split[native in whole][native] = other
-            return _Table(MappingProxyType(split[0]), MappingProxyType(split[1]))
-
-        outside, inside = table(outer), table(inner)
-        forward = _Direction(outside, inside, *blocks)
-        return Renames(forward, _Direction(outside.reversed(), inside.reversed(), blocks[1], blocks[0]))
-
-    def to_native(self, name: str) -> str | None:
-        """The native name of a tensor of the other style; None if the style has no such name."""
-        return self._to.rename(name)
-
-    def from_native(self, name: str) -> str | None:
-        """The other style's name of a native tensor; None if native has no such name."""
-        return self._from.rename(name)
-
-    def knows_native(self, name: str) -> bool:
-        return self.from_native(name) is not None
-
-
 _ATTENTION: Mapping[str, str] = {
     "q": "to_q",
     "k": "to_k",
@@ -116,7 +42,7 @@ _ATTENTION: Mapping[str, str] = {
     "norm_k": "norm_k",
 }
 
-DIT = Renames.of(
+_DIT = Renames.of(
     {
         "patch_embedding": "patch_embedding",
         "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -147,7 +73,52 @@ DIT = Renames.of(
     ("blocks.", "blocks."),
     frozenset({"modulation", "head.modulation", "img_emb.emb_pos"}),
 )
+
+_CONVS = "motion_encoder.enc.net_app.convs"
+_MOTION: Mapping[str, str] = {
+    f"{_CONVS}.0.0": "motion_encoder.conv_in",
+    f"{_CONVS}.0.1": "motion_encoder.conv_in.act_fn",
+    **{
+        f"{_CONVS}.{n}.{native}": f"motion_encoder.res_blocks.{n - 1}.{other}"
+        for n in range(1, FACE_STAGES + 1)
+        for native, other in (
+            ("conv1.0", "conv1"), ("conv1.1", "conv1.act_fn"),
+            ("conv2.1", "conv2"), ("conv2.2", "conv2.act_fn"), ("skip.1", "conv_skip"),
+        )
+    },
+    f"{_CONVS}.{FACE_STAGES + 1}": "motion_encoder.conv_out",
+    **{f"motion_encoder.enc.fc.{n}": f"motion_encoder.motion_network.{n}" for n in range(MOTION_LAYERS)},
+    "motion_encoder.dec.direction.weight": "motion_encoder.motion_synthesis_weight",
+}  # fmt: skip
+
+_FACE = Renames.of(
+    {
+        **_MOTION,
+        **{f"face_encoder.{conv}.conv": f"face_encoder.{conv}" for conv in ("conv1_local", "conv2", "conv3")},
+        "face_encoder.out_proj": "face_encoder.out_proj",
+        "face_encoder.padding_tokens": "face_encoder.padding_tokens",
+        "pose_patch_embedding": "pose_patch_embedding",
+    },
+    {
+        "linear1_q": "to_q",
+        # One matrix in the authors' files, two in diffusers': the second form has native names of our own.
+        "linear1_kv": "to_kv",
+        "linear1_k": "to_k",
+        "linear1_v": "to_v",
+        "linear2": "to_out",
+        "q_norm": "norm_q",
+        "k_norm": "norm_k",
+    },
+    ("face_adapter.fuser_blocks.", "face_adapter."),
+    frozenset({"face_encoder.padding_tokens", "motion_encoder.dec.direction.weight"}),
+)
+"""What Wan-Animate adds."""
+
+DIT = _DIT | _FACE
 """Transformer: native <-> diffusers."""
+
+BLUR_FILTER = ".kernel"
+"""How the names of constants end that the authors' Wan-Animate files store with the motion encoder."""
 
 TEXT = Renames.of(
     {"token_embedding": "shared", "norm": "encoder.final_layer_norm"},

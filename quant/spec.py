@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowvram.quant.face_spec import FaceSpec
+
 Shape = tuple[int, ...]
 
 HEAD_DIM = 128
@@ -53,10 +55,17 @@ class DitSpec:
     image_tokens: int = 0
     """CLIP tokens before the text: 257 for 2.1 I2V, 514 for FLF2V, 0 for none."""
     image_dim: int = 1280
+    face: FaceSpec | None = None
+    """Wan-Animate's face branch; such a transformer takes a pose latent of `out_channels` too."""
 
     @property
     def heads(self) -> int:
         return self.dim // HEAD_DIM
+
+    @property
+    def face_blocks(self) -> range:
+        """Numbers of the blocks that a face adapter follows: adapter n comes after the n-th of them."""
+        return range(0, self.layers, self.face.every) if self.face else range(0)
 
     def block_shapes(self) -> dict[str, Shape]:
         """Native names of one transformer block, relative to `blocks.N.`."""
@@ -105,12 +114,26 @@ class DitSpec:
             shapes |= {"img_emb.proj.4.weight": (d,), "img_emb.proj.4.bias": (d,)}
             if self.image_tokens == 514:
                 shapes["img_emb.emb_pos"] = (1, 514, i)
+        if self.face:
+            shapes["pose_patch_embedding.weight"] = (d, self.out_channels, 1, 2, 2)
+            shapes["pose_patch_embedding.bias"] = (d,)
         return shapes
+
+    def face_shapes(self) -> dict[str, Shape]:
+        """Native names of the face branch."""
+        if self.face is None:
+            return {}
+        adapter = self.face.adapter_shapes(self.dim, HEAD_DIM)
+        return self.face.encoder_shapes(self.dim) | {
+            f"face_adapter.fuser_blocks.{n}.{k}": s
+            for n in range(len(self.face_blocks))
+            for k, s in adapter.items()
+        }
 
     def shapes(self) -> dict[str, Shape]:
         """Every native tensor name and its shape."""
         blocks = {f"blocks.{n}.{k}": s for n in range(self.layers) for k, s in self.block_shapes().items()}
-        return self.outer_shapes() | blocks
+        return self.outer_shapes() | blocks | self.face_shapes()
 
 
 @dataclass(frozen=True, slots=True)

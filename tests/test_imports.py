@@ -21,7 +21,13 @@ ORDER = ("triton_kernels", "quant", "offload", "lowvram")
 OPEN = {"lowvram.errors"}
 """Modules that every room may import."""
 
-PURE = ("lowvram.errors", "lowvram.quant.linear", "lowvram.quant.spec", "lowvram.triton_kernels")
+PURE = (
+    "lowvram.errors",
+    "lowvram.quant.linear",
+    "lowvram.quant.spec",
+    "lowvram.quant.face_spec",
+    "lowvram.triton_kernels",
+)
 """What networks and samplers may import of lowvram, besides their own folder."""
 
 READ_ONLY = re.compile(r"(Mapping|Sequence|Collection|Iterable|tuple|frozenset|Final|Set)\b")

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowvram.models import animate
+from lowvram.quant.face_spec import FACE_SCOPE
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM, DitSpec
 from lowvram.triton_kernels.attention import attention
@@ -39,7 +41,7 @@ CHUNK = 4096
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What cross attention sees for one prompt."""
+    """What the transformer is told beside the latent and the time: one prompt and what goes with it."""
 
     text: Tensor
     """[..., n, dim] embedded text rows; zero padding merged into the last one or two (see `embed_text`)."""
@@ -47,6 +49,7 @@ class Context:
     """[..., n] float32, added to the attention logits of each row."""
     image: Tensor | None = None
     """[..., 257 or 514, dim] embedded CLIP tokens."""
+    driving: animate.Driving | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +80,16 @@ class Workspace:
 # ---- embeddings
 
 
-def embed_latent(outer: Params, spec: DitSpec, latent: Tensor, dtype: torch.dtype) -> Tensor:
+def embed_latent(
+    outer: Params, spec: DitSpec, latent: Tensor, dtype: torch.dtype, name: str = "patch_embedding"
+) -> Tensor:
     """latent [..., C, F, H, W] -> tokens [..., F*H/2*W/2, dim] in `dtype`, row-major over (f, h, w).
 
     A convolution with kernel = stride = (1, 2, 2) is a Linear on each patch, channel slowest.
     """
     patches = latent.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [..., C, F, h, 2, w, 2]
     patches = patches.movedim((-6, -3, -1), (-3, -2, -1)).flatten(-3)  # [..., F, h, w, C*4]
-    return outer.linear("patch_embedding", patches.flatten(-4, -2).to(dtype))
+    return outer.linear(name, patches.flatten(-4, -2).to(dtype))
 
 
 def embed_text(outer: Params, spec: DitSpec, text: Tensor, image: Tensor | None = None) -> Context:
@@ -344,9 +349,17 @@ def forward(
     The residual streams are in the dtype of the workspace.
     """
     streams = [embed_latent(outer, spec, latent, work.k.dtype) for _ in contexts]
-    for p in blocks:
+    for x, context in zip(streams, contexts, strict=True):
+        if context.driving is not None:
+            frames = context.driving.pose.split(1, dim=1)
+            animate.add_pose_(
+                x, (embed_latent(outer, spec, f, x.dtype, "pose_patch_embedding") for f in frames)
+            )
+    for n, p in enumerate(blocks):
         for x, context in zip(streams, contexts, strict=True):
             block_(p, x, time, context, rope, work)
+            if context.driving is not None and n in spec.face_blocks:
+                animate.attend_(p.scope(FACE_SCOPE), x, context.driving.kv[n], work.chunk)
     _, f, height, width = latent.shape
     grid = (f, height // 2, width // 2)
     return [head(outer, spec, x, time, grid, work.chunk) for x in streams]

@@ -31,6 +31,7 @@ _SENSITIVE = frozenset(
     {
         "modulation", "patch_embedding", "text_embedding", "time_embedding", "time_projection", "head", "img_emb",
         "token_embedding", "pos_embedding", "norm", "norm1", "norm2", "norm3", "norm_q", "norm_k", "norm_k_img",
+        "motion_encoder", "face_encoder",
     }
 )  # fmt: skip
 """Parts of a native name that mark a tensor no quantiser touches (checkpoint-formats 4.1, 5)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from lowvram.errors import FileError
 from lowvram.quant.encodings.fp8 import Fp8
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import keeps_precision
+from lowvram.quant.face_spec import FaceSpec
 from lowvram.quant.identify import identify, identify_path, kinds
 from lowvram.quant.names import DIT, TEXT, vae_renames
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, DitSpec, TextSpec, VaeSpec
@@ -19,6 +21,7 @@ A14B = {"dim": 5120, "ffn": 13824, "layers": 40, "out_channels": 16}
 T2V, I2V = DitSpec(**A14B, in_channels=16), DitSpec(**A14B, in_channels=36)
 TI2V = DitSpec(3072, 14336, 30, 48, 48)
 I2V_CLIP, FLF = (DitSpec(**A14B, in_channels=36, image_tokens=n) for n in (257, 514))
+ANIMATE = replace(I2V_CLIP, face=FaceSpec())
 NANO = DitSpec(256, 768, 2, 16, 16, text_dim=256, freq_dim=64)
 VAE_22 = VaeSpec("2.2", 160, 256, 48, 2, LATENT_MEAN_22, LATENT_STD_22)
 NANO_VAE = VaeSpec(base=16, decoder_base=16, res_blocks=1)
@@ -64,7 +67,7 @@ def refusal(header_of):
 
 MODELS = [
     (T2V, "dit", "t2v"), (I2V, "dit", "i2v"), (TI2V, "dit", "ti2v"), (I2V_CLIP, "dit", "i2v-clip"),
-    (FLF, "dit", "flf2v"), (NANO, "dit", "t2v"), (VaeSpec(), "vae", "2.1"), (VAE_22, "vae", "2.2"),
+    (FLF, "dit", "flf2v"), (ANIMATE, "dit", "animate"), (NANO, "dit", "t2v"), (VaeSpec(), "vae", "2.1"), (VAE_22, "vae", "2.2"),
     (NANO_VAE, "vae", "2.1"), (VaeSpec(base=24, decoder_base=24), "vae", "2.1"), (TextSpec(), "text", "umt5"),
     (TEXT_TINY, "text", "umt5"),
 ]  # fmt: skip
@@ -257,10 +260,6 @@ FAMILIES = {
     "camera": {"control_adapter.conv.weight": (5120, 1536, 2, 2)},
     "S2V": {"casual_audio_encoder.encoder.final_linear.weight": (5120, 5120)},
     "HuMo": {"audio_proj.audio_proj_glob_1.layer.bias": (512,)},
-    "Wan-Animate": {
-        "face_adapter.fuser_blocks.0.k_norm.weight": (128,),
-        "motion_encoder.enc.fc.0.bias": (512,),
-    },
     "SCAIL": {"patch_embedding_pose.weight": (5120, 16, 1, 2, 2)},
     "Wan-Dancer": {"patch_embedding_global.weight": (5120, 16, 1, 2, 2)},
     "Fun control": {"ref_conv.weight": (5120, 16, 2, 2)},
@@ -275,9 +274,31 @@ def test_derived_models_are_named_as_not_supported(refusal, family, prefix):
     assert family in message and "not supported yet" in message
 
 
-def test_animate_in_diffusers_names_is_named(refusal):
-    entries = plain(renamed(I2V_CLIP.shapes(), DIT)) | {"face_adapter.0.norm_k.weight": ("BF16", (128,))}
-    assert "Wan-Animate checkpoint" in refusal(entries)
+def test_the_authors_blur_filters_are_ignored(header_of):
+    filters = {
+        f"motion_encoder.enc.net_app.convs.{n}.{leaf}.0.kernel": (4, 4)
+        for n in range(1, 8)
+        for leaf in ("conv2", "skip")
+    }
+    found = identify([header_of(plain(ANIMATE.shapes() | filters))])
+    assert (found.spec, found.variant) == (ANIMATE, "animate")
+    assert found.refs.keys() == ANIMATE.shapes().keys()
+
+
+def test_animate_in_diffusers_names_has_its_keys_and_values_apart(header_of):
+    """1443 tensors there, 1427 here: each of 8 adapters has one more matrix and one more bias."""
+    apart = replace(ANIMATE, face=FaceSpec(split_kv=True))
+    names = renamed(apart.shapes(), DIT)
+    assert len(names) == 1443 and len(ANIMATE.shapes()) == 1427
+    flat = {n: s[1:2] if "act_fn" in n else s for n, s in names.items()}
+    found = identify([header_of(plain(flat))])
+    assert (found.spec, found.variant, found.style) == (ANIMATE, "animate", "diffusers")
+    assert {n: r.shape for n, r in found.refs.items()} == apart.shapes()
+
+
+def test_a_transformer_with_half_a_face_branch_names_what_is_missing(refusal):
+    shapes = {n: s for n, s in ANIMATE.shapes().items() if not n.startswith("motion_encoder.")}
+    assert "motion_encoder.enc.net_app.convs.0.0.weight is missing" in refusal(plain(shapes))
 
 
 def test_animate_2_is_named_by_its_extra_level(refusal):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from lowvram.quant.face_spec import FaceSpec
 from lowvram.quant.names import DIT, TEXT, TEXT_GGUF, TIED_EMBEDDING, detect_styles, split_side, vae_renames
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, DitSpec, TextSpec, VaeSpec
 
@@ -42,6 +45,22 @@ def test_transformer_names_are_those_of_diffusers(image_tokens):
             pos_embed_seq_len=514 if image_tokens == 514 else None,
         )
     )  # fmt: skip
+    assert_bijective(DIT, spec.shapes(), other)
+
+
+def test_animate_names_are_those_of_diffusers():
+    transformer = pytest.importorskip("diffusers.models.transformers.transformer_wan_animate")
+    face = FaceSpec((4, 4, 6, 6, 8, 8, 8, 8), 12, 5, 16, 24, heads=2, every=1, split_kv=True)
+    spec = replace(TINY, image_tokens=257, image_dim=32, face=face)
+    other = shapes_of(
+        lambda: transformer.WanAnimateTransformer3DModel(
+            num_attention_heads=1, in_channels=36, text_dim=64, ffn_dim=256, num_layers=2, image_dim=32,
+            added_kv_proj_dim=128, motion_style_dim=12, motion_dim=5, motion_encoder_dim=16,
+            motion_encoder_channel_sizes={str(512 >> n): c for n, c in enumerate(face.widths)},
+            face_encoder_hidden_dim=24, face_encoder_num_heads=2, inject_face_latents_blocks=1,
+        )
+    )  # fmt: skip
+    other = {n: (1, *s, 1, 1) if n.endswith("act_fn.bias") else s for n, s in other.items()}
     assert_bijective(DIT, spec.shapes(), other)
 
 

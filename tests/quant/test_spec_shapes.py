@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lowvram.quant.face_spec import FaceSpec
 from lowvram.quant.identify import fingerprint
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, DitSpec, TextSpec, VaeSpec, numel
 
@@ -37,6 +38,19 @@ def test_shapes_have_the_published_fingerprint_count_and_parameters(model):
     assert len(shapes) == tensors
     assert parameters is None or sum(numel(shape) for shape in shapes.values()) == parameters
     assert fingerprint(shapes) == md5
+
+
+def test_animate_has_the_published_fingerprint_with_its_blur_filters():
+    spec = DitSpec(**A14B, in_channels=36, image_tokens=257, face=FaceSpec())
+    filters = {
+        f"motion_encoder.enc.net_app.convs.{n}.{leaf}.0.kernel": (4, 4)
+        for n in range(1, 8)
+        for leaf in ("conv2", "skip")
+    }
+    shapes = spec.shapes() | filters
+    assert len(shapes) == 1441
+    assert sum(numel(shape) for shape in shapes.values()) == 17_274_817_108
+    assert fingerprint(shapes) == "31fa352acb8a1b1d33cd8764273d80a2"
 
 
 def test_the_light_vae_is_a_quarter_as_wide():

@@ -32,18 +32,12 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
         "diffusion_pytorch_model.safetensors.index.json",
         "diffusion_pytorch_model*.safetensors",
     ),
-    "vae": ("vae", "vae.safetensors"),
-    "text": ("text_encoder", "text_encoder.safetensors"),
+    "vae": ("vae", "vae.safetensors", "wan2.?_vae.pth"),
+    "text": ("text_encoder", "text_encoder.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"),
     "tokenizer": ("tokenizer/spiece.model", "google/umt5-xxl/spiece.model", "spiece.model"),
 }
 """Folders and files of the authors', diffusers' and our own layouts, the surest first. Anything else is recognised by
 its contents."""
-
-_PICKLES: Mapping[str, tuple[str, ...]] = {
-    "vae": ("wan2.?_vae.pth",),
-    "text": ("models_t5_umt5-xxl-enc-bf16.pth",),
-}
-"""What the authors' folders hold instead: named, so that it can be told what to do about it."""
 
 _SAMPLES, _SAMPLE_BYTES = 8, 4096
 
@@ -160,9 +154,6 @@ def _in_folder(
             chosen = choose(library.entries, name, given=named, weights=weights, preset=preset)
             paths |= {part: taken.path for part, taken in chosen.parts.items()}
             reasons = {part: taken.why for part, taken in chosen.parts.items()}
-    for part, names in _PICKLES.items():
-        if part not in paths and (pickle := _first(folder, names)) is not None:
-            paths[part] = pickle
     if not paths and not given:
         raise FileError(
             "no part of a Wan model was recognised here",

@@ -21,7 +21,6 @@ _KINDS: Mapping[str, str] = {
     "clip": "CLIP",
     "lora": "LoRA",
     "tokenizer": "tokenizer",
-    "pickle": "pickle",
     "broken": "broken",
 }
 

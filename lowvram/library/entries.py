@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from lowvram.errors import FileError, LowvramError
 from lowvram.library.known import known_file
 from lowvram.library.naming import derived_name, expert_of, version_of
-from lowvram.library.walk import PICKLES, TOKENIZER, Found
+from lowvram.library.walk import TOKENIZER, Found
 from lowvram.offload.io import FileReader
 from lowvram.quant.spec import DitSpec, TextSpec, VaeSpec
 from lowvram.sampling.presets import load_models, preset_of_file
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from lowvram.quant.identify import Checkpoint, Kind
 
 MAX_TOKENIZER_BYTES = 64 << 20
-_PICKLED: Mapping[str, str] = {"vae": "vae", "umt5": "text", "xlm-roberta": "clip", "lora": "lora"}
-"""Kind of a part by a word in the name of a pickle, which is all that is known of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +29,7 @@ class Entry:
     path: str
     """What opens it: a file, an index, or a folder of shards."""
     kind: str
-    """ "dit", "vae", "text", "clip", "lora", "tokenizer", "pickle"; "other" for what is no part of a Wan model."""
+    """ "dit", "vae", "text", "clip", "lora", "tokenizer", "broken"; "other" for what is no part of a Wan model."""
     variant: str = ""
     models: tuple[str, ...] = ()
     """Known models whose part it can be, by sizes alone."""
@@ -66,8 +63,6 @@ def read_entries(path: Path) -> tuple[Entry, ...]:
     nothing yet of what names tell."""
     if path.name.lower() == TOKENIZER:
         return (_tokenizer(path),)
-    if path.name.lower().endswith(PICKLES):
-        return (_pickle(path),)
     from lowvram.quant.files.shards import open_checkpoint_files
     from lowvram.quant.identify import kinds
 
@@ -213,18 +208,6 @@ def _not_wan(path: Path, headers: list[Header]) -> Entry:
 def _unusable(path: Path, kind: str, error: LowvramError) -> Entry:
     size = path.stat().st_size if path.is_file() else 0
     return Entry(path=str(path), kind=kind, nbytes=size, problem=f"{error.found}; {error.advice}")
-
-
-def _pickle(path: Path) -> Entry:
-    name = path.name.lower()
-    part = next((part for word, part in _PICKLED.items() if word in name), "")
-    return Entry(
-        path=str(path),
-        kind="pickle",
-        variant=part,
-        nbytes=path.stat().st_size,
-        problem="a pickle, which is not read; the same part exists as .safetensors",
-    )
 
 
 def _tokenizer(path: Path) -> Entry:

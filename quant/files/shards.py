@@ -1,4 +1,4 @@
-"""A checkpoint in one file (safetensors or GGUF), in shards with an index, or in a folder of either."""
+"""A checkpoint in one file (safetensors, GGUF or .pth), in shards with an index, or in a folder of either."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lowvram.quant.files.notes import with_notes
 from lowvram.quant.files.safetensors import MAX_TENSORS, read_header
 from lowvram.quant.files.sniff import HEAD_BYTES, recognise_content
 from lowvram.quant.files.strict_json import Malformed, Scanner
+from lowvram.quant.files.torch_zip import SUFFIXES, read_torch_header
 from lowvram.quant.refs import Reader
 
 OpenReader = Callable[[Path], AbstractContextManager[Reader]]
@@ -161,6 +162,8 @@ def _read(path: Path, open_reader: OpenReader) -> Header:
     with open_reader(path) as reader:
         if path.name.lower().endswith(_GGUF_SUFFIX) or reader.read_at(0, min(4, reader.size)) == MAGIC:
             return read_gguf_header(reader)
+        if path.name.lower().endswith(SUFFIXES):
+            return with_notes(reader, read_torch_header(reader))
         return with_notes(reader, read_header(reader))
 
 

@@ -60,7 +60,7 @@ _CONTENTS: tuple[tuple[Callable[[bytes], bool], Content], ...] = (
         _starts(b"PK\x03\x04", b"PK\x05\x06"),
         Content(
             "a zip archive, as torch.save writes it (pickle)",
-            "use the .safetensors version of the same model",
+            "rename the file to end in .pth, or use the .safetensors version of the same model",
         ),
     ),
     (

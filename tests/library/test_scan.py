@@ -39,7 +39,7 @@ def test_a_comfy_wangp_and_hub_tree_is_found_whole(machine: Any) -> None:
         "umt5_xxl_fp8_e4m3fn_scaled.safetensors": ("text", "fp8_scaled", None),
         i2v.format("high"): ("dit", "int8", "high"),
         i2v.format("low"): ("dit", "int8", "low"),
-        "Wan2.1_VAE.pth": ("pickle", "", None),
+        "Wan2.1_VAE.pth": ("broken", "", None),
         "wan2.2_ti2v_5B_fp16.safetensors": ("dit", "fp16", None),
         "wan2.2_vae.safetensors": ("vae", "bf16", None),
     }

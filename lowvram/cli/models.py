@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from lowvram.cli import options as o
 
@@ -72,6 +76,117 @@ def list_(models_dir: o.ModelsDir = None, as_json: o.Json = False, quiet: o.Quie
             emit(f"    {printable(question)}")
     if not as_json:
         say("see `lowvram models scan` for every file, `lowvram models pull NAME` to fetch what is missing")
+
+
+def verify(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE...]", help="Files to verify; all that are found if left out."),
+    ] = None,
+    models_dir: o.ModelsDir = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Read model files to their end: tensor ranges against sizes, sha256 against what was published."""
+    from lowvram.cli.console import emit, emit_json
+    from lowvram.discovery import look
+    from lowvram.errors import FileError
+    from lowvram.library.cache import cache_file, load_cache, save_cache
+    from lowvram.library.verify import verify as verify_file
+
+    paths = files or [Path(e.path) for e in look(models_dir or (), announce(quiet or as_json)).entries]
+    cache, wrong = load_cache(cache_file()), 0
+    progress = Percent(quiet or as_json)
+    for path in dict.fromkeys(paths):
+        for verdict in verify_file(path, cache, lambda file, done, size: progress(file.name, done, size)):
+            wrong += not verdict.ok
+            if as_json:
+                emit_json({"schema": "lowvram.verdict/1"} | asdict(verdict))
+            else:
+                told = "ok   " if verdict.ok else "WRONG"
+                emit(f"{told}  {printable(verdict.path)}: {printable(verdict.finding)}")
+        save_cache(cache_file(), cache)
+    if wrong:
+        raise FileError(f"{wrong} of the files are not what they should be", advice="fetch them again")
+
+
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A known model, such as wan2.2-t2v-a14b.")],
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Encoding of the transformers, such as fp8 or q4_k_m.")
+    ] = None,
+    text: Annotated[str, typer.Option("--text", help="Encoding of the text encoder: fp8 or fp16.")] = "fp8",
+    models_dir: o.ModelsDir = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Fetch the parts of a model that are not on this machine, into the Hugging Face cache."""
+    from lowvram.cli.console import emit, emit_json, say
+    from lowvram.discovery import look
+    from lowvram.errors import UsageError
+    from lowvram.library.choose import choose
+    from lowvram.library.downloads import downloads
+    from lowvram.library.places import hub_cache
+    from lowvram.library.pull import ask, check_space, fetch, hub_from
+    from lowvram.offload.budget import format_bytes
+    from lowvram.sampling.presets import model_preset
+
+    if text not in ("fp8", "fp16"):
+        raise UsageError(f'"{text}"', where="--text", expected="fp8 or fp16", advice="leave it out for fp8")
+    experts = model_preset(name).expert_names()
+    downloads(
+        name, experts, weights
+    )  # an encoding that is not published is told before anything is looked for
+    hushed = quiet or as_json
+    entries = look(models_dir or (), announce(hushed)).entries
+    try:
+        missing = choose(entries, name, weights=weights).missing
+    except UsageError:
+        missing = choose(entries, name, given=experts).missing  # transformers are here, more than once
+    hub = hub_from(os.environ, hub_cache(os.environ, Path.home()))
+    # The text encoders that are fetched carry the tokenizer.
+    parts = dict.fromkeys("text" if part == "tokenizer" else part for part in missing)
+    wanted = ask(hub, downloads(name, parts, weights, text))
+    check_space(hub, wanted)
+    if not hushed:
+        left = sum(each.nbytes for each in wanted if not each.is_here)
+        say(
+            f"{len(wanted)} files, {format_bytes(left)} to fetch into {hub.cache}"
+            if wanted
+            else "all parts are here"
+        )
+    progress = Percent(hushed)
+    for each in wanted:
+        path = fetch(hub, each, lambda file, done, size: progress(Path(file.name).name, done, size))
+        if as_json:
+            emit_json(
+                {
+                    "schema": "lowvram.pulled/1",
+                    "part": each.download.part,
+                    "path": str(path),
+                    "bytes": each.nbytes,
+                }
+            )
+        else:
+            emit(f"{each.download.part:<10}{printable(str(path))}")
+
+
+class Percent:
+    """Says how far a file is, at every tenth of it that is reached."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._last = ("", 0)
+
+    def __call__(self, name: str, done: int, size: int) -> None:
+        from lowvram.cli.console import say
+        from lowvram.offload.budget import format_bytes
+
+        tenth = 10 * done // max(1, size)
+        if self._quiet or (name, tenth) == self._last or size < 64 << 20:
+            return
+        self._last = (name, tenth)
+        say(f"{printable(name)}: {10 * tenth} % of {format_bytes(size)}")
 
 
 def _state(chosen: Chosen) -> str:
@@ -181,4 +296,4 @@ def printable(text: str) -> str:
 
 def verbs() -> Sequence[tuple[str, Callable[..., None]]]:
     """The commands of this group by name."""
-    return (("scan", scan), ("list", list_))
+    return (("scan", scan), ("list", list_), ("verify", verify), ("pull", pull))

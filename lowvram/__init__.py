@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from lowvram.job import Job
-    from lowvram.planner import Plan
+    from lowvram.planning.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'lowvram' has no attribute {name!r}")
     from importlib import import_module
 
-    module = {"Pipeline": "api", "Runtime": "api", "Video": "api", "Job": "job", "Plan": "planner"}.get(
+    module = {"Pipeline": "api", "Runtime": "api", "Video": "api", "Job": "job", "Plan": "planning.plan"}.get(
         name, "errors"
     )
     return getattr(import_module(f"lowvram.{module}"), name)

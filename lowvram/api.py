@@ -30,7 +30,8 @@ from lowvram.media.video import VideoWriter, check_size, check_target
 from lowvram.model import Model, imagined_model, open_model, with_loras
 from lowvram.offload.budget import Budget, Ledger, parse_bytes
 from lowvram.offload.device import CpuDevice, Device
-from lowvram.planner import Plan, make_plan
+from lowvram.planning.choose import make_plan
+from lowvram.planning.plan import Plan
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.report import Report
 from lowvram.sampling.guidance import needs_uncond

@@ -14,7 +14,7 @@ from lowvram.library.parts import FLAGS
 from lowvram.sampling.presets import load_models, unknown_name
 
 if TYPE_CHECKING:
-    from lowvram.planner import Plan
+    from lowvram.planning.plan import Plan
 
 
 @o.with_job_flags

@@ -22,7 +22,7 @@ from lowvram.job import Job
 from lowvram.media.video import check_target
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.io import FileReader, write_atomic
-from lowvram.planner import Plan
+from lowvram.planning.plan import Plan
 from lowvram.report import Report, table
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.denoise import State

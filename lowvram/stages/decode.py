@@ -13,8 +13,8 @@ from lowvram.job import Job
 from lowvram.model import Model
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_clip import Piece
-from lowvram.models.vae_tiles import Span
-from lowvram.planner import decoder_group
+from lowvram.models.vae_tiles import Span, Tiling
+from lowvram.planning.decode import decoder_group
 from lowvram.stages.run import Run
 from lowvram.stages.shelf import Shelf
 from lowvram.stages.weights import Dense
@@ -27,7 +27,8 @@ def decode(run: Run, model: Model, job: Job, latent: Tensor) -> Iterator[Pixels]
 
     Values are clamped to -1..1 and truncated like upstream: floor(255 * (x + 1) / 2).
     """
-    spec, tiling, dtype = model.spec.vae, run.plan.tiling, run.plan.dtype
+    spec, dtype = model.spec.vae, run.plan.dtype
+    tiling = run.plan.stage("decode").tiling or Tiling()
     plane, tiles = (latent.shape[2], latent.shape[3]), tiling.rows * tiling.columns
     with run.stage("decode") as (stack, traffic):
         params = stack.enter_context(run.loaded("vae", decoder_group(model), traffic))

@@ -16,7 +16,7 @@ from lowvram.models import dit
 from lowvram.offload.placement import BlockId
 from lowvram.offload.slab import BlockLayout
 from lowvram.offload.stream import BlockStream, Views
-from lowvram.planner import layouts_of, step_visits, visiting_order
+from lowvram.planning.visits import layouts_of, step_visits, visiting_order
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM, DitSpec
 from lowvram.sampling import guidance, solvers

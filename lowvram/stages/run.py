@@ -17,7 +17,7 @@ from lowvram.offload.io import FileReader
 from lowvram.offload.placement import Placement
 from lowvram.offload.slab import build_layout
 from lowvram.offload.stream import BlockStream
-from lowvram.planner import Plan
+from lowvram.planning.plan import Plan
 from lowvram.quant.linear import Params
 from lowvram.report import StageReport
 from lowvram.stages.weights import to_params

@@ -8,7 +8,8 @@ from torch import Tensor
 from lowvram.model import Group, Model
 from lowvram.models import umt5
 from lowvram.offload.stream import BlockStream
-from lowvram.planner import layouts_of, text_groups
+from lowvram.planning.text import text_groups
+from lowvram.planning.visits import all_on_disk, layouts_of
 from lowvram.quant.rows import gather_rows
 from lowvram.stages.run import Run
 from lowvram.stages.weights import to_params
@@ -27,7 +28,9 @@ def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
         buckets = [umt5.relative_buckets(len(i), device) for i in ids]
         layouts = layouts_of(groups, "text")
         stream = stack.enter_context(
-            BlockStream(layouts, run.plan.text, run.device, run.open_reader, list(layouts), clock=run.clock)
+            BlockStream(
+                layouts, all_on_disk(layouts), run.device, run.open_reader, list(layouts), clock=run.clock
+            )
         )
         for (_, n), views in stream:
             p = to_params(groups[f"blocks.{n}"], views)

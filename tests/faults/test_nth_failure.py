@@ -16,7 +16,7 @@ from lowvram.offload.budget import Ledger
 from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.faults import FaultKind, FaultPlan, Faults
 from lowvram.offload.io import FileReader
-from lowvram.planner import Plan
+from lowvram.planning.plan import Plan
 from lowvram.stages import decode, denoise, text
 from lowvram.stages.run import Run
 

@@ -13,7 +13,9 @@ from lowvram.model import imagined_model
 from lowvram.models import dit
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.estimate import track
-from lowvram.planner import Lean, Plan, make_plan, visiting_order
+from lowvram.planning.choose import make_plan
+from lowvram.planning.plan import Lean, Plan
+from lowvram.planning.visits import visiting_order
 from lowvram.quant.linear import Branch, Params
 from lowvram.quant.spec import HEAD_DIM, DitSpec
 from lowvram.sampling.presets import model_preset

@@ -18,7 +18,7 @@ from lowvram.errors import BudgetError
 from lowvram.offload.budget import Claim, Ledger
 from lowvram.offload.device import Device
 from lowvram.offload.placement import Placement, Where, plan_traffic
-from lowvram.planner import layouts_of, visiting_order
+from lowvram.planning.visits import layouts_of, visiting_order
 
 PROMPT = "a red circle moves left on a black background"
 SETTINGS: dict[str, Any] = {"seed": 5, "steps": 6, "shift": 3.0}

@@ -19,7 +19,7 @@ from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger, allocated_size, exact_size, segment_size
 from lowvram.offload.device import CpuDevice
 from lowvram.offload.estimate import track
-from lowvram.planner import decoder_group
+from lowvram.planning.decode import decoder_group
 from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, VaeSpec
 from lowvram.sampling.presets import model_preset
@@ -161,7 +161,10 @@ def frames_of(tiny_model: Path, tiling: Tiling | None) -> tuple[np.ndarray, Ledg
     plan = pipeline.plan_job(job)
     latent: Tensor = torch.randn(16, 2, 18, 16, generator=torch.Generator().manual_seed(2))
     device = CpuDevice(GB, ram=Ledger(2 * GB, "RAM"))
-    run = Run(device, plan if tiling is None else replace(plan, tiling=tiling))
+    if tiling is not None:
+        stages = tuple(replace(s, tiling=tiling) if s.name == "decode" else s for s in plan.stages)
+        plan = replace(plan, stages=stages)
+    run = Run(device, plan)
     clip = np.concatenate(list(decode.decode(run, pipeline.model, job, latent)))
     assert device.ledger.used == device.ram.used == 0
     assert clip.shape == (5, 144, 128, 3)

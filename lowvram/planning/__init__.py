@@ -1,0 +1,12 @@
+"""Job + model + budget + machine -> Plan: what will be claimed, moved and waited for, before anything is loaded.
+
+Every large buffer is a named claim, made here and taken by the stages under the same name. What the networks
+allocate besides comes from running their own code on fake tensors (`lowvram.footprint`).
+
+    plan      the nouns: Plan, StagePlan, Lean
+    facts     what does not depend on the budget
+    visits    the blocks of a network and the order in which a job visits them
+    text, prepare, denoise, decode    one stage each
+    choose    `make_plan`: the most that fits
+    words     a choice, an advice, a refusal
+"""

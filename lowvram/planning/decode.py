@@ -1,0 +1,50 @@
+"""The decode stage: the decoder is loaded whole, its plane cut as little as the budget asks for."""
+
+from __future__ import annotations
+
+from lowvram.model import Group, Model
+from lowvram.models import vae
+from lowvram.offload.budget import Budget
+from lowvram.offload.slab import build_layout
+from lowvram.planning.facts import Facts
+from lowvram.planning.plan import StagePlan
+from lowvram.quant.spec import numel
+from lowvram.tiling import Decoding, Decodings
+
+WRITER_FRAMES = 16
+"""Frames the video encoder may hold."""
+
+
+def decoder_group(model: Model) -> Group:
+    """The half of the VAE that makes pictures."""
+    return Group(tuple(ref for name, ref in model.vae.items() if name.startswith(vae.DECODER)), {})
+
+
+def plan_decode(facts: Facts, budget: Budget) -> StagePlan:
+    """The fastest tiling that fits; the smallest, too large for the budget, if none does."""
+    job, machine, spec = facts.job, facts.machine, facts.spec.vae
+    group = decoder_group(facts.model)
+    frame = 3 * job.width * job.height
+    nbytes = build_layout(group.refs).nbytes
+    device = facts.context | {"vae weights": facts.footprint(nbytes)}
+    host = facts.host({"ring 0": nbytes, "frames": WRITER_FRAMES * frame})
+    # 2.1: 31 TFLOP per latent at 1280x720 (wan-models 6.6); other widths and sizes in proportion
+    flops = 31.1e12 * numel(facts.latent[1:]) / (90 * 160) * (spec.decoder_base / 96) ** 2
+
+    def seconds(decoding: Decoding) -> float:
+        return decoding.work * flops / machine.matmul + 2 * decoding.moved / machine.link
+
+    ways = Decodings(spec, group, facts.latent, frame, facts.dtype, facts.footprint)
+    found = ways.choose(budget.vram - sum(device.values()), budget.ram - sum(host.values()), seconds)
+    host["frames"] += found.frames
+    return StagePlan(
+        "decode",
+        job.frames,
+        device | {"vae histories": found.slab, "vae scratch": found.scratch},
+        host | {k: n for k, n in (("vae middle", found.waiting), ("ram histories", found.shelf)) if n},
+        nbytes,
+        nbytes + found.moved,
+        nbytes / machine.disk + seconds(found),
+        {"decode": found.explain()},
+        found.tiling,
+    )

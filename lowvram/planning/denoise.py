@@ -1,0 +1,149 @@
+"""The denoise stage: a ladder of ways to run the forward, and blocks placed in what memory a way leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lowvram import footprint
+from lowvram.offload.budget import allocated_size
+from lowvram.offload.placement import BlockId, Placement, Where, plan_traffic, spread
+from lowvram.planning.facts import Facts
+from lowvram.planning.plan import Lean, StagePlan
+from lowvram.planning.prepare import kept_claims
+from lowvram.planning.visits import visiting_order
+from lowvram.quant.spec import HEAD_DIM, numel
+from lowvram.sampling.guidance import needs_uncond
+from lowvram.sampling.solvers import kept_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One way to run the forward, and what it takes whatever the placement."""
+
+    lean: Lean
+    claims: dict[str, int]
+    """Device memory that does not move."""
+    order: tuple[BlockId, ...]
+    """Visits of the whole job."""
+    compute: float
+    """Seconds of all steps, if nothing is waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much of the memory goes to blocks."""
+
+    slots: int
+    ring: int = 1
+    residents: int = 0
+    """Of each expert."""
+    in_ram: int = 0
+    """Of each expert."""
+
+
+def ladder(facts: Facts) -> Iterator[Rung]:
+    """Ways to run the forward, each slower and smaller than the one before."""
+    known: dict[tuple[int, int], int] = {}
+    for lean in _leans(facts):
+        key = lean.group, lean.chunk
+        if key not in known:
+            known[key] = _scratch(facts, lean)
+        order = visiting_order(facts.job, facts.spec, lean.together)
+        yield Rung(lean, _claims(facts, lean, known[key]), tuple(order), _compute(facts, lean))
+
+
+def _leans(facts: Facts) -> list[Lean]:
+    heads = facts.spec.dit.heads
+    groups = [g for g in (8, 4, 2, 1) if g < heads and heads % g == 0]
+    shared = [Lean()] + ([Lean(together=False)] if facts.passes == 2 else [])
+    together = facts.passes == 1
+    tightest = [Lean(together, groups[-1], chunk) for chunk in (2048, 1024)] if groups else []
+    return shared + [Lean(together, g) for g in groups] + tightest
+
+
+def _scratch(facts: Facts, lean: Lean) -> int:
+    """Transient bytes of a block or of the head, whichever takes more."""
+    spec, tokens = facts.spec.dit, facts.tokens
+    block = footprint.block_scratch(
+        spec,
+        facts.first_expert["blocks.0"],
+        tokens,
+        tokens // facts.latent[1] if facts.time_rows > 1 else 0,
+        max(facts.lengths),
+        facts.dtype,
+        group=lean.group,
+        chunk=lean.chunk,
+    )
+    outer = facts.first_expert["outer"]
+    head = footprint.head_scratch(spec, outer, facts.grid, facts.dtype, chunk=lean.chunk)
+    return max(block, head + _latent_bytes(facts))
+
+
+def _latent_bytes(facts: Facts) -> int:
+    return allocated_size(4 * numel(facts.latent))
+
+
+def _claims(facts: Facts, lean: Lean, scratch: int) -> dict[str, int]:
+    spec, tokens, width = facts.spec.dit, facts.tokens, facts.dtype.itemsize
+    stream = allocated_size(tokens * spec.dim * width)
+    heads = allocated_size(tokens * (lean.group or spec.heads) * HEAD_DIM * width)
+    latents = 3 + facts.passes + kept_tensors(facts.job.schedule.solver)
+    claims = {
+        "residual": (facts.passes if lean.together else 1) * stream,
+        "keys": heads,
+        "values": heads,
+        "rotary table": allocated_size(4 * tokens * HEAD_DIM),
+        "latents": latents * _latent_bytes(facts),
+        "scratch": scratch,
+    }
+    return kept_claims(facts) | claims | ({"attention output": stream} if lean.group else {})
+
+
+def _compute(facts: Facts, lean: Lean) -> float:
+    """Linears on tokens, text keys and values, both attentions (wan-models 1.8); every layer, step and pass."""
+    spec, t = facts.spec.dit, facts.tokens
+    d, f, n = spec.dim, spec.ffn, spec.text_len
+    linears: float = 2 * t * (6 * d * d + 2 * d * f) + 4 * n * d * d
+    attention = 4 * t * t * d + 4 * t * n * d
+    if lean.group:  # q and k are projected twice
+        linears += 4 * t * d * d
+    evaluations = sum(1 + needs_uncond(g) for g in facts.job.schedule.guidance)
+    machine = facts.machine
+    return evaluations * spec.layers * (linears / machine.matmul + attention / machine.attention)
+
+
+def place(facts: Facts, room: Room) -> Placement:
+    """Residents, and of the others those held in RAM, spread evenly over the depth of every expert."""
+    where: dict[BlockId, Where] = {}
+    depth = facts.spec.dit.layers
+    fixed = spread(depth, room.residents)
+    moving = [n for n in range(depth) if n not in fixed]
+    held = {moving[i] for i in spread(len(moving), min(room.in_ram, len(moving)))}
+    for expert in facts.groups:
+        for n in range(depth):
+            where[expert, n] = "resident" if n in fixed else "ram" if n in held else "disk"
+    return Placement(where, slots=room.slots, ring=room.ring)
+
+
+def plan_denoise(facts: Facts, rung: Rung, room: Room) -> StagePlan:
+    """The stage on this rung with blocks placed in this room."""
+    machine, layouts, placement = facts.machine, facts.layouts, place(facts, room)
+    traffic = plan_traffic(layouts, placement, rung.order)
+    disk = sum(layouts[load.block].nbytes for load in traffic.loads)
+    moved = [block for block in rung.order if placement.where[block] != "resident"]
+    h2d = sum(layouts[b].nbytes for b in moved) + sum(
+        layout.nbytes for b, layout in layouts.items() if placement.where[b] == "resident"
+    )
+    copies = h2d / machine.link
+    # one slot leaves nothing to overlap with
+    seconds = rung.compute + copies if room.slots == 1 else max(rung.compute, copies)
+    return StagePlan(
+        "denoise",
+        len(facts.job.schedule),
+        facts.context | rung.claims | traffic.device_claims(facts.footprint),
+        facts.host(traffic.host_claims()),
+        disk,
+        h2d,
+        max(seconds, disk / machine.disk),
+    )

@@ -1,0 +1,107 @@
+"""What a plan knows before it is asked for a budget: sizes, counts and layouts, gathered once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lowvram.job import Job
+from lowvram.machine import Machine
+from lowvram.model import Group, Model
+from lowvram.offload.budget import segment_size
+from lowvram.offload.placement import BlockId
+from lowvram.offload.slab import BlockLayout
+from lowvram.planning.visits import layouts_of
+from lowvram.quant.spec import ModelSpec, numel
+from lowvram.sampling.guidance import needs_uncond
+from lowvram.tokenizer import tokenize
+
+PROGRAM_RAM = 700_000_000
+"""Host memory of the interpreter with torch and the media libraries; bounds what was seen with torch 2.13."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One job on one model and machine. Sizes in bytes unless they say otherwise."""
+
+    job: Job
+    model: Model
+    machine: Machine
+    dtype: torch.dtype
+    """What the networks compute in."""
+    latent: tuple[int, int, int, int]
+    """[C, F, H, W]"""
+    lengths: tuple[int, ...]
+    """Tokens of every prompt: one, or two if any step guides."""
+    groups: Mapping[str, Mapping[str, Group]]
+    """Tensors by expert and block."""
+    layouts: Mapping[BlockId, BlockLayout]
+    """Of all transformer blocks."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along frames, rows and columns."""
+        return self.latent[1], self.latent[2] // 2, self.latent[3] // 2
+
+    @property
+    def tokens(self) -> int:
+        return numel(self.grid)
+
+    @property
+    def passes(self) -> int:
+        """Residual streams of a guided step."""
+        return len(self.lengths)
+
+    @property
+    def time_rows(self) -> int:
+        """Rows of a time embedding: one per latent frame where frames may differ in noise."""
+        return self.latent[1] if self.spec.variant == "ti2v" else 1
+
+    @property
+    def first_expert(self) -> Mapping[str, Group]:
+        """Stands for all: experts have the same shapes."""
+        return next(iter(self.groups.values()))
+
+    @property
+    def context(self) -> dict[str, int]:
+        """The claim of the device's own needs, if it has any."""
+        return {"cuda context": self.machine.context} if self.machine.context else {}
+
+    def footprint(self, nbytes: int) -> int:
+        """What the device gives up for a long-lived buffer."""
+        return segment_size(nbytes) if self.machine.kind == "cuda" else nbytes
+
+    def host(self, claims: Mapping[str, int]) -> dict[str, int]:
+        """Host claims of a stage, the program's own included."""
+        return {"program": PROGRAM_RAM} | dict(claims)
+
+
+def gather(job: Job, model: Model, machine: Machine) -> Facts:
+    """The facts of a job. Nothing is read but the tokenizer."""
+    groups = {e: t.groups() for e, t in model.transformers.items()}
+    layouts: dict[BlockId, BlockLayout] = {}
+    for expert, found in groups.items():
+        layouts |= layouts_of(found, expert)
+    return Facts(
+        job,
+        model,
+        machine,
+        torch.bfloat16 if machine.kind == "cuda" else torch.float32,
+        model.spec.latent_shape(job.width, job.height, job.frames),
+        _prompt_lengths(job, model, 1 + any(needs_uncond(g) for g in job.schedule.guidance)),
+        groups,
+        layouts,
+    )
+
+
+def _prompt_lengths(job: Job, model: Model, passes: int) -> tuple[int, ...]:
+    """Tokens of each prompt of the job; the most that are possible where there is no tokenizer to count them."""
+    if model.tokenizer is None:
+        return (model.spec.dit.text_len,) * passes
+    return tuple(len(ids) for ids in tokenize(model, [job.prompt, job.negative][:passes]))

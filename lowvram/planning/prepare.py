@@ -1,0 +1,51 @@
+"""The stage before the first step: everything outside the blocks is used once, then only its results are kept."""
+
+from __future__ import annotations
+
+from lowvram import footprint
+from lowvram.offload.budget import Budget, allocated_size
+from lowvram.offload.slab import build_layout
+from lowvram.planning.facts import Facts
+from lowvram.planning.plan import StagePlan
+
+
+def plan_prepare(facts: Facts, budget: Budget) -> StagePlan:
+    """Time rows and text contexts, made expert by expert."""
+    sizes = [build_layout(groups["outer"].refs).nbytes for groups in facts.groups.values()]
+    steps = max(facts.job.schedule.experts.count(e) for e in range(len(facts.groups)))
+    one = sum(n for name, n in kept_claims(facts, experts=1, steps=steps).items() if name != "texts")
+    peak = footprint.prepare_scratch(
+        facts.spec.dit, facts.first_expert["outer"], facts.lengths, steps, facts.time_rows, facts.dtype
+    )
+    claims = {"outer weights": facts.footprint(max(sizes)), "outer scratch": max(0, peak - one)}
+    nbytes = sum(sizes)
+    return StagePlan(
+        "prepare",
+        len(facts.groups),
+        facts.context | claims | kept_claims(facts),
+        facts.host({"ring 0": max(sizes)}),
+        nbytes,
+        nbytes,
+        nbytes / min(facts.machine.disk, facts.machine.link),
+    )
+
+
+def kept_claims(facts: Facts, experts: int = 0, steps: int = 0) -> dict[str, int]:
+    """What the preparation leaves behind for the steps; of one expert with so many steps, or of all."""
+    spec, width = facts.spec.dit, facts.dtype.itemsize
+    experts, steps = experts or len(facts.groups), steps or len(facts.job.schedule)
+    rows = [footprint.context_rows(spec, n) for n in facts.lengths]
+    contexts = sum(allocated_size(n * spec.dim * width) + allocated_size(4 * n) for n in rows)
+    time = allocated_size(4 * spec.dim * facts.time_rows) + allocated_size(24 * spec.dim * facts.time_rows)
+    ends = sum(
+        allocated_size(r.nbytes)
+        for r in facts.first_expert["outer"].refs
+        if r.name.startswith(("patch_embedding.", "head."))
+    )
+    texts = sum(allocated_size(n * spec.text_dim * width) for n in facts.lengths)
+    return {
+        "texts": texts,
+        "contexts": experts * contexts,
+        "time rows": steps * time,
+        "ends": experts * ends,
+    }

@@ -1,0 +1,53 @@
+"""The text stage: the encoder's layers pass once, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lowvram import footprint
+from lowvram.model import Group, Model
+from lowvram.offload.budget import Budget, allocated_size
+from lowvram.offload.placement import plan_traffic
+from lowvram.planning.facts import Facts
+from lowvram.planning.plan import StagePlan
+from lowvram.planning.visits import all_on_disk, layouts_of
+from lowvram.quant.spec import numel
+
+
+def text_groups(model: Model) -> dict[str, Group]:
+    """The text encoder's layers and what is outside of them, grouped like a transformer's."""
+    groups: dict[str, list[Any]] = {}
+    for name, ref in model.text.items():
+        key, inner = (
+            (".".join(name.split(".", 2)[:2]), name.split(".", 2)[2])
+            if name.startswith("blocks.")
+            else ("outer", name)
+        )
+        groups.setdefault(key, []).append(replace(ref, name=inner))
+    return {key: Group(tuple(refs), {}) for key, refs in groups.items()}
+
+
+def plan_text(facts: Facts, budget: Budget) -> StagePlan:
+    """One slot, one ring buffer, the rows of every prompt."""
+    spec, lengths = facts.spec.text, facts.lengths
+    groups = text_groups(facts.model)
+    layouts = layouts_of(groups, "text")
+    scratch = footprint.text_scratch(spec, groups["blocks.0"], max(lengths), facts.dtype)
+    traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
+    claims = traffic.device_claims(facts.footprint) | {
+        "text rows": 2 * sum(allocated_size(n * spec.dim * facts.dtype.itemsize) for n in lengths),
+        "text scratch": scratch,
+    }
+    nbytes = sum(layout.nbytes for layout in layouts.values())
+    flops = 2 * sum(lengths) * sum(numel(s) for s in spec.layer_shapes().values()) * spec.layers
+    machine = facts.machine
+    return StagePlan(
+        "text",
+        spec.layers,
+        facts.context | claims,
+        facts.host(traffic.host_claims()),
+        nbytes,
+        nbytes,
+        max(flops / machine.matmul, nbytes / machine.link, nbytes / machine.disk),
+    )

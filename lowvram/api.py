@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowvram import __version__, discovery
+from lowvram import __version__, discovery, fewstep
 from lowvram.errors import UsageError
 from lowvram.job import Job, LoraChoice, describe, make_job
 from lowvram.machine import Machine, machine_profile, this_machine
@@ -35,7 +35,7 @@ from lowvram.planning.plan import Plan
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.report import Report
 from lowvram.sampling.guidance import needs_uncond
-from lowvram.sampling.presets import model_preset
+from lowvram.sampling.presets import few_step, model_preset
 from lowvram.stages import decode, denoise, text
 from lowvram.stages.denoise import State
 from lowvram.stages.run import Listener, Run, Silent
@@ -111,15 +111,17 @@ class Pipeline:
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Why these files, of the parts that were chosen among others."""
 
-    def job(self, prompt: str = "", **settings: Any) -> Job:
-        """A job on this model; `settings` are those of `lowvram.job.make_job`."""
-        return make_job(
-            self.model.spec,
-            model=self.model.name,
-            files=self.files,
-            prompt=prompt,
-            **_with_preset_loras(self, settings),
-        )
+    def job(self, prompt: str = "", *, force: bool = False, **settings: Any) -> Job:
+        """A job on this model; `settings` are those of `lowvram.job.make_job`.
+
+        The few-step preset is that of the files, where they are known and nothing of the schedule is set. UsageError if
+        settings and files contradict each other (see `lowvram.fewstep`), unless `force`.
+        """
+        settings = fewstep.with_preset(_with_preset_loras(self, settings), self.files)
+        job = make_job(self.model.spec, model=self.model.name, files=self.files, prompt=prompt, **settings)
+        if not force:
+            fewstep.check(job, self.model.spec)
+        return job
 
     def plan(self, prompt: str = "", **settings: Any) -> Plan:
         """What the job would claim, move and take."""
@@ -202,6 +204,7 @@ def plan_without_files(
     vram: str | int | None,
     ram: str | int | None,
     prompt: str = "",
+    force: bool = False,
     **settings: Any,
 ) -> Plan:
     """A plan for a known model whose files are not here, on a machine that may not be here either."""
@@ -209,22 +212,22 @@ def plan_without_files(
     encoding_by_name(weights or DEFAULT_WEIGHTS)
     where = machine_profile(machine) if machine else this_machine()
     job = make_job(spec, model=name, files={}, prompt=prompt, **settings)
+    if not force:
+        fewstep.check(job, spec)
     return make_plan(
         job, imagined_model(name, spec, weights or DEFAULT_WEIGHTS), _budget(vram, ram, where), where
     )
 
 
 def _with_preset_loras(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:
-    """The embedded model's own few-step LoRAs come with its preset."""
+    """A preset brings its LoRAs: those that ship inside, or those that are on this machine."""
     preset = settings.get("preset")
     if preset is None or settings.get("loras"):
         return settings
-    found = []
-    for expert in pipe.model.transformers:
-        path = discovery.lora_path(pipe.model.name, preset, expert)
-        if path is not None:
-            found.append(LoraChoice(path=str(path), expert=expert))
-    return settings | {"loras": tuple(found)}
+    paths = discovery.preset_loras(pipe.model.name, pipe.model.spec, pipe.files, preset)
+    strength = few_step(preset).strength
+    loras = tuple(LoraChoice(path=path, expert=expert, strength=strength) for expert, path in paths.items())
+    return settings | {"loras": loras}
 
 
 def check_device(device: str | None) -> None:

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from lowvram.errors import FileError, UsageError
 from lowvram.library.cache import cache_file, load_cache, save_cache
-from lowvram.library.choose import choose, missing_error, possible_models
+from lowvram.library.choose import choose, choose_loras, missing_error, possible_models
 from lowvram.library.naming import expert_of
 from lowvram.library.parts import FLAGS, PARTS
 from lowvram.library.places import Place, given_places, machine_drives, usual_places
 from lowvram.library.scan import Library, scan
 from lowvram.offload.io import FileReader
 from lowvram.quant.spec import ModelSpec
-from lowvram.sampling.presets import load_models, unknown_name
+from lowvram.sampling.presets import few_step, load_models, preset_of_file, unknown_name
 
 _PLACES: Mapping[str, tuple[str, ...]] = {
     "high": ("high_noise_model", "transformer", "high_noise_model.safetensors"),
@@ -173,13 +173,24 @@ def _fits(paths: Mapping[str, str], model: str, library: Library) -> bool:
     )
 
 
-def lora_path(model: str, preset: str, expert: str) -> Path | None:
-    """The LoRA file of `expert` that ships with an embedded model for a few-step preset; None if there is none."""
+def preset_loras(model: str, spec: ModelSpec, files: Mapping[str, str], preset: str) -> dict[str, str]:
+    """The LoRAs of a few-step preset for each transformer, "both" for one that serves them all: those that ship with an
+    embedded model, else those that are on this machine. Empty where there are none, or the transformers are distilled
+    themselves. UsageError if several fit."""
     folder = _embedded(model)
-    if folder is None:
-        return None
-    path = folder / "loras" / f"{preset}-{expert}.safetensors"
-    return path if path.exists() else None
+    if folder is not None:
+        paths = {e: folder / "loras" / f"{preset}-{e}.safetensors" for e in spec.expert_names()}
+        return {expert: str(path) for expert, path in paths.items() if path.exists()}
+    if not few_step(preset).loras or any(preset_of_file(Path(path), "dit") for path in files.values()):
+        return {}
+    names = {
+        name
+        for name, known in load_models().items()
+        if (known.dit, known.experts) == (spec.dit, spec.experts)
+    }
+    if not names & set(few_step(preset).bases):
+        return {}
+    return choose_loras(look().entries, names, spec, preset)
 
 
 def is_embedded(model: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,9 @@ import torch
 
 from lowvram.discovery import default_spec
 from lowvram.errors import FileError, UsageError
+from lowvram.fewstep import acts_on
 from lowvram.job import Job, LoraChoice
+from lowvram.library.naming import expert_of
 from lowvram.library.parts import FLAGS, PART_NAMES
 from lowvram.offload.io import FileReader
 from lowvram.quant.encodings.base import TORCH_DTYPES
@@ -185,26 +186,15 @@ def with_loras(model: Model, choices: tuple[LoraChoice, ...]) -> Model:
 
 
 def _experts_of(choice: LoraChoice, model: Model) -> tuple[str, ...]:
-    """The transformers that a LoRA acts on: those asked for, else the one its name says, else all."""
-    if len(model.transformers) == 1:
-        return tuple(model.transformers)
-    named = named_expert(Path(choice.path).name)
-    if choice.expert == "both":
-        return tuple(model.transformers) if named is None else (named,)
-    if named not in (None, choice.expert):
+    """The transformers that a LoRA acts on; UsageError if its name says another than the one it is given to."""
+    named = expert_of(Path(choice.path)) if len(model.transformers) == 2 else None
+    if choice.expert != "both" and named not in (None, choice.expert):
         raise UsageError(
             f"its name says that it is for the {named}-noise expert, but it is given to the {choice.expert}-noise one",
             where=choice.path,
             advice=f"give it with :{named}, or rename the file if its name is wrong",
         )
-    return (choice.expert,)
-
-
-def named_expert(file_name: str) -> str | None:
-    """ "high" or "low" if the name of a file says for which expert it is, and for one only."""
-    words = set(re.findall(r"[a-z]+", file_name.lower()))
-    found = {e for e in ("high", "low") if {e, f"{e}noise", f"{e[0]}n"} & words}
-    return found.pop() if len(found) == 1 else None
+    return acts_on(choice, model.spec)
 
 
 def _ratios(matched: LoraSet) -> dict[str, float]:

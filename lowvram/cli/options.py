@@ -105,7 +105,7 @@ class JobFlags:
         return {part: path for part, path in given.items() if path}
 
     def settings(self) -> dict[str, Any]:
-        """What `make_job` takes; flags that were not given are left out."""
+        """What `Pipeline.job` takes; flags that were not given are left out."""
         plain = {
             "frames": self.frames,
             "fps": self.fps,
@@ -115,6 +115,7 @@ class JobFlags:
             "solver": self.solver,
             "shift": self.shift,
             "preset": self.preset,
+            "force": self.force or None,
         }
         given = {name: value for name, value in plain.items() if value is not None}
         return (

@@ -6,6 +6,7 @@ that ask for them, so the most exact one is taken. Everything that is taken is t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -34,6 +35,7 @@ _EXACT = (
     "nf4",
 )
 """Encodings from the most exact; others come after."""
+_TASK = re.compile(r"(?<![a-z])(t2v|i2v)")
 _SHOWN = 3
 
 
@@ -99,6 +101,47 @@ def choose(
         # A text encoder that the person gave says for itself, when it is opened, whether it carries one.
         have.add("tokenizer")
     return Chosen(model, parts, tuple(part for part in needed_parts(spec) if part not in have))
+
+
+def choose_loras(
+    entries: Sequence[Entry], models: Iterable[str], spec: ModelSpec, preset: str
+) -> dict[str, str]:
+    """The LoRAs made for a few-step preset, by expert ("both" on one-expert models); empty if an expert has none.
+
+    Text-to-video and image-to-video LoRAs of one preset differ in their names only. UsageError if several fit.
+    """
+    fits = [
+        entry
+        for entry in entries
+        if entry.kind == "lora" and not entry.problem and set(models) & set(entry.models)
+        and _is_lora_of(entry, preset) and _task_of(entry) in (None, spec.variant[:3])
+    ]  # fmt: skip
+    chosen: dict[str, str] = {}
+    for expert in spec.expert_names():
+        mine = _distinct([(e,) for e in fits if spec.experts == 1 or e.expert == expert])
+        if len(mine) > 1:
+            names = "; ".join(PurePath(each[0].path).name for each in mine[:_SHOWN])
+            mark = "" if spec.experts == 1 else f":{expert}"
+            raise UsageError(
+                f"{len(mine)} LoRAs fit --preset {preset}",
+                expected=f"one of {names}",
+                advice=f"choose with --lora {mine[0][0].path}{mark}",
+            )
+        if not mine:
+            return {}
+        chosen["both" if spec.experts == 1 else expert] = mine[0][0].path
+    return chosen
+
+
+def _is_lora_of(entry: Entry, preset: str) -> bool:
+    """Whether a LoRA is of this preset, or of the same training in another number of steps ("lightning-8")."""
+    return entry.preset is not None and entry.preset.rpartition("-")[0] == preset.rpartition("-")[0]
+
+
+def _task_of(entry: Entry) -> str | None:
+    """ "t2v" or "i2v" as the name of a file says."""
+    said = set(_TASK.findall(PurePath(entry.path).name.lower()))
+    return said.pop() if len(said) == 1 else None
 
 
 def possible_models(entries: Sequence[Entry]) -> list[str]:

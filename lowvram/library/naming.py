@@ -7,12 +7,14 @@ High and low experts have the same keys and shapes, and so have Wan 2.1 and 2.2 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
 
 _NOT_NOISE = r"(?![ _.-]?(?:quality|qual|res|resolution|detail|vram|mem|fps|speed|rank|motion|poly))"
 _EXPERT = re.compile(
-    rf"(?:^|[^a-z])(high|low){_NOT_NOISE}(?![a-z])|(high|low)[ _.-]?noise|(?:^|[^a-z])(high|low)(?=q\d)"
+    rf"(?:^|[^a-z])(high|low){_NOT_NOISE}(?![a-z])|(high|low)[ _.-]?noise|(?:^|[^a-z])(high|low)(?=q\d)|(?:^|[^a-z])(h|l)n(?![a-z])"
 )
+_EXPERTS: Mapping[str, str] = {"high": "high", "h": "high", "low": "low", "l": "low"}
 _VERSION = re.compile(r"wan[ _.-]?(?:video)?[ _.-]?v?2[ _.-]?([12])(?!\d)")
 _DIFFUSERS_LOW, _DIFFUSERS_FIRST = "transformer_2", "transformer"
 
@@ -26,7 +28,7 @@ _OTHERS = re.compile(
 def expert_of(path: PurePath) -> str | None:
     """ "high" or "low" as the file's name, or else the folder it lies in, says; None if neither does or both do."""
     for name in (path.name, path.parent.name, path.parent.parent.name):
-        said = {next(filter(None, match)) for match in _EXPERT.findall(name.lower())}
+        said = {_EXPERTS[next(filter(None, match))] for match in _EXPERT.findall(name.lower())}
         if said:
             return said.pop() if len(said) == 1 else None
     return "low" if path.parent.name == _DIFFUSERS_LOW else None

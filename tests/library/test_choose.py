@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from lowvram.discovery import find
+from lowvram.discovery import find, look
 from lowvram.errors import FileError, UsageError
+from lowvram.library.choose import choose_loras
 from lowvram.library.naming import expert_of
 from lowvram.sampling.presets import model_preset, preset_of_file
 
@@ -118,6 +119,24 @@ def test_a_folder_of_several_models_asks_which(owned: Any, files: Any, sparse: C
     assert "--models-dir" in caught.value.advice
 
 
+def test_a_preset_brings_the_loras_that_are_here(owned: Any, files: Any, sparse: Callable[..., Path]) -> None:
+    entries = look().entries
+    names = {"wan2.2-t2v-a14b"}
+    chosen = choose_loras(entries, names, T2V, "lightning-4")
+    assert {expert: Path(path).name for expert, path in chosen.items()} == {
+        expert: f"wan2.2_t2v_lightx2v_4steps_lora_v1.1_{expert}_noise.safetensors"
+        for expert in ("high", "low")
+    }
+    assert choose_loras(entries, names, T2V, "lightning-8") == chosen
+    assert choose_loras(entries, names, T2V, "lightx2v-2.2-4") == {}
+    assert choose_loras(entries, {"wan2.2-i2v-a14b"}, model_preset("wan2.2-i2v-a14b"), "lightning-4") == {}
+    sparse(
+        owned.comfy / "loras" / "Wan22_A14B_T2V_HIGH_Lightning_4steps.safetensors", files["lora"](T2V.dit, 32)
+    )
+    with pytest.raises(UsageError, match="2 LoRAs fit --preset lightning-4"):
+        choose_loras(look().entries, names, T2V, "lightning-4")
+
+
 @pytest.mark.parametrize(
     ("name", "expert"),
     [
@@ -131,6 +150,9 @@ def test_a_folder_of_several_models_asks_which(owned: Any, files: Any, sparse: C
         ("wan2.1_t2v_14B_high_quality.safetensors", None),
         ("wan_flow_lowvram.safetensors", None),
         ("wan_high_and_low.safetensors", None),
+        ("wan22_HN_style.safetensors", "high"),
+        ("highway_at_night.safetensors", None),
+        ("slow_motion.safetensors", None),
         ("model.safetensors", None),
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowvram import Pipeline, Runtime
 from lowvram.errors import FileError, UsageError
 from lowvram.job import LoraChoice
-from lowvram.model import named_expert, with_loras
+from lowvram.model import with_loras
 from lowvram.quant.linear import Dora
 from lowvram.sampling.presets import model_preset
 
@@ -138,22 +138,6 @@ def test_dora_with_the_norms_of_the_base_changes_nothing() -> None:
     w, zero = noise((6, 4), 1), torch.zeros(6, 4)
     assert torch.allclose(Dora(w.norm(dim=1, keepdim=True), 1.0, True).apply(w, zero.clone()), w, atol=1e-6)
     assert torch.allclose(Dora(w.norm(dim=0, keepdim=True), 0.5, False).apply(w, zero.clone()), w, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "expert"),
-    [
-        ("high_noise_model.safetensors", "high"),
-        ("Wan2.2-Lightning_T2V-A14B-4steps-lora_LOW_fp16.safetensors", "low"),
-        ("wan22_HN_style.safetensors", "high"),
-        ("highway_at_night.safetensors", None),
-        ("slow_motion.safetensors", None),
-        ("high_and_low.safetensors", None),
-        ("style.safetensors", None),
-    ],
-)
-def test_the_name_of_a_file_may_say_its_expert(name: str, expert: str | None) -> None:
-    assert named_expert(name) == expert
 
 
 def test_a_lora_goes_to_the_expert_its_name_says_and_to_no_other(

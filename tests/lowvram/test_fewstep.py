@@ -1,0 +1,149 @@
+"""Few-step presets against their published numbers, and every set of files and settings that contradicts itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lowvram.errors import UsageError
+from lowvram.fewstep import check, with_preset
+from lowvram.job import Job, LoraChoice, make_job
+from lowvram.sampling.presets import few_step, load_few_step, model_preset
+from lowvram.sampling.schedules import few_step_schedule
+
+GRID_4 = (1000.0, 937.5, 833.333, 625.0)
+TABLE: dict[str, tuple[tuple[float, ...], str, str, tuple[int, ...]]] = {
+    # preset: times (wan-models 4), step rule, base, expert of each step
+    "lightning-4": (GRID_4, "euler", "wan2.2-t2v-a14b", (0, 0, 1, 1)),
+    "lightning-6": ((1000, 961.54, 909.09, 833.33, 714.29, 500), "euler", "wan2.2-i2v-a14b", (0, 0, 0, 1, 1, 1)),
+    "lightning-8": ((1000, 972.22, 937.5, 892.86, 833.33, 750, 625, 416.67), "euler", "wan2.2-t2v-a14b",
+                    (0, 0, 0, 0, 1, 1, 1, 1)),
+    "lightx2v-2.2-4": (GRID_4, "euler", "wan2.2-i2v-a14b", (0, 0, 1, 1)),
+    "lightx2v-2.1-4": (GRID_4, "euler", "wan2.1-t2v-14b", (0, 0, 0, 0)),
+    "lightx2v-flf2v-4": ((1000, 979.6, 941.2, 842.1), "euler", "wan2.2-i2v-a14b", (0, 0, 1, 1)),
+    "nvfp4-sparse-t2v-4": (GRID_4, "euler", "wan2.2-t2v-a14b", (0, 0, 1, 1)),
+    "nvfp4-sparse-i2v-4": ((1000, 954.5, 875, 700), "euler", "wan2.2-i2v-a14b", (0, 0, 1, 1)),
+    "fastwan-5b-3": ((1000, 757, 522), "renoise", "wan2.2-ti2v-5b", (0, 0, 0)),
+    "fastwan-2.1-3": ((1000, 757, 522), "renoise", "wan2.1-t2v-1.3b", (0, 0, 0)),
+    "rcm-t2v-4": ((987.65, 933.78, 852.90, 608.98), "renoise", "wan2.1-t2v-14b", (0, 0, 0, 0)),
+    "rcm-i2v-4": ((995.02, 933.78, 852.90, 608.98), "euler", "wan2.2-i2v-a14b", (0, 0, 1, 1)),
+    "causvid-9": ((999, 934, 862, 756, 603, 410, 250, 140, 74), "euler", "wan2.1-t2v-14b", (0,) * 9),
+    "causvid-1.3b-4": ((1000, 750, 500, 250), "renoise", "wan2.1-t2v-1.3b", (0,) * 4),
+    "accvid-10": ((1000, 977.9, 951.5, 919.5, 879.7, 829.0, 762.3, 670.5, 536.1, 320.5), "euler", "wan2.1-t2v-14b",
+                  (0,) * 10),
+}  # fmt: skip
+SCALED_NOISE = {"rcm-t2v-4", "rcm-i2v-4"}
+
+
+def test_every_preset_is_in_the_table() -> None:
+    assert TABLE.keys() == load_few_step().keys()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_preset_is_what_was_published(name: str) -> None:
+    times, solver, base, experts = TABLE[name]
+    preset, model = few_step(name), model_preset(base)
+    schedule = few_step_schedule(preset, experts=model.experts, boundary=model.boundary)
+    assert base in preset.bases
+    assert schedule.timesteps == pytest.approx(times, abs=0.06)
+    assert [1000 * s for s in schedule.sigmas[:-1]] == pytest.approx(times, abs=0.5)
+    assert (schedule.solver, schedule.experts) == (solver, experts)
+    assert set(schedule.guidance) == {1.0}
+    assert schedule.noise_scale == (schedule.sigmas[0] if name in SCALED_NOISE else 1.0)
+
+
+T2V = model_preset("wan2.2-t2v-a14b")
+BASE = {
+    "high": "/m/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+    "low": "/m/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
+}
+HIGH = LoraChoice(path="/l/wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors", expert="high")
+LOW = LoraChoice(path="/l/wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors", expert="low")
+MINE = LoraChoice(path="/l/mine.safetensors")
+
+
+def job(files: dict[str, str] = BASE, model: str = "wan2.2-t2v-a14b", **settings: Any) -> Job:
+    return make_job(model_preset(model), model=model, files=files, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loras": (MINE,), "steps": 30},
+        {"preset": "lightning-4", "loras": (HIGH, LOW)},
+        {"preset": "lightning-8", "loras": (HIGH, LOW, MINE)},
+        {"preset": "lightning-4", "loras": (MINE,)},
+        {"loras": (LOW,), "steps": 8, "solver": "euler", "shift": 5.0, "guidance": (3.5, 1.0)},
+        {"loras": (HIGH, LOW), "steps": 6, "solver": "euler", "guidance": (1.0, 1.0)},
+    ],
+)
+def test_sets_that_go_together_pass(settings: dict[str, Any]) -> None:
+    check(job(**settings), T2V)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"loras": (HIGH, LOW), "steps": 20, "guidance": (1.0, 1.0)}, "20 steps with a file made for 4"),
+        ({"loras": (HIGH, LOW), "steps": 8, "guidance": (4.0, 3.0)}, "guidance 4 on a transformer"),
+        (
+            {"preset": "lightning-4", "loras": (HIGH, LOW), "guidance": (1.0, 3.0)},
+            "guidance 3 on a transformer",
+        ),
+        ({"preset": "lightning-4"}, "no LoRA on the high and the low-noise expert"),
+        ({"preset": "lightning-4", "loras": (HIGH,)}, "no LoRA on the low-noise expert"),
+        ({"preset": "fastwan-5b-3"}, "made for wan2.2-ti2v-5b, not for wan2.2-t2v-a14b"),
+        ({"preset": "nvfp4-sparse-t2v-4"}, "dynamic block-sparse attention"),
+        (
+            {
+                "loras": (
+                    HIGH,
+                    LoraChoice(path="/l/Wan21_AccVid_T2V_14B_lora_rank32_fp16.safetensors", expert="low"),
+                ),
+                "steps": 8,
+                "guidance": (1.0, 1.0),
+            },
+            "made for accvid-10 and for lightning-4",
+        ),
+        (
+            {
+                "loras": (LoraChoice(path="/l/Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors"),),
+                "steps": 4,
+                "guidance": (1.0, 1.0),
+            },
+            "made for wan2.2-ti2v-5b, not for wan2.2-t2v-a14b",
+        ),
+        (
+            {
+                "files": {
+                    "high": "/m/wan2.2_t2v_A14b_high_noise_lightx2v_4step.safetensors",
+                    "low": BASE["low"],
+                },
+                "steps": 40,
+            },
+            "40 steps with a file made for 4",
+        ),
+    ],
+)
+def test_sets_that_contradict_themselves_are_refused_with_the_reason(
+    settings: dict[str, Any], found: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        check(job(**settings), T2V)
+    assert found in caught.value.found, caught.value
+    assert caught.value.advice.endswith("or go on with --force") and str(caught.value).count("\n") <= 2
+
+
+def test_files_that_are_known_bring_their_preset_unless_something_was_set_by_hand() -> None:
+    assert with_preset({"loras": (HIGH, LOW)}, BASE)["preset"] == "lightning-4"
+    assert with_preset({"loras": (MINE,)}, BASE).get("preset") is None
+    assert with_preset({"loras": (HIGH, LOW), "steps": 6}, BASE).get("preset") is None
+    distilled = {"single": "/m/wan2.1_t2v_14b_scaled_fp8_e4m3_lightx2v_4step.safetensors"}
+    assert with_preset({}, distilled)["preset"] == "lightx2v-2.1-4"
+
+
+def test_models_that_nobody_published_are_not_judged() -> None:
+    nano = model_preset("nano")
+    check(make_job(nano, model="nano", files=BASE, preset="lightning-4"), nano)

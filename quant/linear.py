@@ -28,9 +28,9 @@ class Encoded:
     """Logical shape, [out, in] for a Linear."""
     parts: Mapping[str, Tensor]
 
-    def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight as a dense tensor of `shape` in `dtype`, newly allocated unless the parts already are it."""
-        return self.encoding.decode(self.parts, self.shape, dtype)
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight as a dense tensor of `shape` in `dtype`: in `out`, or newly allocated unless the parts are it."""
+        return self.encoding.decode(self.parts, self.shape, dtype, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,10 @@ class Delta:
     strength: float
 
 
+_ALIGNMENT = 256
+"""Bytes between the starts of unpacked weights: what matmul kernels read fastest from."""
+
+
 @dataclass(frozen=True, slots=True)
 class Params:
     """Named parameters of a network or of one of its blocks, with what LoRAs add to them."""
@@ -114,21 +118,17 @@ class Params:
             dense = dense.add(delta.delta.to(wide).view(dense.shape), alpha=delta.strength)
         return dense.to(dtype)
 
-    def linear(self, name: str, x: Tensor, rows: slice | None = None) -> Tensor:
+    def linear(self, name: str, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x: the Linear `name` with its bias and LoRA branches.
 
-        A convolution whose kernel is as large as its stride is a Linear on patches. rows: only these outputs are
-        computed, as if the weight had no others.
+        A convolution whose kernel is as large as its stride is a Linear on patches.
         """
-        keep = slice(None) if rows is None else rows
-        bias = self.dense(f"{name}.bias", x.dtype)[keep] if f"{name}.bias" in self.tensors else None
-        y = functional.linear(x, self._weight(name, x.dtype)[keep], bias)
+        bias = self.dense(f"{name}.bias", x.dtype) if f"{name}.bias" in self.tensors else None
+        y = functional.linear(x, self._weight(name, x.dtype), bias)
         for branch in self.branches.get(name, ()):
             if branch.dora is None:
                 down = functional.linear(x, branch.down.flatten(1).to(x.dtype))
-                y = y.add_(
-                    functional.linear(down, branch.up.flatten(1)[keep].to(x.dtype)), alpha=branch.scale
-                )
+                y = y.add_(functional.linear(down, branch.up.flatten(1).to(x.dtype)), alpha=branch.scale)
         return y
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -140,6 +140,65 @@ class Params:
             change = branch.up.flatten(1).to(torch.float32) @ branch.down.flatten(1).to(torch.float32)
             weight = branch.dora.apply(weight, change.mul_(branch.scale))
         return weight.to(dtype)
+
+    def slices(self, names: Iterable[str], dtype: torch.dtype, rows: slice | None = None) -> Params:
+        """The Linears `names` alone, dense in `dtype`, as if they had only the outputs `rows`.
+
+        For many uses in a row: a weight that is stored otherwise is made once, not at every use.
+        """
+        keep = slice(None) if rows is None else rows
+        tensors: dict[str, Tensor | Encoded] = {}
+        branches: dict[str, tuple[Branch, ...]] = {}
+        for name in names:
+            weight = self._weight(name, dtype)[keep]
+            # A slice of what was just made would keep all of it alive.
+            fresh = rows is not None and self._is_packed(f"{name}.weight", dtype)
+            tensors[f"{name}.weight"] = weight.clone() if fresh else weight
+            if f"{name}.bias" in self.tensors:
+                tensors[f"{name}.bias"] = self.dense(f"{name}.bias", dtype)[keep]
+            branches[name] = tuple(
+                replace(b, up=b.up[keep]) for b in self.branches.get(name, ()) if b.dora is None
+            )
+        return Params(tensors, branches)
+
+    def unpacked_nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of scratch that `unpacked` needs: 0 if every matrix is stored in `dtype`, as it is used."""
+        return sum(_aligned(nbytes) for _, nbytes in self._packed(dtype))
+
+    def unpacked(self, dtype: torch.dtype, scratch: Tensor) -> Params:
+        """The same parameters, every matrix that is stored otherwise made in `dtype` in `scratch`.
+
+        scratch: 1-D uint8 of at least `unpacked_nbytes(dtype)`; whoever used it before must be done with it. A block
+        whose tokens pass in chunks then makes each weight once, not once a chunk; the numbers are the same.
+        """
+        tensors, branches, deltas = dict(self.tensors), dict(self.branches), dict(self.deltas)
+        offset = 0
+        for name, nbytes in self._packed(dtype):
+            value, linear = self.tensors[name], name.removesuffix(".weight")
+            out = scratch[offset : offset + nbytes].view(dtype).view(tuple(value.shape))
+            offset += _aligned(nbytes)
+            if isinstance(value, Encoded) and not self._is_changed(name):
+                tensors[name] = value.decode(dtype, out)
+                continue
+            tensors[name] = out.copy_(self._weight(linear, dtype))
+            deltas.pop(name, None)
+            branches[linear] = tuple(b for b in self.branches.get(linear, ()) if b.dora is None)
+        return Params(tensors, branches, deltas)
+
+    def _packed(self, dtype: torch.dtype) -> Iterable[tuple[str, int]]:
+        """Matrices of Linears that are not stored as they are used, by name, with their bytes in `dtype`."""
+        for name, value in self.tensors.items():
+            if name.endswith(".weight") and len(value.shape) == 2 and self._is_packed(name, dtype):
+                yield name, value.shape[0] * value.shape[1] * dtype.itemsize
+
+    def _is_packed(self, name: str, dtype: torch.dtype) -> bool:
+        value = self.tensors[name]
+        return isinstance(value, Encoded) or value.dtype != dtype or self._is_changed(name)
+
+    def _is_changed(self, name: str) -> bool:
+        """Whether a LoRA changes the weight `name` itself, not only what its Linear gives."""
+        branches = self.branches.get(name.removesuffix(".weight"), ())
+        return name in self.deltas or any(branch.dora is not None for branch in branches)
 
     def copied(self, prefixes: tuple[str, ...]) -> Params:
         """A copy of the parameters whose names start with one of `prefixes`, differences added: it stays when the
@@ -165,3 +224,7 @@ class Params:
     def blocks(self, count: int) -> Iterable[Params]:
         """The scopes `blocks.0.` to `blocks.<count-1>.`."""
         return [self.scope(f"blocks.{n}.") for n in range(count)]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

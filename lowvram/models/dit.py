@@ -75,6 +75,8 @@ class Workspace:
     out: Tensor | None = None
     """[L, dim] where heads are processed in groups: queries, overwritten by what they attend to"""
     chunk: int = CHUNK
+    unpacked: Tensor | None = None
+    """uint8, `Params.unpacked_nbytes`: a block's matrices in the compute dtype; without it each is decoded at every use"""
 
 
 # ---- embeddings
@@ -285,20 +287,23 @@ def _attend_by_group(
     length, width = x.shape[0], work.k.shape[0] * HEAD_DIM
     factor_q = torch.empty(length, 1, dtype=torch.float32, device=x.device)
     factor_k = torch.empty_like(factor_q)
+    whole = p.slices(("self_attn.q", "self_attn.k"), x.dtype)
     for i, j in _chunks(length, work.chunk):
         h = _modulate(x[i:j], mod(0, i, j), mod(1, i, j))
-        factor_q[i:j] = _rms_factor(p.linear("self_attn.q", h))
-        factor_k[i:j] = _rms_factor(p.linear("self_attn.k", h))
+        factor_q[i:j] = _rms_factor(whole.linear("self_attn.q", h))
+        factor_k[i:j] = _rms_factor(whole.linear("self_attn.k", h))
+    del whole
     weight_q, weight_k = p["self_attn.norm_q.weight"], p["self_attn.norm_k.weight"]
     for start in range(0, x.shape[1], width):
         rows = slice(start, start + width)
+        part = p.slices(("self_attn.q", "self_attn.k", "self_attn.v"), x.dtype, rows)
         for i, j in _chunks(length, work.chunk):
             h = _modulate(x[i:j], mod(0, i, j), mod(1, i, j))
-            q = _scaled(p.linear("self_attn.q", h, rows), factor_q[i:j], weight_q[rows])
+            q = _scaled(part.linear("self_attn.q", h), factor_q[i:j], weight_q[rows])
             out[i:j, rows] = _rotate(_heads(q), rope[i:j]).transpose(0, 1).flatten(1)
-            k = _scaled(p.linear("self_attn.k", h, rows), factor_k[i:j], weight_k[rows])
+            k = _scaled(part.linear("self_attn.k", h), factor_k[i:j], weight_k[rows])
             work.k[:, i:j] = _rotate(_heads(k), rope[i:j])
-            work.v[:, i:j] = _heads(p.linear("self_attn.v", h, rows))
+            work.v[:, i:j] = _heads(part.linear("self_attn.v", h))
         for i, j in _chunks(length, work.chunk):
             out[i:j, rows] = attention(_heads(out[i:j, rows]), work.k, work.v)
 
@@ -355,7 +360,8 @@ def forward(
             animate.add_pose_(
                 x, (embed_latent(outer, spec, f, x.dtype, "pose_patch_embedding") for f in frames)
             )
-    for n, p in enumerate(blocks):
+    for n, stored in enumerate(blocks):
+        p = stored if work.unpacked is None else stored.unpacked(work.k.dtype, work.unpacked)
         for x, context in zip(streams, contexts, strict=True):
             block_(p, x, time, context, rope, work)
             if context.driving is not None and n in spec.face_blocks:

@@ -1,0 +1,60 @@
+"""Decoding a weight once instead of at every use, or only some of its rows, gives the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowvram.quant.encodings.registry import encoding_by_name
+from lowvram.quant.linear import Branch, Encoded, Params
+
+OUT, IN = 512, 256
+X = torch.randn(3, IN, generator=torch.Generator().manual_seed(0))
+
+
+def params(encoding: str) -> Params:
+    generator = torch.Generator().manual_seed(1)
+    weight, factor = torch.randn(OUT, IN, generator=generator), torch.randn(OUT, IN, generator=generator)
+    chosen = encoding_by_name(encoding)
+    stored = Encoded(chosen, (OUT, IN), chosen.encode(weight))
+    branch = Branch(factor[:4], factor[:, :4], 0.5)
+    tensors = {
+        "q.weight": stored,
+        "q.bias": factor[:, 0].bfloat16(),
+        "half.weight": weight.half(),
+        "norm.weight": factor[0],
+    }
+    return Params(tensors, {"q": (branch,)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("encoding", ["fp8", "int8", "nf4", "q4_k", "bf16"])
+def test_unpacked_weights_give_the_same_bits(encoding: str, dtype: torch.dtype) -> None:
+    stored, x = params(encoding), X.to(dtype)
+    scratch = torch.full((stored.unpacked_nbytes(dtype),), 0x7F, dtype=torch.uint8)
+    unpacked = stored.unpacked(dtype, scratch)
+    for name in ("q", "half"):
+        assert torch.equal(unpacked.linear(name, x), stored.linear(name, x))
+        weight = unpacked.tensors[f"{name}.weight"]
+        assert isinstance(weight, torch.Tensor) and weight.dtype is dtype
+    assert unpacked["norm.weight"] is stored["norm.weight"]
+
+
+def test_unpacking_needs_nothing_for_what_is_stored_in_the_dtype() -> None:
+    plain = Params({"q.weight": torch.zeros(OUT, IN), "norm.weight": torch.zeros(IN).bfloat16()})
+    assert plain.unpacked_nbytes(torch.float32) == 0
+    assert plain.unpacked_nbytes(torch.bfloat16) == 2 * OUT * IN
+    assert plain.unpacked(torch.float32, torch.empty(0, dtype=torch.uint8)).tensors == plain.tensors
+
+
+@pytest.mark.parametrize("encoding", ["fp8", "q4_k", "bf16"])
+def test_slices_are_the_outputs_of_the_whole(encoding: str) -> None:
+    stored = params(encoding)
+    whole = stored.linear("q", X)
+    for rows in (slice(0, 128), slice(384, 512)):
+        part = stored.slices(("q",), torch.float32, rows)
+        assert torch.allclose(part.linear("q", X), whole[:, rows], rtol=1e-5, atol=1e-5)
+        weight = part.tensors["q.weight"]
+        assert isinstance(weight, torch.Tensor)
+        assert weight.untyped_storage().nbytes() == 128 * IN * 4
+    assert torch.equal(stored.slices(("q",), torch.float32).linear("q", X), whole)

@@ -47,11 +47,12 @@ def block_scratch(
     *,
     group: int = 0,
     chunk: int = dit.CHUNK,
+    unpacked: bool = False,
 ) -> int:
     """Transient bytes of `dit.block_` on a long sequence. Two chunks tell: later ones repeat the second.
 
     per_frame: tokens that share a time row, or 0 if all do. words: tokens of the longest prompt. group: heads at a
-    time, or 0 for all.
+    time, or 0 for all. unpacked: whether the block's weights are decoded into a buffer (`unpacked_nbytes`) before.
     """
     n = min(tokens, 2 * chunk)
     mode = FakeTensorMode()
@@ -66,10 +67,22 @@ def block_scratch(
         k, v = (torch.empty(group or spec.heads, n, HEAD_DIM, dtype=dtype) for _ in "kv")
         x, rope = torch.empty(n, spec.dim, dtype=dtype), torch.empty(n, HEAD_DIM // 2, 2)
         work = dit.Workspace(k, v, torch.empty_like(x) if group else None, chunk)
+        scratch = torch.empty(p.unpacked_nbytes(dtype), dtype=torch.uint8)
     factors = (
         2 * (allocated_size(4 * tokens) - allocated_size(4 * n)) if group else 0
     )  # one a token, not a chunk
-    return factors + _peak(lambda x: dit.block_(p, x, time, context, rope, work), x)
+
+    def run(x: Tensor) -> None:
+        ready = p.unpacked(dtype, scratch) if unpacked else p
+        dit.block_(ready, x, time, context, rope, work)
+
+    return factors + _peak(run, x)
+
+
+def unpacked_nbytes(block: Group, dtype: torch.dtype) -> int:
+    """Bytes of the buffer for the matrices of a block in `dtype`; 0 if they are stored in it."""
+    with FakeTensorMode():
+        return _fake_params(block).unpacked_nbytes(dtype)
 
 
 def context_rows(spec: DitSpec, words: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,6 +103,14 @@ class Group:
 def vae_group(model: Model, prefixes: tuple[str, ...]) -> Group:
     """The tensors of the VAE whose names begin with one of `prefixes`: one of its halves."""
     return Group(tuple(ref for name, ref in model.vae.items() if name.startswith(prefixes)), {})
+
+
+def kinds(groups: Iterable[Group]) -> list[Group]:
+    """One group of every make: those alike in names, shapes and encodings need the same memory.
+
+    The blocks of a network may be stored differently, by depth or by expert, and have different LoRA branches.
+    """
+    return list({tuple((ref.name, ref.shape, ref.encoding) for ref in g.refs): g for g in groups}.values())
 
 
 def branch_name(linear: str, index: int, role: str) -> str:

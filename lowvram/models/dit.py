@@ -287,12 +287,11 @@ def _attend_by_group(
     length, width = x.shape[0], work.k.shape[0] * HEAD_DIM
     factor_q = torch.empty(length, 1, dtype=torch.float32, device=x.device)
     factor_k = torch.empty_like(factor_q)
-    whole = p.slices(("self_attn.q", "self_attn.k"), x.dtype)
-    for i, j in _chunks(length, work.chunk):
-        h = _modulate(x[i:j], mod(0, i, j), mod(1, i, j))
-        factor_q[i:j] = _rms_factor(whole.linear("self_attn.q", h))
-        factor_k[i:j] = _rms_factor(whole.linear("self_attn.k", h))
-    del whole
+    for name, factor in (("self_attn.q", factor_q), ("self_attn.k", factor_k)):
+        whole = p.slices((name,), x.dtype)
+        for i, j in _chunks(length, work.chunk):
+            factor[i:j] = _rms_factor(whole.linear(name, _modulate(x[i:j], mod(0, i, j), mod(1, i, j))))
+        del whole
     weight_q, weight_k = p["self_attn.norm_q.weight"], p["self_attn.norm_k.weight"]
     for start in range(0, x.shape[1], width):
         rows = slice(start, start + width)

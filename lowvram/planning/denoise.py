@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowvram import footprint
+from lowvram.model import kinds
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.placement import BlockId, Placement, Where, plan_traffic, spread
 from lowvram.planning.facts import Facts
@@ -44,40 +45,60 @@ class Room:
 
 def ladder(facts: Facts) -> Iterator[Rung]:
     """Ways to run the forward, each slower and smaller than the one before."""
-    known: dict[tuple[int, int], int] = {}
-    for lean in _leans(facts):
-        key = lean.group, lean.chunk
+    known: dict[tuple[int, int, bool], int] = {}
+    unpacked = max(footprint.unpacked_nbytes(block, facts.dtype) for block in facts.block_kinds)
+    for lean in _leans(facts, packed=unpacked > 0):
+        key = lean.group, lean.chunk, lean.unpacked
         if key not in known:
             known[key] = _scratch(facts, lean)
         order = visiting_order(facts.job, facts.spec, lean.together)
-        yield Rung(lean, _claims(facts, lean, known[key]), tuple(order), _compute(facts, lean))
+        claims = _claims(facts, lean, known[key])
+        if lean.unpacked and unpacked:
+            claims["unpacked block"] = allocated_size(unpacked)
+        yield Rung(lean, claims, tuple(order), _compute(facts, lean))
 
 
-def _leans(facts: Facts) -> list[Lean]:
+def _leans(facts: Facts, packed: bool) -> Iterator[Lean]:
+    """packed: whether any weight has to be decoded before it is used."""
+    lean = Lean()
+    yield lean
+    if facts.passes == 2:
+        lean = replace(lean, together=False)
+        yield lean
+    if packed:
+        lean = replace(lean, unpacked=False)
+        yield lean
     heads = facts.spec.dit.heads
     groups = [g for g in (8, 4, 2, 1) if g < heads and heads % g == 0]
-    shared = [Lean()] + ([Lean(together=False)] if facts.passes == 2 else [])
-    together = facts.passes == 1
-    tightest = [Lean(together, groups[-1], chunk) for chunk in (2048, 1024)] if groups else []
-    return shared + [Lean(together, g) for g in groups] + tightest
+    for group in groups:
+        yield replace(lean, group=group)
+    if groups:
+        yield from (replace(lean, group=groups[-1], chunk=chunk) for chunk in (2048, 1024))
 
 
 def _scratch(facts: Facts, lean: Lean) -> int:
     """Transient bytes of a block or of the head, whichever takes more."""
     spec, tokens = facts.spec.dit, facts.tokens
-    block = footprint.block_scratch(
-        spec,
-        facts.first_expert["blocks.0"],
-        tokens,
-        tokens // facts.latent[1] if facts.time_rows > 1 else 0,
-        max(facts.lengths),
-        facts.dtype,
-        group=lean.group,
-        chunk=lean.chunk,
-    )
-    outer = facts.first_expert["outer"]
-    head = footprint.head_scratch(spec, outer, facts.grid, facts.dtype, chunk=lean.chunk)
-    return max(block, head + _latent_bytes(facts))
+    per_frame = tokens // facts.latent[1] if facts.time_rows > 1 else 0
+    blocks = [
+        footprint.block_scratch(
+            spec,
+            block,
+            tokens,
+            per_frame,
+            max(facts.lengths),
+            facts.dtype,
+            group=lean.group,
+            chunk=lean.chunk,
+            unpacked=lean.unpacked,
+        )
+        for block in facts.block_kinds
+    ]
+    heads = [
+        footprint.head_scratch(spec, outer, facts.grid, facts.dtype, chunk=lean.chunk)
+        for outer in kinds(groups["outer"] for groups in facts.groups.values())
+    ]
+    return max(*blocks, max(heads) + _latent_bytes(facts))
 
 
 def _latent_bytes(facts: Facts) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lowvram.job import Job
 from lowvram.machine import Machine
-from lowvram.model import Group, Model
+from lowvram.model import Group, Model, kinds
 from lowvram.offload.budget import segment_size
 from lowvram.offload.placement import BlockId
 from lowvram.offload.slab import BlockLayout
@@ -39,6 +39,8 @@ class Facts:
     """Tensors by expert and block."""
     layouts: Mapping[BlockId, BlockLayout]
     """Of all transformer blocks."""
+    block_kinds: Sequence[Group]
+    """One transformer block of every make."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -65,7 +67,7 @@ class Facts:
 
     @property
     def first_expert(self) -> Mapping[str, Group]:
-        """Stands for all: experts have the same shapes."""
+        """Stands for all where shapes are enough: those are the same, encodings may differ."""
         return next(iter(self.groups.values()))
 
     @property
@@ -97,6 +99,7 @@ def gather(job: Job, model: Model, machine: Machine) -> Facts:
         _prompt_lengths(job, model, 1 + any(needs_uncond(g) for g in job.schedule.guidance)),
         groups,
         layouts,
+        kinds(group for found in groups.values() for key, group in found.items() if key != "outer"),
     )
 
 

@@ -27,6 +27,8 @@ class Lean:
     """Heads whose keys and values exist at once; 0 for all."""
     chunk: int = dit.CHUNK
     """Tokens processed at once."""
+    unpacked: bool = True
+    """Whether a block's weights are decoded once into a buffer; otherwise each at every use, once a chunk."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowvram import footprint
+from lowvram.model import kinds
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.slab import build_layout
 from lowvram.planning.facts import Facts
@@ -14,8 +15,10 @@ def plan_prepare(facts: Facts, budget: Budget) -> StagePlan:
     sizes = [build_layout(groups["outer"].refs).nbytes for groups in facts.groups.values()]
     steps = max(facts.job.schedule.experts.count(e) for e in range(len(facts.groups)))
     one = sum(n for name, n in kept_claims(facts, experts=1, steps=steps).items() if name != "texts")
-    peak = footprint.prepare_scratch(
-        facts.spec.dit, facts.first_expert["outer"], facts.lengths, steps, facts.time_rows, facts.dtype
+    outers = kinds(groups["outer"] for groups in facts.groups.values())
+    peak = max(
+        footprint.prepare_scratch(facts.spec.dit, outer, facts.lengths, steps, facts.time_rows, facts.dtype)
+        for outer in outers
     )
     claims = {"outer weights": facts.footprint(max(sizes)), "outer scratch": max(0, peak - one)}
     nbytes = sum(sizes)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowvram import footprint
-from lowvram.model import Group, Model
+from lowvram.model import Group, Model, kinds
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.placement import plan_traffic
 from lowvram.planning.facts import Facts
@@ -33,7 +33,8 @@ def plan_text(facts: Facts, budget: Budget) -> StagePlan:
     spec, lengths = facts.spec.text, facts.lengths
     groups = text_groups(facts.model)
     layouts = layouts_of(groups, "text")
-    scratch = footprint.text_scratch(spec, groups["blocks.0"], max(lengths), facts.dtype)
+    layers = kinds(group for key, group in groups.items() if key != "outer")
+    scratch = max(footprint.text_scratch(spec, layer, max(lengths), facts.dtype) for layer in layers)
     traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
     claims = traffic.device_claims(facts.footprint) | {
         "text rows": 2 * sum(allocated_size(n * spec.dim * facts.dtype.itemsize) for n in lengths),

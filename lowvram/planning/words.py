@@ -55,6 +55,11 @@ def choices(facts: Facts, budget: Budget, stage: StagePlan, rung: Rung, room: Ro
         chunk += ", the same under every budget that allows it, so that a budget does not change the result"
     else:
         chunk += f": {dit.CHUNK} do not fit"
+    weights = {}
+    if not lean.unpacked:
+        weights["weights"] = "decoded once a chunk: a whole block's do not fit beside the rest"
+    elif "unpacked block" in rung.claims:
+        weights["weights"] = "decoded once a block, the fastest"
     return {
         "dtype": f"{str(facts.dtype).removeprefix('torch.')}, the "
         + ("tensor cores' format" if facts.machine.kind == "cuda" else "fastest on this processor"),
@@ -66,7 +71,7 @@ def choices(facts: Facts, budget: Budget, stage: StagePlan, rung: Rung, room: Ro
         "passes": passes,
         "attention": f"keys and values {small}",
         "chunk": chunk,
-    }
+    } | weights
 
 
 def advice(facts: Facts, stage: StagePlan, room: Room, better: StagePlan, wider: Room) -> tuple[str, ...]:

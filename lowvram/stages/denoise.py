@@ -112,7 +112,10 @@ def _workspace(run: Run, spec: DitSpec, tokens: int) -> dit.Workspace:
     lean = run.plan.lean
     like = torch.empty(0, dtype=run.plan.dtype, device=run.device.torch_device)
     k, v = (like.new_empty(lean.group or spec.heads, tokens, HEAD_DIM) for _ in "kv")
-    return dit.Workspace(k, v, like.new_empty(tokens, spec.dim) if lean.group else None, lean.chunk)
+    out = like.new_empty(tokens, spec.dim) if lean.group else None
+    unpacked = run.plan.stage("denoise").claims.get("unpacked block", 0)
+    scratch = like.new_empty(unpacked, dtype=torch.uint8) if lean.unpacked else None
+    return dit.Workspace(k, v, out, lean.chunk, scratch)
 
 
 def _open_stream(

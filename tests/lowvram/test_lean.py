@@ -16,7 +16,8 @@ from lowvram.offload.estimate import track
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Lean, Plan
 from lowvram.planning.visits import visiting_order
-from lowvram.quant.linear import Branch, Params
+from lowvram.quant.encodings.plain import Plain
+from lowvram.quant.linear import Branch, Encoded, Params
 from lowvram.quant.spec import HEAD_DIM, DitSpec
 from lowvram.sampling.presets import model_preset
 
@@ -79,6 +80,31 @@ def test_what_a_block_allocates_is_what_fake_tensors_say(params: Params, group: 
     context = dit.Context(torch.randn(512, 256), torch.zeros(512))
     with torch.inference_mode(), track(rounding=allocated_size) as tracker:
         dit.block_(Params(own), x, time, context, rope, work)
+    measured = tracker.peak().peak_bytes
+    assert measured <= predicted <= 1.03 * measured
+
+
+@pytest.mark.parametrize(("encoding", "unpacked"), [("fp8", False), ("fp8", True), ("q4_k", True)])
+def test_what_encoded_weights_take_is_what_fake_tensors_say(encoding: str, unpacked: bool) -> None:
+    spec = model_preset("nano")
+    block = imagined_model("nano", spec, encoding).transformers["high"].groups()["blocks.0"]
+    tokens, dim = 64, spec.dit.dim
+    predicted = footprint.block_scratch(
+        spec.dit, block, tokens, 0, 510, torch.float32, chunk=32, unpacked=unpacked
+    )
+    stored: dict[str, torch.Tensor | Encoded] = {}
+    for ref in block.refs:
+        parts = ref.encoding.encode(torch.randn(ref.shape) * 0.05)
+        plain = isinstance(ref.encoding, Plain)
+        stored[ref.name] = parts["weight"] if plain else Encoded(ref.encoding, ref.shape, parts)
+    p = Params(stored)
+    k, v = (torch.empty(spec.dit.heads, tokens, HEAD_DIM) for _ in "kv")
+    scratch = torch.empty(p.unpacked_nbytes(torch.float32), dtype=torch.uint8)
+    x, rope = torch.randn(tokens, dim), torch.rand(tokens, 64, 2)
+    time = dit.Time(torch.zeros(1, dim), torch.zeros(1, 6, dim), tokens)
+    context, work = dit.Context(torch.randn(512, dim), torch.zeros(512)), dit.Workspace(k, v, None, 32)
+    with torch.inference_mode(), track(rounding=allocated_size) as tracker:
+        dit.block_(p.unpacked(torch.float32, scratch) if unpacked else p, x, time, context, rope, work)
     measured = tracker.peak().peak_bytes
     assert measured <= predicted <= 1.03 * measured
 

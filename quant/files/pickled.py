@@ -41,7 +41,8 @@ _INERT = frozenset(
 """What training programs leave beside the weights: passed over like everything that is no tensor."""
 
 
-class Storage(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Storage:
     """A run of numbers in a file of its own inside the archive."""
 
     key: str

@@ -330,7 +330,9 @@ def missing_error(chosen: Chosen, entries: Sequence[Entry], where: str) -> FileE
     kinds = {
         {"vae": "vae", "text": "text", "tokenizer": "tokenizer"}.get(part, "dit") for part in chosen.missing
     }
-    bad = next((e for e in entries if e.problem and {e.kind, e.variant} & {*kinds, "broken"}), None)
+    bad = next(
+        (e for e in entries if e.problem and (e.variant if e.kind == "broken" else e.kind) in kinds), None
+    )
     names = _listed([PART_NAMES[part] for part in chosen.missing])
     if bad is not None:
         advice = (

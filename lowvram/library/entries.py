@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from lowvram.quant.identify import Checkpoint, Kind
 
 MAX_TOKENIZER_BYTES = 64 << 20
+_PART_WORDS: Mapping[str, str] = {"vae": "vae", "umt5": "text", "roberta": "clip", "lora": "lora", "": "dit"}
+"""Kind of a part by a word in its name, which is all that is known of a broken file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class Entry:
     kind: str
     """ "dit", "vae", "text", "clip", "lora", "tokenizer", "broken"; "other" for what is no part of a Wan model."""
     variant: str = ""
+    """What the network is; of a broken file, the kind that its name says."""
     models: tuple[str, ...] = ()
     """Known models whose part it can be, by sizes alone."""
     standard: bool = True
@@ -207,7 +211,10 @@ def _not_wan(path: Path, headers: list[Header]) -> Entry:
 
 def _unusable(path: Path, kind: str, error: LowvramError) -> Entry:
     size = path.stat().st_size if path.is_file() else 0
-    return Entry(path=str(path), kind=kind, nbytes=size, problem=f"{error.found}; {error.advice}")
+    name = path.name.lower()
+    said = next(part for word, part in _PART_WORDS.items() if word in name) if kind == "broken" else ""
+    problem = f"{error.found}; {error.advice}"
+    return Entry(path=str(path), kind=kind, variant=said, nbytes=size, problem=problem)
 
 
 def _tokenizer(path: Path) -> Entry:

@@ -30,7 +30,7 @@ from lowvram.quant.names import (
     vae_renames,
 )
 from lowvram.quant.refs import Part, Shape, TensorRef
-from lowvram.quant.stored import Group, Stored, group_by_weight, make_ref, recognise_group
+from lowvram.quant.stored import Group, Stored, group_by_weight, make_ref, recognise_group, refuse_packed
 
 Kind = Literal["dit", "vae", "text", "clip", "lora"]
 
@@ -102,6 +102,7 @@ def identify(headers: Sequence[Header], want: Kind | None = None) -> Checkpoint:
     `want`, or a network with missing, extra or misshapen tensors.
     """
     where = headers[0].path if len(headers) == 1 else headers[0].path.parent
+    refuse_packed((tensor.name for header in headers for tensor in header.tensors), where)
     groups = group_by_weight(headers)
     names = [tensor.name for header in headers for tensor in header.tensors]
     if is_lora(names):

@@ -286,6 +286,7 @@ _LAYER_SUFFIXES: Mapping[str, str] = MappingProxyType(
         "comfy_quant": "comfy_quant", "pre_quant_scale": "pre_quant_scale", "weight_scale_2": "scale_2",
         "weight_global_scale": "global_scale", "input_global_scale": "input_global_scale", "alpha": "alpha",
         "input_absmax": "input_absmax",
+        "_weight_qdata": "weight", "_weight_scale": "scale", "weight:qdata": "weight", "weight:scale": "scale",
         "SCB": "scb", "weight_format": "weight_format",
     }
 )  # fmt: skip

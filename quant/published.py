@@ -15,6 +15,7 @@ from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.encodings.fp8 import Fp8
 from lowvram.quant.encodings.int4 import ConvrotInt4, QuantoInt4
 from lowvram.quant.encodings.int8 import Int8
+from lowvram.quant.encodings.mxfp8 import Mxfp8
 from lowvram.quant.encodings.nf4 import Bnb4
 from lowvram.quant.encodings.nvfp4 import Nvfp4
 from lowvram.quant.encodings.plain import Plain
@@ -47,7 +48,7 @@ def published(encoding: Encoding, shape: Shape) -> Published:
     match encoding:
         case Fp8(scaling="tensor"):
             return Published({"weight": ".weight", "scale": ".scale_weight"}, {})
-        case Fp8(scaling="row" | "block"):
+        case Fp8(scaling="row" | "block" | "tile"):
             return Published({"weight": ".weight", "scale": ".weight_scale"}, {})
         case Int8(scaling="absmax"):
             return Published({"weight": ".weight", "scb": ".SCB"}, {})
@@ -55,6 +56,8 @@ def published(encoding: Encoding, shape: Shape) -> Published:
             return _comfy({"format": "int8_tensorwise"} | _rotation(encoding.group))
         case ConvrotInt4():
             return _comfy({"format": "convrot_w4a4"} | _rotation(encoding.group))
+        case Mxfp8():
+            return _comfy({"format": "mxfp8"})
         case Nvfp4(tensorwide="scale"):
             comfy = _comfy({"format": "nvfp4"})
             return Published({**comfy.names, "scale_2": ".weight_scale_2"}, comfy.notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -83,6 +83,20 @@ def make_ref(native: str, recognised: Recognised, group: Group, shape: Shape) ->
         dtype, stored = ("U8", layout[role].shape) if blocks else (tensor.dtype, tensor.shape)
         parts.append(Part(role, file, tensor.offset, tensor.nbytes, dtype, stored))
     return TensorRef(native, shape, recognised.encoding, tuple(parts))
+
+
+_PACKED: Mapping[str, str] = {"wscales": "SVDQuant (Nunchaku)", "qzeros": "AWQ", "g_idx": "GPTQ"}
+"""Last part of a name that only files of this format have."""
+
+
+def refuse_packed(names: Iterable[str], where: Path) -> None:
+    """FileError for files whose numbers are packed in the order of one program's kernels: nothing else can read them."""
+    for name in names:
+        kind = _PACKED.get(name.rpartition(".")[2])
+        if kind is not None:
+            found = f"these are {kind} weights ({shown(name)}), packed for that program's kernels alone"
+            advice = "use a bf16, fp8, int8 or GGUF version of the same model; `lowvram quantize` makes smaller ones of it"
+            raise FileError(found, where=str(where), advice=advice)
 
 
 def _parse_note(text: bytes, name: str, where: Path) -> Mapping[str, object]:

@@ -1,8 +1,9 @@
 """8-bit floats: cast as they are, or with scales per tensor, per row or per block of columns.
 
 Layouts read (checkpoint families in brackets): fp8 alone ("*_fp8_e4m3fn", "*_fp8_e5m2"); a scalar scale
-(ComfyUI fp8_scaled and float8 layers, Kijai _scaled_KJ); a scale per row, [N] or [N, 1] (LightX2V, quanto,
-musubi-tuner); a scale per block of a row, [N, K/block, 1] (musubi-tuner, block 64). W = fp8 * scale in all.
+(ComfyUI fp8_scaled and float8 layers, Kijai _scaled_KJ); a scale per row, [N] or [N, 1] (LightX2V, quanto, torchao,
+musubi-tuner); a scale per block of a row, [N, K/block, 1] (musubi-tuner, Kijai, block 64); a scale per tile of 128 x 128,
+[N/128, K/128] rounded up (LightX2V b128). W = fp8 * scale in all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lowvram.quant.encodings.base import (
     TORCH_DTYPES,
@@ -30,9 +32,11 @@ from lowvram.quant.encodings.base import (
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
 
-Scaling = Literal["none", "tensor", "row", "block"]
+Scaling = Literal["none", "tensor", "row", "block", "tile"]
 
 _CODES = ("F8_E4M3", "F8_E5M2")
+_TILE = 128
+"""Rows and columns of the tiles met in files."""
 _SCALE_CODES = ("F32", "BF16", "F16")
 
 
@@ -47,7 +51,7 @@ class Fp8(Encoding):
     """"F8_E4M3" (largest value 448) or "F8_E5M2" (57344)."""
     scaling: Scaling = "tensor"
     block: int = 0
-    """Columns per scale with scaling "block", else 0."""
+    """Columns per scale with scaling "block", rows and columns with "tile", else 0."""
     scale_code: str = "F32"
     """Dtype code of the scales."""
 
@@ -56,7 +60,9 @@ class Fp8(Encoding):
         kind = "e4m3" if self.code == "F8_E4M3" else "e5m2"
         if self.scaling == "none":
             return f"fp8_{kind}"
-        body = {"tensor": "scaled", "row": "row", "block": f"block{self.block}"}[self.scaling]
+        body = {"tensor": "scaled", "row": "row", "block": f"block{self.block}", "tile": f"tile{self.block}"}[
+            self.scaling
+        ]
         return f"fp8_{body}" if kind == "e4m3" else f"fp8_{kind}_{body}"
 
     def layout(self, shape: Shape) -> tuple[PartLayout, ...]:
@@ -68,11 +74,13 @@ class Fp8(Encoding):
     def fits(self, shape: Shape) -> bool:
         if self.scaling == "block":
             return len(shape) >= 2 and numel(shape[1:]) % self.block == 0
+        if self.scaling == "tile":
+            return len(shape) == 2
         return self.scaling != "row" or len(shape) >= 2
 
     @property
     def by_rows(self) -> bool:
-        return True
+        return self.scaling != "tile"
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
@@ -87,7 +95,7 @@ class Fp8(Encoding):
         scale = parts["scale"].to(torch.float32).reshape(self._scale_shape(shape))
         source, target = weight.reshape(self._matrix(shape)), out.view(self._matrix(shape))
         for rows in row_chunks(*self._rows_columns(shape)):
-            part = scale if self.scaling == "tensor" else scale[rows]
+            part = self._scale_of(scale, rows, shape)
             target[rows].copy_(source[rows].to(torch.float32).mul_(part))
         return out
 
@@ -103,7 +111,7 @@ class Fp8(Encoding):
         for rows in row_chunks(*self._rows_columns(shape)):
             values = source[rows].to(torch.float32)
             if scale is not None:
-                values = values / (scale if self.scaling == "tensor" else scale[rows]).to(torch.float32)
+                values = values / self._scale_of(scale, rows, shape).to(torch.float32)
             weight[rows] = values.clamp_(-largest, largest).to(weight.dtype)
         parts = {"weight": weight.view(shape)}
         return parts if scale is None else parts | {"scale": scale}
@@ -113,6 +121,13 @@ class Fp8(Encoding):
             peak = torch.zeros(self._scale_shape(tuple(source.shape)), device=source.device)
         elif self.scaling in ("none", "tensor"):
             peak = finite_peak(source)
+        elif self.scaling == "tile":
+            (rows, columns), size = source.shape, self.block
+            padded = functional.pad(source, (0, -columns % size, 0, -rows % size))
+            peak = finite_peak(
+                padded.unflatten(0, (-1, size)).unflatten(2, (-1, size)).movedim(1, 2).flatten(2), -1
+            )
+            peak = peak.squeeze(-1)
         else:
             peak = finite_peak(source, -1)
         if self.scaling == "none":
@@ -125,7 +140,18 @@ class Fp8(Encoding):
             return (shape[0], 1)
         if self.scaling == "block":
             return (shape[0], numel(shape[1:]) // self.block, 1)
+        if self.scaling == "tile":
+            return (-(-shape[0] // self.block), -(-shape[1] // self.block))
         return ()
+
+    def _scale_of(self, scale: Tensor, rows: slice, shape: Shape) -> Tensor:
+        """What some rows of the matrix are multiplied with."""
+        if self.scaling == "tensor":
+            return scale
+        if self.scaling != "tile":
+            return scale[rows]
+        bands = torch.arange(rows.start, rows.stop, device=scale.device) // self.block
+        return scale[bands].repeat_interleave(self.block, 1)[:, : shape[1]]
 
     def _matrix(self, shape: Shape) -> Shape:
         """The tensor as a matrix of rows; blocks of columns get a dimension of their own."""
@@ -146,7 +172,7 @@ def _recognise(stored: Mapping[str, StoredPart]) -> Recognised | None:
     if scale.dtype not in _SCALE_CODES or not shape:
         return None
     roles = ("weight", "scale")
-    if scale.shape in ((), (1,)):
+    if scale.shape in ((), (1,), (1, 1)):
         return Recognised(Fp8(weight.dtype, "tensor", 0, scale.dtype), shape, roles)
     if len(shape) < 2:
         return None
@@ -157,6 +183,9 @@ def _recognise(stored: Mapping[str, StoredPart]) -> Recognised | None:
         blocks = scale.shape[1]
         if blocks and columns % blocks == 0 and columns:
             return Recognised(Fp8(weight.dtype, "block", columns // blocks, scale.dtype), shape, roles)
+    tiles = Fp8(weight.dtype, "tile", _TILE, scale.dtype)
+    if tiles.fits(shape) and scale.shape == tiles.layout(shape)[1].shape:
+        return Recognised(tiles, shape, roles)
     return None
 
 
@@ -168,6 +197,7 @@ FAMILY = Family(
             "fp8_e4m3": Fp8("F8_E4M3", "none"),
             "fp8_e5m2": Fp8("F8_E5M2", "none"),
             "fp8_row": Fp8("F8_E4M3", "row"),
+            "fp8_tile128": Fp8("F8_E4M3", "tile", _TILE),
         }
     ),
     _recognise,

@@ -160,7 +160,7 @@ def _encoding(shape: Shape, stored: Mapping[str, StoredPart]) -> Int8 | None:
     group = rotation_of(stored.get("comfy_quant"))
     if group is None or (group and not is_rotation(group)):
         return None
-    if scale.shape in ((), (1,)):
+    if scale.shape in ((), (1,), (1, 1)):
         return Int8("tensor", scale.dtype, group)
     if scale.shape in ((shape[0],), (shape[0], 1)):
         return Int8("row", scale.dtype, group)

@@ -29,6 +29,7 @@ from lowvram.quant.encodings.base import (
 )
 from lowvram.quant.encodings.notes import FLOAT_CODES
 from lowvram.quant.encodings.pairs import look_up, pack_pairs, pair_table
+from lowvram.quant.encodings.tiles import from_tiles, tiled_shape, to_tiles
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
 
@@ -67,10 +68,9 @@ class Nvfp4(Encoding):
 
     def layout(self, shape: Shape) -> tuple[PartLayout, ...]:
         rows, columns = shape
-        tiles = (-(-rows // 128) * 128, -(-columns // 64) * 4)
         parts = [
             part_layout("weight", "U8", (rows, columns // 2)),
-            part_layout("scale", self.scale_code, tiles),
+            part_layout("scale", self.scale_code, tiled_shape(rows, columns // _GROUP)),
             *(part_layout(role, "F32", ()) for role in _ROLES[self.tensorwide]),
         ]
         if self.column_code:
@@ -92,7 +92,7 @@ class Nvfp4(Encoding):
             out = torch.empty(shape, dtype=dtype, device=packed.device)
         check_shape(tuple(out.shape), shape, "out")
         table = pair_table(_levels(packed.device), high_first=self.tensorwide == "scale")
-        scales = _from_tiles(parts["scale"].view(torch.uint8), rows, columns // _GROUP)
+        scales = from_tiles(parts["scale"].view(torch.uint8), rows, columns // _GROUP)
         tensor_scale = self._tensor_scale(parts)
         factors = parts["pre_quant_scale"].to(torch.float32).view(1, columns) if self.column_code else None
         for chunk in row_chunks(rows, columns):
@@ -118,7 +118,7 @@ class Nvfp4(Encoding):
             codes = _codes(groups / torch.where(unit > 0, unit, torch.full_like(unit, torch.inf)))
             packed[chunk] = pack_pairs(codes.view(-1, columns), high_first=self.tensorwide == "scale")
             scales[chunk] = fp8.view(torch.uint8)
-        tiles = _to_tiles(scales)
+        tiles = to_tiles(scales)
         parts = {"weight": packed, "scale": tiles if self.scale_code == "U8" else tiles.view(_E4M3)}
         if self.tensorwide == "scale":
             return parts | {"scale_2": whole}
@@ -156,21 +156,6 @@ def _codes(values: Tensor) -> Tensor:
     below = torch.nextafter(middles[1::2], torch.zeros_like(middles[1::2]))
     middles[1::2] = below
     return torch.bucketize(values.abs(), middles).to(torch.uint8) | (values < 0).to(torch.uint8) << 3
-
-
-def _from_tiles(stored: Tensor, rows: int, columns: int) -> Tensor:
-    """Scales in tile order, any shape -> [rows, columns], as bytes."""
-    bands, tiles = -(-rows // 128), -(-columns // 4)
-    plain = stored.reshape(bands, tiles, 32, 4, 4).permute(0, 3, 2, 1, 4).reshape(bands * 128, tiles * 4)
-    return plain[:rows, :columns].contiguous()
-
-
-def _to_tiles(scales: Tensor) -> Tensor:
-    """[rows, columns] -> tile order [rows up to 128s, columns up to 4s]; the padding is 0."""
-    bands, tiles = -(-scales.shape[0] // 128), -(-scales.shape[1] // 4)
-    padded = scales.new_zeros(bands * 128, tiles * 4)
-    padded[: scales.shape[0], : scales.shape[1]] = scales
-    return padded.view(bands, 4, 32, tiles, 4).permute(0, 3, 2, 1, 4).reshape(bands * 128, tiles * 4)
 
 
 def _recognise(stored: Mapping[str, StoredPart]) -> Recognised | None:

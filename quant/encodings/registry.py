@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lowvram.errors import UsageError
-from lowvram.quant.encodings import fp8, int4, int8, kquants, nf4, nvfp4, plain
+from lowvram.quant.encodings import fp8, int4, int8, kquants, mxfp8, nf4, nvfp4, plain
 from lowvram.quant.encodings.base import Encoding, Family, Recognised, StoredPart
 from lowvram.quant.encodings.kquants import MIXES, Blocks
 from lowvram.quant.encodings.notes import rotation_of
@@ -23,6 +23,7 @@ _FAMILIES: tuple[Family, ...] = (
     int4.FAMILY,
     nf4.FAMILY,
     nvfp4.FAMILY,
+    mxfp8.FAMILY,
     kquants.FAMILY,
 )
 """Asked in this order; at most one family recognises a given set of stored parts."""

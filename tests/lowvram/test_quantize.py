@@ -32,7 +32,7 @@ from lowvram.quant.spec import DitSpec, TextSpec
 
 SPEC = DitSpec(dim=256, ffn=512, layers=2, in_channels=16, out_channels=16, text_dim=256, freq_dim=64)
 FORMATS = ["bf16", "fp16", "fp32", "fp8", "fp8_row", "fp8_e4m3", "int8", "int8_tensor", "int8_convrot", "int4",
-           "int4_convrot", "nf4", "fp4", "nvfp4", "nvfp4_lightx2v"]  # fmt: skip
+           "int4_convrot", "nf4", "fp4", "nvfp4", "nvfp4_lightx2v", "mxfp8", "fp8_tile128"]  # fmt: skip
 GGUF = [
     "q8_0",
     "q4_0",

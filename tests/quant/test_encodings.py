@@ -25,7 +25,7 @@ from lowvram.quant.refs import stored_bytes
 from lowvram.quant.spec import DitSpec, TextSpec, VaeSpec
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
-SHAPE, LARGER = (6, 128), (16, 256)
+SHAPE, LARGER = (6, 128), (32, 256)
 SCALED = [
     Fp8(),
     Fp8("F8_E5M2"),

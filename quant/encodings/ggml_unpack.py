@@ -20,8 +20,14 @@ def half(blocks: Tensor, at: int) -> Tensor:
 
 def fields(packed: Tensor, bits: int) -> Tensor:
     """Bytes [..., m] -> their fields of `bits` bits, lowest first: uint8 [..., 8/bits, m]."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).unsqueeze(1)
-    return (packed.unsqueeze(-2) >> shifts).bitwise_and_((1 << bits) - 1)
+    shifted = [packed >> shift if shift else packed for shift in range(0, 8, bits)]
+    return torch.stack(shifted, -2).bitwise_and_((1 << bits) - 1)
+
+
+def times(scale: Tensor, q: Tensor) -> Tensor:
+    """scale * q for whole numbers q of 8 bits, float32. A CPU is slow at widening numbers while it spreads others over
+    them, so there they are widened first; a GPU does both in one pass over memory."""
+    return scale * q if q.is_cuda else q.to(torch.float32).mul_(scale)
 
 
 def _nibbles(blocks: Tensor, at: int) -> Tensor:
@@ -36,32 +42,32 @@ def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
 
 
 def q4_0(blocks: Tensor) -> Tensor:
-    return half(blocks, 0) * (_nibbles(blocks, 2).view(torch.int8) - 8)
+    return times(half(blocks, 0), _nibbles(blocks, 2).view(torch.int8).sub_(8))
 
 
 def q4_1(blocks: Tensor) -> Tensor:
-    return (half(blocks, 0) * _nibbles(blocks, 4)).add_(half(blocks, 2))
+    return times(half(blocks, 0), _nibbles(blocks, 4)).add_(half(blocks, 2))
 
 
 def q5_0(blocks: Tensor) -> Tensor:
     q = _nibbles(blocks, 6).bitwise_or_(_fifth_bits(blocks, 2))
-    return half(blocks, 0) * (q.view(torch.int8) - 16)
+    return times(half(blocks, 0), q.view(torch.int8).sub_(16))
 
 
 def q5_1(blocks: Tensor) -> Tensor:
     q = _nibbles(blocks, 8).bitwise_or_(_fifth_bits(blocks, 4))
-    return (half(blocks, 0) * q).add_(half(blocks, 2))
+    return times(half(blocks, 0), q).add_(half(blocks, 2))
 
 
 def q8_0(blocks: Tensor) -> Tensor:
-    return half(blocks, 0) * blocks[:, 2:].view(torch.int8)
+    return times(half(blocks, 0), blocks[:, 2:].view(torch.int8))
 
 
 def q2_k(blocks: Tensor) -> Tensor:
     scales = blocks[:, :16]
     q = fields(blocks[:, 16:80].unflatten(1, (2, 32)), 2).reshape(-1, 16, 16)
     scale, low = half(blocks, 80) * (scales & 15), half(blocks, 82) * (scales >> 4)
-    return (scale.unsqueeze(2) * q).sub_(low.unsqueeze(2)).flatten(1)
+    return times(scale.unsqueeze(2), q).sub_(low.unsqueeze(2)).flatten(1)
 
 
 def q3_k(blocks: Tensor) -> Tensor:
@@ -70,7 +76,7 @@ def q3_k(blocks: Tensor) -> Tensor:
     q = fields(blocks[:, 32:96].unflatten(1, (2, 32)), 2).reshape(-1, 16, 16)
     # The mask bit stands for +4, counted from -4.
     q.bitwise_or_(fields(blocks[:, :32], 1).reshape(-1, 16, 16) << 2)
-    return (scale.unsqueeze(2) * (q.view(torch.int8) - 4)).flatten(1)
+    return times(scale.unsqueeze(2), q.view(torch.int8).sub_(4)).flatten(1)
 
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,21 +90,21 @@ def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def q4_k(blocks: Tensor) -> Tensor:
     scale, low = _scales_and_minima(blocks)
     q = fields(blocks[:, 16:].unflatten(1, (4, 32)), 4).reshape(-1, 8, 32)
-    return (scale * q).sub_(low).flatten(1)
+    return times(scale, q).sub_(low).flatten(1)
 
 
 def q5_k(blocks: Tensor) -> Tensor:
     scale, low = _scales_and_minima(blocks)
     q = fields(blocks[:, 48:].unflatten(1, (4, 32)), 4).reshape(-1, 8, 32)
     q.bitwise_or_(fields(blocks[:, 16:48], 1) << 4)
-    return (scale * q).sub_(low).flatten(1)
+    return times(scale, q).sub_(low).flatten(1)
 
 
 def q6_k(blocks: Tensor) -> Tensor:
     scale = half(blocks, 208) * blocks[:, 192:208].view(torch.int8)
     q = fields(blocks[:, :128].unflatten(1, (2, 64)), 4).reshape(-1, 16, 16)
     q.bitwise_or_(fields(blocks[:, 128:192].unflatten(1, (2, 32)), 2).reshape(-1, 16, 16) << 4)
-    return (scale.unsqueeze(2) * (q.view(torch.int8) - 32)).flatten(1)
+    return times(scale.unsqueeze(2), q.view(torch.int8).sub_(32)).flatten(1)
 
 
 def _levels(codes: Tensor) -> Tensor:

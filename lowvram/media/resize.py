@@ -1,0 +1,29 @@
+"""Decoded pictures -> what a network is shown."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowvram.framing import Laid
+from lowvram.media.picture import Pixels
+
+
+def to_tensor(pixels: Pixels) -> Tensor:
+    """[H, W, 3] uint8 -> [3, H, W] float32 in -1..1."""
+    return torch.tensor(pixels).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def to_frame(pixels: Pixels, laid: Laid, width: int, height: int) -> Tensor:
+    """[H, W, 3] uint8 -> [3, height, width] float32, about -1..1 (bicubic overshoots), laid as `laid` says."""
+    rows, columns = slice(laid.top, laid.top + height), slice(laid.left, laid.left + width)
+    if laid.filtered:
+        from PIL import Image
+
+        resized = Image.fromarray(pixels).resize((laid.width, laid.height), Image.Resampling.LANCZOS)
+        return to_tensor(np.asarray(resized)[rows, columns])
+    size = (laid.height, laid.width)
+    whole = functional.interpolate(to_tensor(pixels)[None], size=size, mode="bicubic", align_corners=False)
+    return whole[0, :, rows, columns].contiguous()

@@ -17,18 +17,20 @@ from lowvram.quant.face_spec import FACE_STAGES, FaceSpec
 from lowvram.quant.names import NetKind
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import (
+    CLIP_HEAD_DIM,
+    CLIP_TOKENS,
     HEAD_DIM,
     LATENT_MEAN_22,
     LATENT_STD_22,
+    ClipSpec,
     DitSpec,
     TextSpec,
     VaeSpec,
 )
 
 Shapes = Mapping[str, Shape]
-Spec = DitSpec | VaeSpec | TextSpec
+Spec = DitSpec | VaeSpec | TextSpec | ClipSpec
 
-FLF_TOKENS, CLIP_TOKENS = 514, 257
 MASK_CHANNELS = 4
 """Channels that say which of a latent's four frames are given."""
 
@@ -61,11 +63,13 @@ def deduce(kind: NetKind, shapes: Shapes, metadata: Mapping[str, str], where: Pa
     """(sizes, variant) of a network from its native names and logical shapes.
 
     Variants: "t2v", "i2v" (36 channels), "ti2v" (48), "i2v-clip" (2.1, CLIP tokens), "flf2v", "animate"; "2.1",
-    "2.2" for a VAE; "umt5". FileError if a tensor that sizes are read from is missing or of a shape no Wan model has.
+    "2.2" for a VAE; "umt5"; "clip". FileError if a tensor that sizes are read from is missing or of a shape no Wan model has.
     """
     source = _Source(shapes, where)
     if kind == "dit":
         return _dit(source)
+    if kind == "clip":
+        return _clip(source)
     return _vae(source, metadata) if kind == "vae" else _text(source)
 
 
@@ -112,7 +116,7 @@ def _dit(source: _Source) -> tuple[DitSpec, str]:
         freq_dim=source.shape("time_embedding.0.weight", 2)[1],
     )
     if "img_emb.proj.0.bias" in source.shapes:
-        tokens = FLF_TOKENS if "img_emb.emb_pos" in source.shapes else CLIP_TOKENS
+        tokens = 2 * CLIP_TOKENS if "img_emb.emb_pos" in source.shapes else CLIP_TOKENS
         spec = replace(spec, image_tokens=tokens, image_dim=source.shape("img_emb.proj.0.bias", 1)[0])
     if any(name.startswith(("face_adapter.", "face_encoder.", "motion_encoder.")) for name in source.shapes):
         spec = replace(spec, face=_face(spec.layers, source))
@@ -229,3 +233,14 @@ def _text(source: _Source) -> tuple[TextSpec, str]:
     ffn = source.shape("blocks.0.ffn.fc1.weight", 2)[0]
     spec = TextSpec(vocab=vocab, dim=dim, heads=heads, head_dim=inner // heads, ffn=ffn, layers=layers)
     return spec, "umt5"
+
+
+def _clip(source: _Source) -> tuple[ClipSpec, str]:
+    dim, _, patch, _ = source.shape("patch_embedding.weight", 4)
+    tokens = source.shape("position_embedding.weight", 2)[0]
+    if dim % CLIP_HEAD_DIM:
+        source.refuse(f"a CLIP vision encoder of width {dim}", "ViT-H/14, which has 1280")
+    if math.isqrt(tokens - 1) ** 2 != tokens - 1:
+        source.refuse(f"a CLIP vision encoder of {tokens} tokens", "a square of patches and one token")
+    ffn, layers = source.shape("blocks.0.mlp.0.bias", 1)[0], source.count("blocks.")
+    return ClipSpec(dim, ffn, layers, patch, tokens), "clip"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -13,13 +13,17 @@ from lowvram.quant.deduce import Shapes, Spec, deduce, derived_family
 from lowvram.quant.encodings import registry
 from lowvram.quant.encodings.base import Recognised, StoredPart
 from lowvram.quant.encodings.fp8 import Fp8
+from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.files.header import Header, shown
 from lowvram.quant.files.shards import OpenReader, open_checkpoint_files
 from lowvram.quant.lora import is_lora
 from lowvram.quant.names import (
     BLUR_FILTER,
+    CLIP,
+    CLIP_OPEN,
     DIT,
     FILE_MARKERS,
+    FUSED_QKV,
     TEXT,
     TEXT_GGUF,
     TIED_EMBEDDING,
@@ -41,14 +45,12 @@ _KIND_NAMES: Mapping[str, str] = {
     "clip": "a CLIP vision encoder",
     "lora": "a LoRA",
 }
-_CLIP_MARKERS = frozenset(
-    {
-        "visual.cls_embedding",
-        "vision_model.embeddings.class_embedding",
-        "embeddings.class_embedding",
-    }
-)
 _TOKENIZER = "spiece_model"
+_BESIDE_CLIP = (
+    "head", "visual_projection.", "text_projection.", "text_model.", "textual.", "logit_scale", "log_scale",
+    "embeddings.position_ids",
+)  # fmt: skip
+"""Text half, projections and buffers that files of the picture half of a CLIP may hold besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Checkpoint:
 
     kind: Kind
     spec: Spec | None
-    """None for "clip" and "lora", which are recognised only: their refs carry the stored names."""
+    """None for "lora", which is recognised only: its refs carry the stored names."""
     variant: str
     """dit: "t2v", "i2v", "ti2v", "i2v-clip", "flf2v", "animate"; vae: "2.1", "2.2"; text: "umt5"; else the kind."""
     refs: Mapping[str, TensorRef]
@@ -88,10 +90,7 @@ def kinds(headers: Sequence[Header]) -> tuple[Kind, ...]:
     names = [tensor.name for header in headers for tensor in header.tensors]
     if is_lora(names):
         return ("lora",)
-    found: list[Kind] = [style.kind for style in detect_styles(_base_names(names))]
-    if not _CLIP_MARKERS.isdisjoint(names):
-        found.append("clip")
-    return tuple(found)
+    return tuple(style.kind for style in detect_styles(_base_names(names)))
 
 
 def identify(headers: Sequence[Header], want: Kind | None = None) -> Checkpoint:
@@ -108,14 +107,13 @@ def identify(headers: Sequence[Header], want: Kind | None = None) -> Checkpoint:
     if is_lora(names):
         # The names of its factors mean nothing of what they mean beside a weight.
         single = {t.name: {"weight": Stored(t, h.path)} for h in headers for t in h.tensors}
-        return _only_recognised("lora", want, single, headers, where)
+        return _lora(want, single, headers, where)
     styles = {style.kind: style for style in detect_styles(groups)}
     chosen = next(
-        (styles[kind] for kind in ("dit", "text", "vae") if kind in styles and want in (None, kind)), None
+        (styles[kind] for kind in ("dit", "text", "vae", "clip") if kind in styles and want in (None, kind)),
+        None,
     )
     if chosen is None:
-        if not _CLIP_MARKERS.isdisjoint(groups):
-            return _only_recognised("clip", want, groups, headers, where)
         _refuse_unknown(groups, [_KIND_NAMES[kind] for kind in styles], want, where)
     return _network(chosen, groups, headers, where)
 
@@ -149,6 +147,7 @@ def _network(
         native: make_ref(native, recognised, group, _logical_shape(native, recognised.shape, width))
         for native, (recognised, group) in found.items()
     }
+    refs = {name: ref for fused in refs.values() for name, ref in _unfused(fused, where).items()}
     shapes = {name: ref.shape for name, ref in refs.items()}
     metadata = _merged_metadata(headers)
     spec, variant = deduce(style.kind, shapes, metadata, where)
@@ -165,6 +164,8 @@ def _base_names(names: Iterable[str]) -> set[str]:
 
 def _namer(style: KeyStyle, names: Iterable[str], where: Path) -> Callable[[str], str | None]:
     """The function from names of this style to native names."""
+    if style.kind == "clip":
+        return (CLIP if style.style == "hf" else CLIP_OPEN).to_native
     if style.style == "native":
         known = {"dit": DIT.knows_native, "text": TEXT.knows_native, "vae": is_vae_native}[style.kind]
         return lambda name: name if known(name) else None
@@ -195,6 +196,8 @@ def _is_ignored(style: KeyStyle, name: str, names: Mapping[str, Group]) -> bool:
         return name.startswith(("decoder.", "lm_head.")) or (
             name == TIED_EMBEDDING and "shared.weight" in names
         )
+    if style.kind == "clip":
+        return name.startswith(_BESIDE_CLIP)
     if style.style == "gguf":
         return name.startswith(("dec.", "output."))
     return style.kind == "dit" and name.endswith((".attn2.norm_added_q.weight", BLUR_FILTER))
@@ -211,12 +214,33 @@ def _width(found: Mapping[str, tuple[Recognised, Group]]) -> int:
     return bias[0].shape[0] if bias is not None and len(bias[0].shape) == 1 else 0
 
 
+def _unfused(ref: TensorRef, where: Path) -> dict[str, TensorRef]:
+    """The tensor by its name; query, key and value by theirs, if it is all of them (`FUSED_QKV`)."""
+    before, fused, parameter = ref.name.partition(f".{FUSED_QKV}.")
+    if not fused:
+        return {ref.name: ref}
+    rows, part = ref.shape[0] // 3, ref.parts[0]
+    if ref.shape[0] % 3 or not isinstance(ref.encoding, Plain):
+        _refuse(
+            where, f"{ref.name} is {ref.encoding.name} {list(ref.shape)}", "three equal parts in bf16 or fp16"
+        )
+    found, shape = {}, (rows, *ref.shape[1:])
+    for n, leaf in enumerate("qkv"):
+        name, nbytes = f"{before}.attn.{leaf}.{parameter}", part.nbytes // 3
+        piece = replace(part, offset=part.offset + n * nbytes, nbytes=nbytes, shape=shape)
+        found[name] = TensorRef(name, shape, ref.encoding, (piece,))
+    return found
+
+
 def _logical_shape(native: str, shape: Shape, width: int) -> Shape:
-    """A patch convolution [D, in, 1, 2, 2] is also stored as a matrix [D, in*4], and by writers that know four
+    """CLIP's embeddings are also stored as a batch of one. A patch convolution [D, in, 1, 2, 2] is also stored as a matrix [D, in*4], and by writers that know four
     dimensions as [D*in, 1, 2, 2] (checkpoint-formats 4.1, 6.5); a bias of the motion encoder, natively [1, C, 1, 1],
     by diffusers as [C]."""
     if ".net_app.convs." in native and native.endswith(".bias") and len(shape) == 1:
         return (1, shape[0], 1, 1)
+    dims = {"class_embedding": 1, "position_embedding.weight": 2}.get(native)
+    if dims is not None and set(shape[:-dims]) <= {1}:
+        return shape[-dims:]
     if not native.endswith("patch_embedding.weight"):
         return shape
     if len(shape) == 2 and shape[1] % 4 == 0:
@@ -275,22 +299,18 @@ def _merged_metadata(headers: Sequence[Header]) -> dict[str, str]:
     return merged
 
 
-def _only_recognised(
-    kind: Literal["clip", "lora"],
-    want: Kind | None,
-    groups: Mapping[str, Group],
-    headers: Sequence[Header],
-    where: Path,
+def _lora(
+    want: Kind | None, groups: Mapping[str, Group], headers: Sequence[Header], where: Path
 ) -> Checkpoint:
-    if want not in (None, kind):
-        _refuse_unknown(groups, [_KIND_NAMES[kind]], want, where)
+    if want not in (None, "lora"):
+        _refuse_unknown(groups, [_KIND_NAMES["lora"]], want, where)
     refs: dict[str, TensorRef] = {}
     for name, group in groups.items():
         parts = {role: StoredPart(s.tensor.dtype, s.tensor.shape, s.note) for role, s in group.items()}
         recognised = registry.recognise(parts)
         if recognised is not None and not recognised.flat:
             refs[name] = make_ref(name, recognised, group, recognised.shape)
-    return Checkpoint(kind, None, kind, refs, tuple(h.path for h in headers), _merged_metadata(headers))
+    return Checkpoint("lora", None, "lora", refs, tuple(h.path for h in headers), _merged_metadata(headers))
 
 
 def _refuse_unknown(groups: Mapping[str, Group], held: list[str], want: Kind | None, where: Path) -> NoReturn:

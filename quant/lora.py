@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from lowvram.errors import FileError
-from lowvram.quant.deduce import FLF_TOKENS
 from lowvram.quant.files.header import Header, StoredTensor, shown
 from lowvram.quant.names import DIT
 from lowvram.quant.refs import Part, Shape
-from lowvram.quant.spec import DitSpec, numel
+from lowvram.quant.spec import CLIP_TOKENS, DitSpec, numel
 
 ENOUGH = 0.95
 """Share of a LoRA that must fit the model: less means that it was made for another one."""
@@ -171,7 +170,7 @@ class _Modules:
     """Module names of a transformer with every optional branch, and how files spell them."""
 
     def __init__(self, spec: DitSpec) -> None:
-        shapes = replace(spec, image_tokens=FLF_TOKENS).shapes()
+        shapes = replace(spec, image_tokens=2 * CLIP_TOKENS).shapes()
         self._native = {name.removesuffix(".weight").removesuffix(".bias") for name in shapes}
         # "_" also stands inside names, so flat names are looked up, never split.
         self._flat = {module.replace(".", "_"): module for module in self._native}

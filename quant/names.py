@@ -17,7 +17,7 @@ from typing import Literal
 from lowvram.quant.face_spec import FACE_STAGES, MOTION_LAYERS
 from lowvram.quant.renames import Renames
 
-NetKind = Literal["dit", "vae", "text"]
+NetKind = Literal["dit", "vae", "text", "clip"]
 Style = Literal["native", "diffusers", "hf", "gguf"]
 
 
@@ -32,6 +32,9 @@ class KeyStyle:
     hits: int
     """Names it explains."""
 
+
+FUSED_QKV = "attn.qkv"
+"""Query, key and value rows in one matrix, as the authors' CLIP stores them."""
 
 _ATTENTION: Mapping[str, str] = {
     "q": "to_q",
@@ -152,6 +155,52 @@ TEXT_GGUF = Renames.of(
 )
 """Text encoder: native <-> llama.cpp's t5encoder (checkpoint-formats 4.4)."""
 
+_CLIP_LAYER: Mapping[str, str] = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
+
+CLIP = Renames.of(
+    {
+        "class_embedding": "embeddings.class_embedding",
+        "patch_embedding": "embeddings.patch_embedding",
+        "position_embedding": "embeddings.position_embedding",
+        "pre_norm": "pre_layrnorm",
+        "post_norm": "post_layernorm",
+    },
+    {
+        **_CLIP_LAYER,
+        **{f"attn.{leaf}": f"self_attn.{leaf}_proj" for leaf in "qkv"},
+        "attn.o": "self_attn.out_proj",
+    },
+    ("blocks.", "encoder.layers."),
+    frozenset({"class_embedding"}),
+)
+"""Picture half of CLIP: our names, which keep query, key and value apart, <-> Hugging Face."""
+
+CLIP_OPEN = Renames.of(
+    {
+        "class_embedding": "cls_embedding",
+        "patch_embedding": "patch_embedding",
+        "position_embedding.weight": "pos_embedding",
+        "pre_norm": "pre_norm",
+        "post_norm": "post_norm",
+    },
+    {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "mlp.0": "mlp.0",
+        "mlp.2": "mlp.2",
+        FUSED_QKV: "attn.to_qkv",
+        "attn.o": "attn.proj",
+    },
+    ("blocks.", "transformer."),
+    frozenset({"class_embedding", "position_embedding.weight"}),
+)
+"""Picture half of CLIP: our names, but for `FUSED_QKV`, <-> the authors' own (checkpoint-formats 9)."""
+
 TIED_EMBEDDING = "encoder.embed_tokens.weight"
 """The Hugging Face second name of `shared.weight`; a file may hold either or both."""
 
@@ -228,6 +277,8 @@ _PREFIXES = (
     "text_encoder.",
     "text_encoders.umt5xxl.transformer.",
     "text_encoders.umt5xxl.",
+    "visual.",
+    "vision_model.",
 )
 _ENOUGH_HITS = 8
 """Fewer known names than this are a coincidence: the smallest network has twice as many."""
@@ -272,6 +323,10 @@ def _known_as(name: str) -> list[tuple[NetKind, Style]]:
         found.append(("text", "hf"))
     if TEXT_GGUF.to_native(name):
         found.append(("text", "gguf"))
+    if CLIP.to_native(name):
+        found.append(("clip", "hf"))
+    if CLIP_OPEN.to_native(name):
+        found.append(("clip", "native"))
     if not found and is_vae_native(name):
         found.append(("vae", "native"))
     if not found and _VAE_DIFFUSERS.fullmatch(name):

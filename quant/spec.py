@@ -5,6 +5,7 @@ Pure data. Every spec can list the native tensor names and shapes it is made of,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lowvram.quant.face_spec import FaceSpec
@@ -13,6 +14,11 @@ Shape = tuple[int, ...]
 
 HEAD_DIM = 128
 """Channels per attention head in every Wan transformer."""
+
+CLIP_TOKENS = 257
+"""What CLIP makes of one picture. Models for first and last frame take twice as many."""
+CLIP_HEAD_DIM = 80
+"""Channels per attention head of the CLIP that Wan uses."""
 
 LATENT_MEAN_21 = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -112,8 +118,8 @@ class DitSpec:
             shapes |= {"img_emb.proj.1.weight": (i, i), "img_emb.proj.1.bias": (i,)}
             shapes |= {"img_emb.proj.3.weight": (d, i), "img_emb.proj.3.bias": (d,)}
             shapes |= {"img_emb.proj.4.weight": (d,), "img_emb.proj.4.bias": (d,)}
-            if self.image_tokens == 514:
-                shapes["img_emb.emb_pos"] = (1, 514, i)
+            if self.image_tokens == 2 * CLIP_TOKENS:
+                shapes["img_emb.emb_pos"] = (1, self.image_tokens, i)
         if self.face:
             shapes["pose_patch_embedding.weight"] = (d, self.out_channels, 1, 2, 2)
             shapes["pose_patch_embedding.bias"] = (d,)
@@ -248,11 +254,60 @@ class TextSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ClipSpec:
+    """The picture half of a CLIP (ViT-H/14 by default). Wan uses what the last layer but one puts out."""
+
+    dim: int = 1280
+    ffn: int = 5120
+    layers: int = 32
+    patch: int = 14
+    tokens: int = CLIP_TOKENS
+    """One for the whole picture, then one for each patch."""
+
+    @property
+    def heads(self) -> int:
+        return self.dim // CLIP_HEAD_DIM
+
+    @property
+    def side(self) -> int:
+        """Pixels on each side of the square it looks at."""
+        return math.isqrt(self.tokens - 1) * self.patch
+
+    def layer_shapes(self) -> dict[str, Shape]:
+        """Names of one layer, relative to `blocks.N.`."""
+        d, f = self.dim, self.ffn
+        shapes: dict[str, Shape] = {}
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+        for leaf in "qkvo":
+            shapes |= {f"attn.{leaf}.weight": (d, d), f"attn.{leaf}.bias": (d,)}
+        return shapes | {
+            "mlp.0.weight": (f, d),
+            "mlp.0.bias": (f,),
+            "mlp.2.weight": (d, f),
+            "mlp.2.bias": (d,),
+        }
+
+    def shapes(self) -> dict[str, Shape]:
+        """Every tensor name and its shape, the unused last layer and norm included."""
+        d = self.dim
+        layers = {f"blocks.{n}.{k}": s for n in range(self.layers) for k, s in self.layer_shapes().items()}
+        outer: dict[str, Shape] = {
+            "class_embedding": (d,),
+            "patch_embedding.weight": (d, 3, self.patch, self.patch),
+            "position_embedding.weight": (self.tokens, d),
+        }
+        for norm in ("pre_norm", "post_norm"):
+            outer |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+        return outer | layers
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A whole model: its networks and the defaults its authors trained or recommend."""
 
     variant: str
-    """"t2v", "i2v", "ti2v" (one noise level per latent frame)."""
+    """"t2v", "i2v" (channels for a picture), "ti2v" (frames may differ in noise)."""
     dit: DitSpec
     vae: VaeSpec
     text: TextSpec
@@ -270,6 +325,8 @@ class ModelSpec:
     """Guidance scale of the (high, low) expert."""
     negative: str
     """Negative prompt used when none is given."""
+    clip: ClipSpec | None = None
+    """What looks at the picture, where the transformer has a branch for it."""
 
     def expert_names(self) -> tuple[str, ...]:
         return ("high", "low") if self.experts == 2 else ("single",)

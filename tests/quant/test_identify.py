@@ -14,8 +14,8 @@ from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import keeps_precision
 from lowvram.quant.face_spec import FaceSpec
 from lowvram.quant.identify import identify, identify_path, kinds
-from lowvram.quant.names import DIT, TEXT, vae_renames
-from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, DitSpec, TextSpec, VaeSpec
+from lowvram.quant.names import CLIP, CLIP_OPEN, DIT, TEXT, vae_renames
+from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, ClipSpec, DitSpec, TextSpec, VaeSpec
 
 A14B = {"dim": 5120, "ffn": 13824, "layers": 40, "out_channels": 16}
 T2V, I2V = DitSpec(**A14B, in_channels=16), DitSpec(**A14B, in_channels=36)
@@ -388,14 +388,51 @@ def test_a_vae_of_odd_stages_is_refused(refusal):
     assert "encoder.downsamples.6 is missing" in refusal(plain(shapes))
 
 
-def test_loras_and_clip_encoders_are_recognised_without_a_spec(header_of, refusal):
+def test_loras_are_recognised_without_a_spec(header_of, refusal):
     lora = {f"blocks.{n}.ffn.0.lora_{x}.weight": ("BF16", (4, 4)) for n in range(9) for x in "AB"}
-    clip = {"visual.cls_embedding": ("F16", (1, 1, 1280)), "visual.pre_norm.weight": ("F16", (1280,))}
-    for kind, entries in (("lora", lora), ("clip", clip)):
-        found = identify([header_of(entries)])
-        assert (found.kind, found.spec, found.variant) == (kind, None, kind)
-        assert found.refs.keys() == entries.keys() and kinds([header_of(entries)]) == (kind,)
-        assert "expected a transformer" in refusal(entries, "dit")
+    found = identify([header_of(lora)])
+    assert (found.kind, found.spec, found.variant) == ("lora", None, "lora")
+    assert found.refs.keys() == lora.keys() and kinds([header_of(lora)]) == ("lora",)
+    assert "expected a transformer" in refusal(lora, "dit")
+
+
+def authors_clip(spec):
+    """The picture half as the authors' file holds it: one matrix for query, key and value, batches of one."""
+    entries = {}
+    for name, shape in spec.shapes().items():
+        if ".attn.k." in name or ".attn.v." in name:
+            continue
+        if ".attn.q." in name:
+            name, shape = name.replace(".attn.q.", ".attn.qkv."), (3 * shape[0], *shape[1:])
+        ones = {"class_embedding": (1, 1), "position_embedding.weight": (1,)}.get(name, ())
+        entries[f"visual.{CLIP_OPEN.from_native(name)}"] = ("F16", (*ones, *shape))
+    beside = {"visual.head": (spec.dim, 8), "log_scale": (), "textual.norm.weight": (8,)}
+    return entries | {name: ("F16", shape) for name, shape in beside.items()}
+
+
+def test_every_style_of_a_clip_encoder_is_the_same_network(header_of, refusal):
+    spec = ClipSpec(dim=160, ffn=320, layers=3, tokens=5)
+    hf = renamed(spec.shapes(), CLIP)
+    hf_entries = plain(hf, "F16", "vision_model.") | {"visual_projection.weight": ("F16", (8, 160))}
+    for entries in (hf_entries, plain(hf, "F16"), authors_clip(spec)):
+        found = identify([header_of(entries)], "clip")
+        assert (found.kind, found.spec, found.variant) == ("clip", spec, "clip")
+        assert {name: ref.shape for name, ref in found.refs.items()} == spec.shapes()
+        assert kinds([header_of(entries)]) == ("clip",)
+        assert "this is a CLIP vision encoder\nexpected a transformer" in refusal(entries, "dit")
+    assert identify([header_of(authors_clip(ClipSpec()))]).spec == ClipSpec()
+
+
+def test_fused_query_key_and_value_are_the_thirds_of_what_is_stored(header_of):
+    spec = ClipSpec(dim=160, ffn=320, layers=2, tokens=5)
+    header = header_of(authors_clip(spec))
+    stored = {tensor.name: tensor for tensor in header.tensors}
+    refs = identify([header]).refs
+    for parameter in ("weight", "bias"):
+        whole = stored[f"visual.transformer.1.attn.to_qkv.{parameter}"]
+        parts = [refs[f"blocks.1.attn.{leaf}.{parameter}"].parts[0] for leaf in "qkv"]
+        assert [p.offset for p in parts] == [whole.offset + n * whole.nbytes // 3 for n in range(3)]
+        assert sum(p.nbytes for p in parts) == whole.nbytes
 
 
 def test_the_wrong_kind_of_file_is_named(refusal):

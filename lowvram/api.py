@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowvram import __version__, discovery, fewstep
+from lowvram.conditions.contract import Condition
 from lowvram.errors import UsageError
-from lowvram.job import Job, LoraChoice, describe, make_job
+from lowvram.job import Job, LoraChoice, check_complete, describe, make_job
 from lowvram.machine import Machine, machine_profile, this_machine
+from lowvram.media.picture import open_picture
 from lowvram.media.video import VideoWriter, check_size, check_target
 from lowvram.model import Model, imagined_model, open_model, with_loras
 from lowvram.offload.budget import Budget, Ledger, parse_bytes
@@ -36,7 +38,7 @@ from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.report import Report
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.presets import few_step, model_preset
-from lowvram.stages import decode, denoise, text
+from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.denoise import State
 from lowvram.stages.run import Listener, Run, Silent
 
@@ -71,7 +73,7 @@ class Runtime:
 
         Parts that are not named are looked for as `lowvram.discovery.find` says, which takes the other settings.
 
-        files: "high", "low", "single", "vae", "text", "tokenizer" name single files instead of found ones.
+        files: "high", "low", "single", "vae", "text", "clip", "tokenizer" name single files instead of found ones.
         """
         given = {part: path for part, path in files.items() if path}
         found = discovery.find(
@@ -112,12 +114,12 @@ class Pipeline:
     """Why these files, of the parts that were chosen among others."""
 
     def job(self, prompt: str = "", *, force: bool = False, **settings: Any) -> Job:
-        """A job on this model; `settings` are those of `lowvram.job.make_job`.
+        """A job on this model; `settings` are those of `lowvram.job.make_job`, pictures as paths.
 
         The few-step preset is that of the files, where they are known and nothing of the schedule is set. UsageError if
         settings and files contradict each other (see `lowvram.fewstep`), unless `force`.
         """
-        settings = fewstep.with_preset(_with_preset_loras(self, settings), self.files)
+        settings = fewstep.with_preset(_with_preset_loras(self, _with_pictures(settings)), self.files)
         job = make_job(self.model.spec, model=self.model.name, files=self.files, prompt=prompt, **settings)
         if not force:
             fewstep.check(job, self.model.spec)
@@ -139,12 +141,18 @@ class Pipeline:
         job: Job,
         *,
         state: State | None = None,
-        save: Callable[[State], None] | None = None,
+        save: Callable[[State], None] = lambda state: None,
+        made: Condition | None = None,
+        keep: Callable[[Condition], None] = lambda made: None,
         listener: Listener | None = None,
         clock: Callable[[], float] = time.monotonic,
         plan: Plan | None = None,
     ) -> Video:
-        """Run `job`, from `state` on if it was interrupted; `save` is called after every step."""
+        """Run `job`, from `state` on if it was interrupted; `save` is called after every step.
+
+        made: its condition, if that was made before; `keep` is called if it is made now.
+        """
+        check_complete(self.model.spec, job)
         model = with_loras(self.model, job.loras)
         plan = plan or make_plan(job, model, self.runtime.budget, self.runtime.machine)
         state = state or denoise.initial_state(job, model)
@@ -154,7 +162,10 @@ class Pipeline:
         with self.runtime.device() as device:
             run = Run(device, plan, listener or Silent(), clock)
             texts = text.encode(run, model, prompts)
-            latent = denoise.denoise(run, model, job, texts, state, save or (lambda state: None))
+            if made is None:
+                made = condition.condition(run, model, job)
+                keep(made)
+            latent = denoise.denoise(run, model, job, texts, made, state, save)
         return Video(self, job, plan, latent, listener or Silent(), clock, run.reports)
 
     def video(self, job: Job, latent: Tensor, plan: Plan, listener: Listener | None = None) -> Video:
@@ -211,12 +222,18 @@ def plan_without_files(
     spec = model_preset(name)
     encoding_by_name(weights or DEFAULT_WEIGHTS)
     where = machine_profile(machine) if machine else this_machine()
-    job = make_job(spec, model=name, files={}, prompt=prompt, **settings)
+    job = make_job(spec, model=name, files={}, prompt=prompt, **_with_pictures(settings))
     if not force:
         fewstep.check(job, spec)
     return make_plan(
         job, imagined_model(name, spec, weights or DEFAULT_WEIGHTS), _budget(vram, ram, where), where
     )
+
+
+def _with_pictures(settings: dict[str, Any]) -> dict[str, Any]:
+    """Paths of pictures become what their headers say."""
+    paths = {name: settings[name] for name in ("image", "last_image") if settings.get(name) is not None}
+    return settings | {name: open_picture(Path(path).expanduser()) for name, path in paths.items()}
 
 
 def _with_preset_loras(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,11 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
     ),
     "vae": ("vae", "vae.safetensors", "wan2.?_vae.pth"),
     "text": ("text_encoder", "text_encoder.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"),
+    "clip": (
+        "image_encoder",
+        "clip_vision*.safetensors",
+        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    ),
     "tokenizer": ("tokenizer/spiece.model", "google/umt5-xxl/spiece.model", "spiece.model"),
 }
 """Folders and files of the authors', diffusers' and our own layouts, the surest first. Anything else is recognised by

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.model import Group
-from lowvram.models import dit, umt5, vae, vae_clip
+from lowvram.models import clip, dit, umt5, vae, vae_clip
 from lowvram.models.vae_history import Memory, PackedHistory, memories, tile_memories
 from lowvram.models.vae_layers import History, Weights
 from lowvram.models.vae_tiles import Tile
@@ -20,7 +20,7 @@ from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import peak_memory
 from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.linear import Params
-from lowvram.quant.spec import HEAD_DIM, DitSpec, TextSpec, VaeSpec
+from lowvram.quant.spec import HEAD_DIM, ClipSpec, DitSpec, TextSpec, VaeSpec
 from lowvram.stages.weights import Dense, to_params
 
 
@@ -51,15 +51,18 @@ def block_scratch(
 ) -> int:
     """Transient bytes of `dit.block_` on a long sequence. Two chunks tell: later ones repeat the second.
 
-    per_frame: tokens that share a time row, or 0 if all do. words: tokens of the longest prompt. group: heads at a
-    time, or 0 for all. unpacked: whether the block's weights are decoded into a buffer (`unpacked_nbytes`) before.
+    per_frame: tokens of a latent frame if the first ones have another time, or 0 if all have the same. words: tokens
+    of the longest prompt. group: heads at a time, or 0 for all. unpacked: whether the block's weights are decoded into
+    a buffer (`unpacked_nbytes`) before.
     """
     n = min(tokens, 2 * chunk)
     mode = FakeTensorMode()
     with mode:
         p = _fake_params(block)
-        rows = 1 if not per_frame else -(-n // per_frame)
-        time = dit.Time(torch.empty(rows, spec.dim), torch.empty(rows, 6, spec.dim), per_frame or n)
+        rows = 2 if per_frame else 1
+        # some chunk holds tokens of both rows
+        first = min(per_frame, n // 2) or n
+        time = dit.Time(torch.empty(rows, spec.dim), torch.empty(rows, 6, spec.dim), first)
         rows_of_text = context_rows(spec, words)
         text = torch.empty(rows_of_text, spec.dim, dtype=dtype)
         image = torch.empty(spec.image_tokens, spec.dim, dtype=dtype) if spec.image_tokens else None
@@ -90,6 +93,18 @@ def context_rows(spec: DitSpec, words: int) -> int:
     return words + min(2, spec.text_len - words)
 
 
+def embed_scratch(spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """Transient bytes of `dit.embed_framewise`, its result not counted."""
+    _, rows, columns = grid
+    with FakeTensorMode():
+        p = _fake_params(outer)
+        latent = torch.empty(spec.out_channels, 1, 2 * rows, 2 * columns)
+        beside = spec.in_channels - spec.out_channels
+        given = torch.empty(beside, *latent.shape[1:]) if beside else None
+    result = allocated_size(rows * columns * spec.dim * dtype.itemsize)
+    return _peak(lambda latent: dit.embed_framewise(p, spec, latent, given, dtype), latent) - result
+
+
 def prepare_scratch(
     spec: DitSpec, outer: Group, lengths: Sequence[int], steps: int, time_rows: int, dtype: torch.dtype
 ) -> int:
@@ -98,9 +113,11 @@ def prepare_scratch(
     with mode:
         p = _fake_params(outer)
         text = torch.empty(max(lengths), spec.text_dim, dtype=dtype)
+        tokens = torch.empty(spec.image_tokens, spec.image_dim, dtype=dtype)
 
     def run(text: Tensor) -> None:
-        kept: list[object] = [dit.embed_text(p, spec, text[:n]) for n in lengths]
+        kept: list[object] = [dit.embed_image(p, tokens.clone())] if spec.image_tokens else []
+        kept += [dit.embed_text(p, spec, text[:n]) for n in lengths]
         kept += [
             dit.embed_time(p, spec, torch.zeros(time_rows, dtype=torch.float64), 1) for _ in range(steps)
         ]
@@ -129,6 +146,18 @@ def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) ->
         p = _fake_params(layer)
         x, buckets = torch.empty(rows, spec.dim, dtype=dtype), umt5.relative_buckets(rows)
     return _peak(lambda x: umt5.layer(p, spec, x, buckets), x)
+
+
+def clip_scratch(spec: ClipSpec, outer: Group, layer: Group, dtype: torch.dtype) -> int:
+    """Transient bytes of the embedding or of one layer of the CLIP vision tower on one picture."""
+    with FakeTensorMode():
+        first, p = _fake_params(outer), _fake_params(layer)
+        picture = torch.empty(3, spec.side, spec.side)
+        x = torch.empty(spec.tokens, spec.dim, dtype=dtype)
+    return max(
+        _peak(lambda picture: clip.embed(first, spec, picture, dtype), picture),
+        _peak(lambda x: clip.layer(p, spec, x), x),
+    )
 
 
 class _UnderWay(PackedHistory):

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.errors import UsageError
-from lowvram.quant.spec import ModelSpec
+from lowvram.framing import LONGEST, size_for
+from lowvram.media.picture import Picture
+from lowvram.quant.spec import CLIP_TOKENS, ModelSpec
 from lowvram.sampling.presets import few_step
 from lowvram.sampling.schedules import Schedule, few_step_schedule, make_schedule
 
 MAX_FRAMES = 4 * 1023 + 1
 """The rotary table has 1024 positions per axis."""
-MAX_PIXELS = 1024 * 16
+SMALL = 832 * 480
+"""Pixels of a frame at 480p."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,15 @@ class Job:
     schedule: Schedule
     preset: str | None = None
     """The few-step preset the schedule came from."""
+    image: Picture | None = None
+    """What the video begins with."""
+    last_image: Picture | None = None
+    """What it ends with."""
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All pictures, in the order of their frames."""
+        return tuple(p for p in (self.image, self.last_image) if p is not None)
 
 
 def make_job(
@@ -62,8 +74,11 @@ def make_job(
     prompt: str = "",
     negative: str | None = None,
     loras: tuple[LoraChoice, ...] = (),
+    image: Picture | None = None,
+    last_image: Picture | None = None,
     width: int | None = None,
     height: int | None = None,
+    area: int | None = None,
     frames: int | None = None,
     fps: int | None = None,
     seed: int = 0,
@@ -73,11 +88,21 @@ def make_job(
     guidance: tuple[float, float] | None = None,
     preset: str | None = None,
 ) -> Job:
-    """A job on a model of `spec`; None means the model's own default. UsageError for what cannot be made."""
+    """A job on a model of `spec`; None means the model's own default. UsageError for what cannot be made.
+
+    area: about so many pixels in a frame, in the shape of `image`; without width and height only.
+    """
+    check_pictures(spec, image, last_image)
+    if image is not None and width is None and height is None:
+        width, height = size_for(spec, image.width, image.height, area or spec.width * spec.height)
     width = spec.width if width is None else width
     height = spec.height if height is None else height
     frames = spec.frames if frames is None else frames
     check_size(spec, width, height, frames)
+    if last_image is not None and frames == 1:
+        raise UsageError(
+            "a first and a last picture for one frame", where="--frames", advice="give --frames 5 or more"
+        )
     if not 0 <= seed < 2**63:
         raise UsageError(
             f"seed {seed}", where="--seed", expected="0 to 2^63 - 1", advice="choose another seed"
@@ -111,21 +136,63 @@ def make_job(
         frames=frames,
         fps=fps or spec.fps,
         seed=seed,
-        schedule=_schedule(spec, steps, solver, shift, guidance, preset),
+        schedule=_schedule(spec, width * height, steps, solver, shift, guidance, preset),
         preset=preset,
+        image=image,
+        last_image=last_image,
     )
+
+
+def check_pictures(spec: ModelSpec, image: Picture | None, last_image: Picture | None) -> None:
+    """UsageError for pictures that a model of `spec` has no place for."""
+    if spec.variant == "t2v" and (image or last_image):
+        raise UsageError(
+            "a picture, but this model makes videos from text alone",
+            where="--image" if image else "--last-image",
+            expected="an image-to-video model, or TI2V-5B",
+            advice="leave it out, or use a model such as wan2.2-i2v-a14b",
+        )
+    if last_image is None:
+        return
+    if spec.variant == "ti2v" or spec.dit.image_tokens == CLIP_TOKENS:
+        raise UsageError(
+            "a last picture, but this model was trained with a first one only",
+            where="--last-image",
+            expected="a model for first and last frame",
+            advice="leave it out, or use wan2.2-i2v-a14b or wan2.1-flf2v-14b",
+        )
+    if image is None:
+        raise UsageError(
+            "a last picture without a first", where="--last-image", advice="give the first with --image"
+        )
+
+
+def check_complete(spec: ModelSpec, job: Job) -> None:
+    """UsageError if a picture is missing that the model cannot do without. A plan can."""
+    if spec.variant == "i2v" and job.image is None:
+        raise UsageError(
+            "this model begins a video with a picture, and none is given",
+            where="--image",
+            advice="give one with --image FILE, or use a text-to-video model",
+        )
+    if spec.dit.image_tokens == 2 * CLIP_TOKENS and job.last_image is None:
+        raise UsageError(
+            "this model joins a first and a last picture, and the last is not given",
+            where="--last-image",
+            advice="give it with --last-image FILE, or use an image-to-video model",
+        )
 
 
 def check_size(spec: ModelSpec, width: int, height: int, frames: int) -> None:
     """UsageError naming the two nearest sizes that the model can make."""
     for name, size, stride in (("width", width, spec.vae.stride[2]), ("height", height, spec.vae.stride[1])):
         unit = 2 * stride
-        if size < unit or size % unit or size > MAX_PIXELS:
+        if size < unit or size % unit or size > LONGEST:
             raise UsageError(
                 f"{name} {size}",
                 where="--size",
-                expected=f"a multiple of {unit} up to {MAX_PIXELS}",
-                advice=f"the nearest are {_nearest(size, unit, 0, MAX_PIXELS)}",
+                expected=f"a multiple of {unit} up to {LONGEST}",
+                advice=f"the nearest are {_nearest(size, unit, 0, LONGEST)}",
             )
     if frames < 1 or (frames - 1) % 4 or frames > MAX_FRAMES:
         raise UsageError(
@@ -144,6 +211,7 @@ def _nearest(value: int, unit: int, offset: int, largest: int) -> str:
 
 def _schedule(
     spec: ModelSpec,
+    pixels: int,
     steps: int | None,
     solver: str | None,
     shift: float | None,
@@ -151,10 +219,11 @@ def _schedule(
     preset: str | None,
 ) -> Schedule:
     if preset is None:
+        usual = spec.shift_480p if spec.shift_480p and pixels <= SMALL else spec.shift
         return make_schedule(
             solver=solver or "unipc",
             steps=spec.steps if steps is None else steps,
-            shift=spec.shift if shift is None else shift,
+            shift=usual if shift is None else shift,
             boundary=spec.boundary,
             experts=spec.experts,
             guidance=guidance or spec.guidance,
@@ -197,4 +266,5 @@ def describe(job: Job, version: str) -> dict[str, Any]:
             {"file": Path(lora.path).name, "expert": lora.expert, "strength": lora.strength}
             for lora in job.loras
         ],
+        "pictures": [{"file": Path(p.path).name, "sha256": p.sha256} for p in job.pictures],
     }

@@ -24,7 +24,7 @@ from lowvram.quant.files.shards import open_checkpoint_files
 from lowvram.quant.identify import Checkpoint, identify_path
 from lowvram.quant.lora import LoraPair, LoraSet, match_lora
 from lowvram.quant.refs import Part, Shape, TensorRef
-from lowvram.quant.spec import DitSpec, ModelSpec, TextSpec, VaeSpec
+from lowvram.quant.spec import CLIP_TOKENS, ClipSpec, DitSpec, ModelSpec, TextSpec, VaeSpec
 from lowvram.sampling.presets import load_models
 
 
@@ -148,18 +148,15 @@ class Model:
     text: Mapping[str, TensorRef]
     tokenizer: Path | Part | None
     """A sentencepiece file, or the copy of one inside the text encoder's file."""
+    clip: Mapping[str, TensorRef] = field(default_factory=dict)
+    """Empty where the transformer has no branch for it."""
 
 
 def open_model(name: str, files: Mapping[str, str]) -> Model:
     """Recognise the files of a model. FileError for a part that is missing or not what it should be."""
     experts = ("high", "low") if "high" in files or "low" in files else ("single",)
     for part in (*experts, "vae", "text"):
-        if part not in files:
-            raise FileError(
-                f"no {PART_NAMES[part]} was found",
-                where=name,
-                advice=f"give its file with {FLAGS[part]} FILE",
-            )
+        _check_found(part, name, files)
     found = {e: identify_path(Path(files[e]), FileReader, "dit") for e in experts}
     vae = identify_path(Path(files["vae"]), FileReader, "vae")
     text = identify_path(Path(files["text"]), FileReader, "text")
@@ -173,9 +170,34 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
         spec, dit=dit.spec, vae=replace(vae.spec, mean=spec.vae.mean, std=spec.vae.std), text=text.spec
     )
     tokenizer = Path(files["tokenizer"]) if "tokenizer" in files else text.tokenizer
-    return Model(
-        name, spec, {e: Transformer(c.refs) for e, c in found.items()}, vae.refs, text.refs, tokenizer
-    )
+    transformers = {e: Transformer(c.refs) for e, c in found.items()}
+    model = Model(name, spec, transformers, vae.refs, text.refs, tokenizer)
+    return _with_clip(model, files) if dit.spec.image_tokens else model
+
+
+def _check_found(part: str, name: str, files: Mapping[str, str]) -> None:
+    if part not in files:
+        raise FileError(
+            f"no {PART_NAMES[part]} was found",
+            where=name,
+            advice=f"give its file with {FLAGS[part]} FILE",
+        )
+
+
+def _with_clip(model: Model, files: Mapping[str, str]) -> Model:
+    """The model with the network that looks at its picture."""
+    _check_found("clip", model.name, files)
+    clip, dit = identify_path(Path(files["clip"]), FileReader, "clip"), model.spec.dit
+    assert isinstance(clip.spec, ClipSpec)
+    if clip.spec.dim != dit.image_dim or clip.spec.tokens != CLIP_TOKENS:
+        raise FileError(
+            f"a CLIP vision encoder of width {clip.spec.dim} with {clip.spec.tokens} tokens, "
+            f"the transformer expects {dit.image_dim} and {CLIP_TOKENS}",
+            where=files["clip"],
+            expected="ViT-H/14 of open-clip (XLM-RoBERTa or LAION-2B), as clip_vision_h.safetensors",
+            advice="give the one that belongs to this model",
+        )
+    return replace(model, spec=replace(model.spec, clip=clip.spec), clip=clip.refs)
 
 
 def with_loras(model: Model, choices: tuple[LoraChoice, ...]) -> Model:
@@ -242,6 +264,7 @@ def imagined_model(name: str, spec: ModelSpec, weights: str) -> Model:
         _imagined(spec.vae.shapes(), "bf16", nowhere),
         _imagined(spec.text.shapes(), "bf16", nowhere),
         None,
+        {} if spec.clip is None else _imagined(spec.clip.shapes(), "fp16", nowhere),
     )
 
 
@@ -274,12 +297,12 @@ def _model_spec(name: str, dit: Checkpoint, experts: int) -> ModelSpec:
 
 
 def _check_supported(dit: Checkpoint, file: str) -> None:
-    if dit.variant not in ("t2v", "ti2v"):
+    if dit.variant == "animate":
         raise FileError(
-            "a transformer that continues images: image-to-video is not supported yet",
+            "this is a Wan-Animate checkpoint: not supported yet",
             where=file,
-            expected="a text-to-video model of Wan 2.1 or 2.2, or TI2V-5B",
-            advice="give a text-to-video model",
+            expected="a text-to-video or image-to-video model of Wan 2.1 or 2.2",
+            advice="give one of those",
         )
 
 

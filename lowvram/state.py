@@ -2,6 +2,7 @@
 
 job.json             the Job
 state.safetensors    latent and solver state after the last finished step, replaced atomically
+condition.safetensors  what was made of the job's pictures
 latent.safetensors   the finished latent: from then on the job can always be decoded
 done                 the output was written and verified
 """
@@ -56,6 +57,10 @@ class JobFolder:
         return self.path / "state.safetensors"
 
     @property
+    def condition_path(self) -> Path:
+        return self.path / "condition.safetensors"
+
+    @property
     def latent_path(self) -> Path:
         return self.path / "latent.safetensors"
 
@@ -80,7 +85,7 @@ class JobFolder:
     def finish(self) -> None:
         """The output exists: the state of single steps, and what a kill left of writing one, is no longer needed."""
         write_atomic(self.path / "done", b"")
-        for path in (self.state_path, *self.path.glob(".*.tmp")):
+        for path in (self.state_path, self.condition_path, *self.path.glob(".*.tmp")):
             path.unlink(missing_ok=True)
 
     @contextmanager

@@ -325,6 +325,8 @@ class ModelSpec:
     """Guidance scale of the (high, low) expert."""
     negative: str
     """Negative prompt used when none is given."""
+    shift_480p: float | None = None
+    """Of videos of at most 832 x 480 pixels, where the authors use another."""
     clip: ClipSpec | None = None
     """What looks at the picture, where the transformer has a branch for it."""
 

@@ -23,7 +23,7 @@ def generate(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Make a video from a prompt."""
+    """Make a video from a prompt, and from a picture if the model takes one."""
     settings = flags.settings()
     from lowvram.cli.work import check_output, start
 

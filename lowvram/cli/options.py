@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -28,7 +28,17 @@ ModelsDir = Annotated[
     list[str] | None,
     typer.Option("--models-dir", help="A folder to look in for model files; may be given several times."),
 ]
-Size = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, such as 1280x720.")]
+Clip = Annotated[
+    str | None, typer.Option("--clip", help="CLIP vision encoder file (Wan 2.1 image to video).")
+]
+Image = Annotated[str | None, typer.Option("--image", help="A picture that the video begins with.")]
+LastImage = Annotated[str | None, typer.Option("--last-image", help="A picture that the video ends with.")]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        "--size", help="WIDTHxHEIGHT in pixels; with --image also 480p or 720p, in the picture's shape."
+    ),
+]
 Frames = Annotated[
     int | None,
     typer.Option("--frames", help="Number of frames, 4n+1."),
@@ -75,7 +85,10 @@ class JobFlags:
     transformer: Transformer = None
     vae: Vae = None
     text_encoder: TextEncoder = None
+    clip: Clip = None
     models_dir: ModelsDir = None
+    image: Image = None
+    last_image: LastImage = None
     size: Size = None
     frames: Frames = None
     fps: Fps = None
@@ -101,6 +114,7 @@ class JobFlags:
             "single": self.transformer,
             "vae": self.vae,
             "text": self.text_encoder,
+            "clip": self.clip,
         }
         return {part: path for part, path in given.items() if path}
 
@@ -115,12 +129,14 @@ class JobFlags:
             "solver": self.solver,
             "shift": self.shift,
             "preset": self.preset,
+            "image": self.image,
+            "last_image": self.last_image,
             "force": self.force or None,
         }
         given = {name: value for name, value in plain.items() if value is not None}
         return (
             given
-            | parse_size(self.size)
+            | parse_size(self.size, self.image is not None)
             | parse_guidance(self.guidance)
             | parse_loras(self.lora, self.lora_partial)
         )
@@ -149,10 +165,15 @@ def with_job_flags(work: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def parse_size(text: str | None) -> dict[str, int]:
-    """ "1280x720" or "1280*720" -> width and height; nothing for None."""
+_AREAS: Mapping[str, int] = {"480p": 832 * 480, "720p": 1280 * 720}
+
+
+def parse_size(text: str | None, pictured: bool = False) -> dict[str, int]:
+    """ "1280x720" or "1280*720" -> width and height; "480p" -> area, beside a picture; nothing for None."""
     if text is None:
         return {}
+    if pictured and text.strip().lower() in _AREAS:
+        return {"area": _AREAS[text.strip().lower()]}
     match = re.fullmatch(r"(\d{1,5})[xX*×](\d{1,5})", text.strip())
     if match is None:
         raise UsageError(

@@ -17,8 +17,9 @@ from lowvram.api import Pipeline, Runtime
 from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode, say
 from lowvram.cli.models import announce, tell_files
 from lowvram.cli.options import JobFlags
+from lowvram.conditions.contract import Condition
 from lowvram.errors import FileError
-from lowvram.job import Job
+from lowvram.job import Job, check_complete
 from lowvram.media.video import check_target
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.io import FileReader, write_atomic
@@ -57,6 +58,7 @@ def start(
     )
     tell_files(pipe, quiet or as_json)
     job = pipe.job(prompt, **settings)
+    check_complete(pipe.model.spec, job)
     plan = pipe.plan_job(job)
     saved = Saved(
         job=job,
@@ -93,7 +95,13 @@ def work(
                 if latent is None:
                     progress.note(f"job {folder.name}: {summary(job, plan)}")
                     video = pipe.run(
-                        job, state=state, save=lambda s: save_state(folder, s), listener=progress, plan=plan
+                        job,
+                        state=state,
+                        save=lambda s: save_state(folder, s),
+                        made=load_condition(folder),
+                        keep=lambda c: save_condition(folder, c),
+                        listener=progress,
+                        plan=plan,
                     )
                     save_latent(folder, video.latent)
                 else:
@@ -148,6 +156,18 @@ def load_state(folder: JobFolder) -> State | None:
     if x is None:
         raise _damaged(folder.state_path)
     return State(x, SolverState.from_tensors({k.removeprefix("solver."): v for k, v in tensors.items()}))
+
+
+def save_condition(folder: JobFolder, condition: Condition) -> None:
+    """From now on the job needs its pictures no more."""
+    if tensors := condition.to_tensors():
+        _save(folder.condition_path, tensors)
+
+
+def load_condition(folder: JobFolder) -> Condition | None:
+    """What was made of the job's pictures; None while nothing was."""
+    tensors = _load(folder.condition_path)
+    return None if tensors is None else Condition.from_tensors(tensors)
 
 
 def save_latent(folder: JobFolder, latent: Tensor) -> None:

@@ -60,7 +60,8 @@ class Chosen:
 
 def needed_parts(spec: ModelSpec) -> tuple[str, ...]:
     """The parts without which no video can be made."""
-    return (*spec.expert_names(), "vae", "text", "tokenizer")
+    clip = ("clip",) if spec.clip else ()
+    return (*spec.expert_names(), "vae", "text", *clip, "tokenizer")
 
 
 def choose(
@@ -92,6 +93,8 @@ def choose(
         }
     if "vae" not in named and (vae := _most_exact(_of(usable, "vae", model))):
         parts["vae"] = vae
+    if spec.clip and "clip" not in named and (clip := _most_exact(_of(usable, "clip", model))):
+        parts["clip"] = clip
     if "text" not in named:
         parts |= _text(usable, model, spec, "tokenizer" in named)
     elif "tokenizer" not in named and (tokenizer := _tokenizer(usable, spec)):
@@ -327,9 +330,7 @@ def _taken(entry: Entry, why: str) -> Taken:
 def missing_error(chosen: Chosen, entries: Sequence[Entry], where: str) -> FileError:
     """What is not there, what of it was found and cannot be used, and what to do."""
     flags = [FLAGS[part] for part in chosen.missing if part != "tokenizer"]
-    kinds = {
-        {"vae": "vae", "text": "text", "tokenizer": "tokenizer"}.get(part, "dit") for part in chosen.missing
-    }
+    kinds = {part if part in ("vae", "text", "clip", "tokenizer") else "dit" for part in chosen.missing}
     bad = next(
         (e for e in entries if e.problem and (e.variant if e.kind == "broken" else e.kind) in kinds), None
     )

@@ -13,7 +13,7 @@ from lowvram.library.known import known_file
 from lowvram.library.naming import derived_name, expert_of, version_of
 from lowvram.library.walk import TOKENIZER, Found
 from lowvram.offload.io import FileReader
-from lowvram.quant.spec import DitSpec, TextSpec, VaeSpec
+from lowvram.quant.spec import ClipSpec, DitSpec, TextSpec, VaeSpec
 from lowvram.sampling.presets import load_models, preset_of_file
 
 if TYPE_CHECKING:
@@ -139,10 +139,10 @@ def _models_with(part: Checkpoint) -> tuple[tuple[str, ...], bool]:
                 if model.dit.text_dim == dim:
                     fits.append(name)
                     same |= model.text == part.spec
-            case _:
-                if part.kind == "clip" and model.dit.image_tokens:
+            case ClipSpec(dim=dim):
+                if model.clip is not None and model.dit.image_dim == dim:
                     fits.append(name)
-                    same = True
+                    same |= model.clip == part.spec
     return tuple(fits), same
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-PARTS = ("high", "low", "single", "vae", "text", "tokenizer")
+PARTS = ("high", "low", "single", "vae", "text", "clip", "tokenizer")
 PART_NAMES: Mapping[str, str] = {
     "high": "high-noise transformer",
     "low": "low-noise transformer",
     "single": "transformer",
     "vae": "VAE",
     "text": "text encoder",
+    "clip": "CLIP vision encoder",
     "tokenizer": "tokenizer",
 }
 FLAGS: Mapping[str, str] = {
@@ -19,6 +20,7 @@ FLAGS: Mapping[str, str] = {
     "single": "--transformer",
     "vae": "--vae",
     "text": "--text-encoder",
+    "clip": "--clip",
     "tokenizer": "tokenizer",
 }
 """What a person gives a part with."""

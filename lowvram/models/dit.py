@@ -54,14 +54,27 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """Time embedding of one step: one row for all tokens, or one row per latent frame."""
+    """Time embedding of one step: one row for all tokens, or rows for the first latent frames and one for the rest."""
 
     head: Tensor
     """[..., rows, dim] float32: modulates the head."""
     blocks: Tensor
     """[..., rows, 6, dim] float32: modulates the blocks."""
     tokens_per_row: int
-    """Tokens that share a row; the whole sequence if there is one row."""
+    """Tokens that share a row: those of a latent frame. The last row serves all that follow."""
+
+    def row(self, token: int) -> int:
+        """The row of a token."""
+        return min(token // self.tokens_per_row, self.head.shape[-2] - 1)
+
+    def rows(self, values: Tensor, start: int, stop: int) -> Tensor:
+        """What tokens start..stop take of values [..., rows, dim]: [..., 1, dim] if they share a row, else one each."""
+        first, last = self.row(start), self.row(stop - 1)
+        if first == last:
+            return values[..., first : first + 1, :]
+        tokens = torch.arange(start, stop, device=values.device)
+        rows = (tokens // self.tokens_per_row).clamp_max_(values.shape[-2] - 1)
+        return values.index_select(-2, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,20 @@ def embed_latent(
     patches = latent.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [..., C, F, h, 2, w, 2]
     patches = patches.movedim((-6, -3, -1), (-3, -2, -1)).flatten(-3)  # [..., F, h, w, C*4]
     return outer.linear(name, patches.flatten(-4, -2).to(dtype))
+
+
+def embed_framewise(
+    outer: Params, spec: DitSpec, latent: Tensor, given: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`embed_latent` of latent [C, F, H, W] and the channels given beside it, a latent frame at a time."""
+    f, h, w = latent.shape[1], latent.shape[2] // 2, latent.shape[3] // 2
+    tokens = torch.empty(f * h * w, spec.dim, dtype=dtype, device=latent.device)
+    for n in range(f):
+        frame = latent[:, n : n + 1]
+        if given is not None:
+            frame = torch.cat([frame, given[:, n : n + 1]])
+        tokens[n * h * w : (n + 1) * h * w] = embed_latent(outer, spec, frame, dtype)
+    return tokens
 
 
 def embed_text(outer: Params, spec: DitSpec, text: Tensor, image: Tensor | None = None) -> Context:
@@ -223,15 +250,11 @@ class _Modulation:
 
     def __init__(self, p: Params, time: Time) -> None:
         self._values = p["modulation"].float() + time.blocks  # [..., rows, 6, dim]
-        self._tokens_per_row = time.tokens_per_row
+        self._time = time
 
     def __call__(self, index: int, start: int, stop: int) -> Tensor:
-        """Part `index` (0..5) for tokens start..stop: [..., 1, dim] if all tokens share a row, else one each."""
-        values = self._values[..., index, :]
-        if values.shape[-2] == 1:
-            return values
-        tokens = torch.arange(start, stop, device=values.device)
-        return values.index_select(-2, tokens // self._tokens_per_row)
+        """Part `index` (0..5) for tokens start..stop: [..., 1, dim] if they share a row, else one each."""
+        return self._time.rows(self._values[..., index, :], start, stop)
 
 
 # ---- blocks
@@ -325,11 +348,7 @@ def head(
     shift, scale = (outer["head.modulation"].float() + time.head.unsqueeze(-2)).unbind(-2)
     pieces = []
     for i, j in _chunks(x.shape[-2], chunk):
-        if shift.shape[-2] > 1:
-            row = torch.arange(i, j, device=x.device) // time.tokens_per_row
-            s, g = shift.index_select(-2, row), scale.index_select(-2, row)
-        else:
-            s, g = shift, scale
+        s, g = time.rows(shift, i, j), time.rows(scale, i, j)
         pieces.append(outer.linear("head.head", _layer_norm(x[..., i:j, :]) * (1 + g) + s))
     f, h, w = grid
     out = torch.cat(pieces, dim=-2).unflatten(-1, (2, 2, spec.out_channels)).unflatten(-4, (f, h, w))
@@ -346,13 +365,16 @@ def forward(
     contexts: Sequence[Context],
     rope: Tensor,
     work: Workspace,
+    given: Tensor | None = None,
 ) -> list[Tensor]:
     """One evaluation per context: latent [C, F, H, W] -> velocities [C_out, F, H, W] float32.
+
+    given: channels [C', F, H, W] float32 that follow those of the latent, the same in every step.
 
     Each block is used for all contexts before the next is asked for, so guidance costs no second weight pass.
     The residual streams are in the dtype of the workspace.
     """
-    streams = [embed_latent(outer, spec, latent, work.k.dtype) for _ in contexts]
+    streams = [embed_framewise(outer, spec, latent, given, work.k.dtype) for _ in contexts]
     for x, context in zip(streams, contexts, strict=True):
         if context.driving is not None:
             frames = context.driving.pose.split(1, dim=1)

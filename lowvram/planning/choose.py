@@ -13,16 +13,10 @@ from lowvram.planning import words
 from lowvram.planning.decode import plan_decode
 from lowvram.planning.denoise import Room, Rung, ladder, place, plan_denoise
 from lowvram.planning.facts import Facts, gather
-from lowvram.planning.plan import Plan, StagePlan
+from lowvram.planning.plan import Plan
 from lowvram.planning.prepare import plan_prepare
 from lowvram.planning.text import plan_text
-
-Planner = Callable[[Facts, Budget], StagePlan | None]
-"""Plans one stage: the best inside the budget, or the smallest; None if the job has no such stage."""
-
-BEFORE: tuple[Planner, ...] = (plan_text, plan_prepare)
-"""Stages before the denoise, in the order in which they run."""
-AFTER: tuple[Planner, ...] = (plan_decode,)
+from lowvram.stages.condition import plan_condition
 
 
 def make_plan(job: Job, model: Model, budget: Budget, machine: Machine) -> Plan:
@@ -32,8 +26,8 @@ def make_plan(job: Job, model: Model, budget: Budget, machine: Machine) -> Plan:
 
 def choose(facts: Facts, budget: Budget) -> Plan:
     """As `make_plan`, of facts already gathered."""
-    before = [stage for plan in BEFORE if (stage := plan(facts, budget)) is not None]
-    after = [stage for plan in AFTER if (stage := plan(facts, budget)) is not None]
+    before = (plan_text(facts, budget), *plan_condition(facts, budget), plan_prepare(facts, budget))
+    after = (plan_decode(facts, budget),)
     tried, room = _descend(facts, budget, ladder(facts))
     rung = tried[-1]
     words.check(facts, budget, (*before, plan_denoise(facts, rung, room), *after))

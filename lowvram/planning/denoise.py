@@ -16,6 +16,7 @@ from lowvram.planning.visits import visiting_order
 from lowvram.quant.spec import HEAD_DIM, numel
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.solvers import kept_tensors
+from lowvram.stages.condition import conditioning
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,12 @@ def _scratch(facts: Facts, lean: Lean) -> int:
         )
         for block in facts.block_kinds
     ]
+    outers = kinds(groups["outer"] for groups in facts.groups.values())
     heads = [
-        footprint.head_scratch(spec, outer, facts.grid, facts.dtype, chunk=lean.chunk)
-        for outer in kinds(groups["outer"] for groups in facts.groups.values())
+        footprint.head_scratch(spec, outer, facts.grid, facts.dtype, chunk=lean.chunk) for outer in outers
     ]
-    return max(*blocks, max(heads) + _latent_bytes(facts))
+    embed = max(footprint.embed_scratch(spec, outer, facts.grid, facts.dtype) for outer in outers)
+    return max(*blocks, max(heads) + _latent_bytes(facts), embed)
 
 
 def _latent_bytes(facts: Facts) -> int:
@@ -118,6 +120,9 @@ def _claims(facts: Facts, lean: Lean, scratch: int) -> dict[str, int]:
         "latents": latents * _latent_bytes(facts),
         "scratch": scratch,
     }
+    way = conditioning(facts.spec, facts.job)
+    if way is not None:
+        claims["condition"] = way.kept(facts)
     return kept_claims(facts) | claims | ({"attention output": stream} if lean.group else {})
 
 

@@ -62,8 +62,8 @@ class Facts:
 
     @property
     def time_rows(self) -> int:
-        """Rows of a time embedding: one per latent frame where frames may differ in noise."""
-        return self.latent[1] if self.spec.variant == "ti2v" else 1
+        """Rows of a time embedding: one, and one for the first latent frame if that is given and not denoised."""
+        return 2 if self.spec.variant == "ti2v" and self.job.image is not None else 1
 
     @property
     def first_expert(self) -> Mapping[str, Group]:

@@ -13,6 +13,7 @@ from lowvram.models import dit
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Budget
 from lowvram.offload.placement import Placement
+from lowvram.tiling import EncodePlan
 
 SCHEMA = "lowvram.plan/1"
 
@@ -47,7 +48,9 @@ class StagePlan:
     choices: Mapping[str, str] = field(default_factory=dict)
     """Each automatic choice of this stage, and why."""
     tiling: Tiling | None = None
-    """How the picture plane is cut, where a VAE runs."""
+    """How the picture plane is cut, where a VAE decodes."""
+    encode: EncodePlan | None = None
+    """How it is cut, where a VAE encodes."""
 
     @property
     def vram(self) -> int:

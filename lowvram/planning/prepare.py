@@ -39,6 +39,7 @@ def kept_claims(facts: Facts, experts: int = 0, steps: int = 0) -> dict[str, int
     experts, steps = experts or len(facts.groups), steps or len(facts.job.schedule)
     rows = [footprint.context_rows(spec, n) for n in facts.lengths]
     contexts = sum(allocated_size(n * spec.dim * width) + allocated_size(4 * n) for n in rows)
+    contexts += allocated_size(spec.image_tokens * spec.dim * width)
     time = allocated_size(4 * spec.dim * facts.time_rows) + allocated_size(24 * spec.dim * facts.time_rows)
     ends = sum(
         allocated_size(r.nbytes)

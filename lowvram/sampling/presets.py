@@ -17,6 +17,7 @@ from lowvram.quant.spec import (
     LATENT_MEAN_22,
     LATENT_STD_21,
     LATENT_STD_22,
+    ClipSpec,
     DitSpec,
     ModelSpec,
     TextSpec,
@@ -145,6 +146,7 @@ def _model(
                 "vae": vaes[table["vae"]],
                 "text": texts[table["text"]],
                 "negative": negatives[table["negative"]],
+                "clip": ClipSpec() if "image_tokens" in table["dit"] else None,
                 "guidance": (float(high), float(low)),
             }
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lowvram.conditions.contract import Condition
 from lowvram.errors import NonFiniteError
 from lowvram.job import Job
 from lowvram.model import Model
@@ -66,7 +67,13 @@ def fresh_noise(job: Job, like: Tensor, step: int) -> Tensor:
 
 @torch.inference_mode()
 def denoise(
-    run: Run, model: Model, job: Job, texts: list[Tensor], state: State, save: Callable[[State], None]
+    run: Run,
+    model: Model,
+    job: Job,
+    texts: list[Tensor],
+    condition: Condition,
+    state: State,
+    save: Callable[[State], None],
 ) -> Tensor:
     """The latent of the finished video [C, F, H, W] float32, from `state` on; `save` is called after every step.
 
@@ -74,11 +81,13 @@ def denoise(
     """
     schedule, spec, lean = job.schedule, model.spec, run.plan.lean
     names = spec.expert_names()
-    experts = _prepare(run, model, job, texts)
+    experts = _prepare(run, model, job, texts, condition)
     groups = {e: t.groups() for e, t in model.transformers.items()}
     layouts = {k: v for e in names for k, v in layouts_of(groups[e], e).items()}
     device = run.device.torch_device
     x, memory = state.x.to(device), _solver_to(state.solver, device)
+    fixed, channels = (None if t is None else t.to(device) for t in (condition.fixed, condition.channels))
+    x = _imposed(x, fixed)
     grid = (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
     tokens = grid[0] * grid[1] * grid[2]
     with run.stage("denoise") as (stack, traffic):
@@ -95,17 +104,23 @@ def denoise(
                     to_params(groups[b[0]][f"blocks.{b[1]}"], v) for b, v in _take(stream, spec.dit.layers)
                 )
                 velocities += dit.forward(
-                    expert.ends, blocks, spec.dit, x, expert.times[i], shared, rope, work
+                    expert.ends, blocks, spec.dit, x, expert.times[i], shared, rope, work, channels
                 )
             v = guidance.combine(velocities[0], velocities[1] if passes == 2 else None, schedule.guidance[i])
             noise = fresh_noise(job, x, i) if solvers.needs_noise(schedule, i) else None
             x, memory = solvers.step(schedule, i, memory, x, v, noise)
+            x = _imposed(x, fixed)
             _check_finite(x, i, len(schedule))
             save(State(x.cpu(), _solver_to(memory, torch.device("cpu"))))
             run.listener.step(run.device.ledger.used)
         if stream is not None:
             traffic.add(stream)
         return x.cpu()
+
+
+def _imposed(x: Tensor, fixed: Tensor | None) -> Tensor:
+    """x with its first latent frames as they are given. Never written into: the solver may hold x."""
+    return x if fixed is None else torch.cat([fixed, x[:, fixed.shape[1] :]], dim=1)
 
 
 def _workspace(run: Run, spec: DitSpec, tokens: int) -> dit.Workspace:
@@ -139,25 +154,28 @@ def _take(stream: BlockStream | None, n: int) -> Iterator[tuple[BlockId, Views]]
         yield next(stream)
 
 
-def _prepare(run: Run, model: Model, job: Job, texts: list[Tensor]) -> dict[str, _Expert]:
+def _prepare(
+    run: Run, model: Model, job: Job, texts: list[Tensor], condition: Condition
+) -> dict[str, _Expert]:
     """Use what lies outside the blocks once, and keep only what every step needs of it."""
-    spec = model.spec.dit
-    latent = model.spec.latent_shape(job.width, job.height, job.frames)
-    per_frame = latent[2] * latent[3] // 4
-    rows = latent[1] if model.spec.variant == "ti2v" else 1
+    spec, device = model.spec.dit, run.device.torch_device
+    _, frames, h, w = model.spec.latent_shape(job.width, job.height, job.frames)
+    fixed = 0 if condition.fixed is None else condition.fixed.shape[1]
     experts = {}
     with run.stage("prepare") as (_, traffic):
         for number, (name, transformer) in enumerate(model.transformers.items()):
             group = transformer.groups()["outer"]
             with run.loaded(f"{name} outer", group, traffic) as outer:
-                contexts = tuple(dit.embed_text(outer, spec, text) for text in texts)
+                image = None
+                if condition.image is not None:
+                    image = dit.embed_image(outer, condition.image.to(device))
+                contexts = tuple(replace(dit.embed_text(outer, spec, text), image=image) for text in texts)
                 times = {}
                 for i, (t, e) in enumerate(zip(job.schedule.timesteps, job.schedule.experts, strict=True)):
                     if e == number:
-                        row = torch.full((rows,), t, dtype=torch.float64, device=run.device.torch_device)
-                        times[i] = dit.embed_time(
-                            outer, spec, row, per_frame if rows > 1 else per_frame * latent[1]
-                        )
+                        # the given frames are clean
+                        rows = torch.tensor([0.0] * fixed + [t], dtype=torch.float64, device=device)
+                        times[i] = dit.embed_time(outer, spec, rows, h * w // 4 * (1 if fixed else frames))
                 experts[name] = _Expert(outer.copied(("patch_embedding.", "head.")), contexts, times)
             run.listener.step(run.device.ledger.used)
     return experts

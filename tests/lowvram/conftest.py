@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lowvram.cli.main import _run
-from lowvram.quant.spec import DitSpec, Shape, TextSpec, VaeSpec
-from lowvram.sampling.presets import model_preset
+from lowvram.quant.names import CLIP
+from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, ClipSpec, DitSpec, Shape, TextSpec, VaeSpec
+from lowvram.sampling import presets
+from lowvram.sampling.presets import load_models, model_preset
 
 WORDS = "a red green blue circle square moves left right up down on black teal grey background the very fast and slow"
 
@@ -64,7 +68,7 @@ def _random(shapes: Mapping[str, Shape], seed: int, gain: float = 1.0) -> dict[s
     weights = {}
     for name, shape in shapes.items():
         w = torch.randn(shape, generator=generator)
-        if "norm" in name.rsplit(".", 2)[-2] or name.endswith("gamma"):
+        if "norm" in f".{name}".rsplit(".", 2)[-2] or name.endswith("gamma"):
             w = w * 0.1 + (0.0 if name.endswith("bias") else 1.0)
         elif len(shape) < 2 or name.endswith("bias"):
             w = w * 0.1
@@ -103,3 +107,67 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, weights in parts.items():
         save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
     return folder
+
+
+# ---- models that begin with a picture
+
+_NANO_DIT = {"dim": 256, "ffn": 512, "layers": 3, "text_dim": 256}
+PICTURED: dict[str, dict[str, Any]] = {
+    "tiny-i2v-a14b": {"experts": 2, "boundary": 0.9, "dit": {"in_channels": 36, "out_channels": 16}},
+    "tiny-i2v-14b": {"dit": {"in_channels": 36, "out_channels": 16, "image_tokens": 257, "image_dim": 160}},
+    "tiny-flf2v-14b": {"dit": {"in_channels": 36, "out_channels": 16, "image_tokens": 514, "image_dim": 160}},
+    "tiny-ti2v-5b": {"variant": "ti2v", "vae": "wan22", "dit": {"in_channels": 48, "out_channels": 48}},
+}
+"""What their presets have that the embedded model's has not."""
+
+
+@pytest.fixture(scope="module")
+def pictured_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Folders of small random models of every kind that takes pictures, each known by its preset meanwhile."""
+    original = presets._read
+
+    def read(file: str) -> dict[str, Any]:
+        data = original(file)
+        if file == "models.toml":
+            common = data["model"]["nano"] | {"experts": 1, "boundary": 0.0, "variant": "i2v"}
+            for name, table in PICTURED.items():
+                data["model"][name] = common | table | {"dit": _NANO_DIT | table["dit"]}
+        return data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presets, "_read", read)
+        yield {name: _pictured(name, tiny_model, tmp_path_factory.mktemp(name)) for name in PICTURED}
+
+
+def _pictured(name: str, tiny_model: Path, folder: Path) -> Path:
+    spec = load_models()[name]
+    for part in ("spiece.model", "text_encoder.safetensors", "vae.safetensors"):
+        (folder / part).symlink_to(tiny_model / part)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for n, part in enumerate(
+        ("high_noise_model", "low_noise_model") if spec.experts == 2 else ("diffusion_pytorch_model",)
+    ):
+        parts[part] = _random(spec.dit.shapes(), 11 + n)
+    if spec.variant == "ti2v":
+        (folder / "vae.safetensors").unlink()
+        vae = VaeSpec("2.2", 8, 8, 48, 1, LATENT_MEAN_22, LATENT_STD_22)
+        parts["vae"] = _random(vae.shapes(), 13, gain=1.5)
+    if spec.dit.image_tokens:
+        parts["clip_vision_tiny"] = _random(ClipSpec(160, 320, 3, 1).shapes(), 14)
+    for part, weights in parts.items():
+        if part.startswith("clip"):
+            weights = {f"vision_model.{CLIP.from_native(k)}": v for k, v in weights.items()}
+        save_file(weights, folder / f"{part}.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two pictures of 96x64 pixels: a red and a blue corner on a gradient."""
+    folder = tmp_path_factory.mktemp("pictures")
+    across = np.linspace(0, 200, 96, dtype=np.uint8)
+    for n, name in enumerate(("first.png", "last.png")):
+        pixels = np.repeat(np.repeat(across[None, :, None], 64, axis=0), 3, axis=2)
+        pixels[:16, :24] = (255, 0, 0) if n == 0 else (0, 0, 255)
+        Image.fromarray(pixels).save(folder / name)
+    return folder / "first.png", folder / "last.png"

@@ -27,7 +27,7 @@ class Memory(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Stage(msgspec.Struct, forbid_unknown_fields=True):
-    name: Literal["text", "prepare", "denoise", "decode"]
+    name: Literal["text", "clip", "encode", "prepare", "denoise", "decode"]
     vram: int
     ram: int
     disk_read: int

@@ -18,6 +18,7 @@ DIT_PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800,
     "wan2.1-t2v-14b": 14_288_491_584,
     "wan2.1-i2v-14b": 16_394_878_784,
+    "wan2.1-flf2v-14b": 16_395_536_704,
 }
 
 
@@ -58,6 +59,7 @@ def test_default_sizes_give_the_published_sequence_length(name: str, tokens: int
         ("wan2.1-t2v-1.3b", ("t2v", 1, 0.0, 16, 81, 50, 5.0, (5.0, 5.0))),
         ("wan2.1-t2v-14b", ("t2v", 1, 0.0, 16, 81, 50, 5.0, (5.0, 5.0))),
         ("wan2.1-i2v-14b", ("i2v", 1, 0.0, 16, 81, 40, 5.0, (5.0, 5.0))),
+        ("wan2.1-flf2v-14b", ("i2v", 1, 0.0, 16, 81, 50, 16.0, (5.0, 5.0))),
         ("nano", ("t2v", 2, 0.875, 8, 9, 20, 3.0, (3.0, 3.0))),
     ],
 )
@@ -94,8 +96,10 @@ def test_the_5b_model_uses_the_22_autoencoder_and_its_statistics() -> None:
 
 def test_only_21_image_to_video_has_clip_tokens() -> None:
     assert {n: m.dit.image_tokens for n, m in load_models().items() if m.dit.image_tokens} == {
-        "wan2.1-i2v-14b": 257
+        "wan2.1-i2v-14b": 257,
+        "wan2.1-flf2v-14b": 514,
     }
+    assert all((m.clip is not None) == (m.dit.image_tokens > 0) for m in load_models().values())
 
 
 def test_negative_prompts_are_the_authors_text() -> None:
@@ -103,6 +107,7 @@ def test_negative_prompts_are_the_authors_text() -> None:
     assert default.startswith("色调艳丽，过曝，静态") and default.endswith("背景人很多，倒着走")
     assert default.count("，") == 27
     assert model_preset("wan2.1-i2v-14b").negative == "镜头晃动，" + default
+    assert model_preset("wan2.1-flf2v-14b").negative == "镜头切换，" + default
     assert model_preset("wan2.2-i2v-a14b").negative == default
     assert model_preset("nano").negative == ""
 

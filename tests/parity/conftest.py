@@ -67,6 +67,12 @@ def randomise(module: nn.Module, seed: int, gain: float = 1.0) -> None:
                 p.normal_(0, gain / math.sqrt(math.prod(p.shape[1:])), generator=generator)
 
 
+@pytest.fixture(scope="session")
+def randomised() -> Callable[..., None]:
+    """`randomise` for tests."""
+    return randomise
+
+
 # ---- transformer
 
 
@@ -153,8 +159,8 @@ def native(state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> 
 SPECS = {
     "t2v": DitSpec(256, 512, 2, 16, 16, text_dim=64),
     "i2v": DitSpec(256, 512, 2, 36, 16, text_dim=64),
-    "i2v-clip": DitSpec(256, 512, 2, 36, 16, text_dim=64, image_tokens=257, image_dim=96),
-    "flf2v-clip": DitSpec(256, 512, 2, 36, 16, text_dim=64, image_tokens=514, image_dim=96),
+    "i2v-clip": DitSpec(256, 512, 2, 36, 16, text_dim=64, image_tokens=257, image_dim=160),
+    "flf2v-clip": DitSpec(256, 512, 2, 36, 16, text_dim=64, image_tokens=514, image_dim=160),
     "ti2v": DitSpec(256, 512, 2, 48, 48, text_dim=64),
 }
 

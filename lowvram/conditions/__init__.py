@@ -1,0 +1,8 @@
+"""Ways to tell a model what to show besides its prompt: one file for each.
+
+    contract   what a way has to say, and the tensors it makes
+    pictures   channels beside the noise: image to video, first and last frame; CLIP
+    first      TI2V-5B: the first latent frame is given
+
+The stage that runs them is `lowvram.stages.condition`.
+"""

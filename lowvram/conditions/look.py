@@ -1,0 +1,90 @@
+"""Pictures -> CLIP tokens, for the transformers that have a branch for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lowvram import footprint
+from lowvram.conditions.contract import resting
+from lowvram.model import Group, Model
+from lowvram.models import clip
+from lowvram.offload.budget import allocated_size
+from lowvram.offload.placement import Placement, plan_traffic
+from lowvram.offload.slab import build_layout
+from lowvram.offload.stream import BlockStream
+from lowvram.planning.facts import Facts
+from lowvram.planning.plan import StagePlan
+from lowvram.quant.spec import ClipSpec, numel
+from lowvram.stages.run import Run
+from lowvram.stages.weights import to_params
+
+
+def clip_groups(model: Model, spec: ClipSpec) -> list[Group]:
+    """What the tower is used of, in its order: what is outside the layers, then layer by layer."""
+    outer = [ref for name, ref in model.clip.items() if not name.startswith(("blocks.", "post_norm."))]
+    groups = [Group(tuple(outer), {})]
+    for n in range(clip.layers_used(spec)):
+        prefix = f"blocks.{n}."
+        refs = (
+            replace(ref, name=name[len(prefix) :])
+            for name, ref in model.clip.items()
+            if name.startswith(prefix)
+        )
+        groups.append(Group(tuple(refs), {}))
+    return groups
+
+
+def plan_look(facts: Facts, pictures: int, ram: int) -> StagePlan:
+    """The stage "clip": the tower streams past `pictures` pictures. `ram`: host bytes of the pictures themselves."""
+    spec = facts.spec.clip
+    assert spec is not None
+    groups = clip_groups(facts.model, spec)
+    layouts = {("clip", n): build_layout(group.refs) for n, group in enumerate(groups)}
+    traffic = plan_traffic(layouts, Placement(dict.fromkeys(layouts, "disk")), list(layouts))
+    rows = allocated_size(spec.tokens * spec.dim * facts.dtype.itemsize)
+    claims = traffic.device_claims(facts.footprint) | {
+        "clip rows": pictures * (rows + allocated_size(12 * spec.side**2)),
+        "clip scratch": footprint.clip_scratch(spec, groups[0], groups[1], facts.dtype),
+    }
+    nbytes = sum(layout.nbytes for layout in layouts.values())
+    parameters = sum(numel(s) for s in spec.layer_shapes().values()) * clip.layers_used(spec)
+    machine = facts.machine
+    return StagePlan(
+        "clip",
+        len(groups),
+        resting(facts) | claims,
+        facts.host(traffic.host_claims() | {"pictures": ram}),
+        nbytes,
+        nbytes,
+        max(
+            2 * pictures * spec.tokens * parameters / machine.matmul,
+            nbytes / machine.link,
+            nbytes / machine.disk,
+        ),
+    )
+
+
+@torch.inference_mode()
+def look(run: Run, model: Model, pictures: Iterable[Tensor]) -> Tensor:
+    """Pictures [3, H, W] in -1..1 on the host -> tokens [257 each, dim] in the compute dtype on the host."""
+    spec, dtype, device = model.spec.clip, run.plan.dtype, run.device.torch_device
+    assert spec is not None
+    groups = clip_groups(model, spec)
+    layouts = {("clip", n): build_layout(group.refs) for n, group in enumerate(groups)}
+    placement = Placement(dict.fromkeys(layouts, "disk"))
+    with run.stage("clip") as (stack, traffic):
+        rows = [clip.look(spec, picture).to(device) for picture in pictures]
+        stream = stack.enter_context(
+            BlockStream(layouts, placement, run.device, run.open_reader, list(layouts), clock=run.clock)
+        )
+        for (_, n), views in stream:
+            p = to_params(groups[n], views)
+            for i, x in enumerate(rows):
+                rows[i] = clip.layer(p, spec, x) if n else clip.embed(p, spec, x, dtype)
+            run.listener.step(run.device.ledger.used)
+        traffic.add(stream)
+        return torch.cat([x.cpu() for x in rows])

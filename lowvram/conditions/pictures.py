@@ -1,0 +1,121 @@
+"""Image to video, and first and last frame: channels beside the noise say what is given (wan-models 8).
+
+    I2V-A14B              36 channels: 16 of noise, 4 of mask, 16 of the given frames' latent; one or two pictures
+    2.1 I2V-14B           the same, and CLIP tokens of the picture
+    2.1 FLF2V-14B         the same, and CLIP tokens of both pictures
+
+The given clip is the first picture, grey, and the last picture if there is one. Prompt and negative prompt, and both
+experts, see the same channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lowvram.conditions.contract import Condition, resting
+from lowvram.conditions.look import look, plan_look
+from lowvram.framing import Laid, lay
+from lowvram.job import Job
+from lowvram.media.picture import Picture, read_picture
+from lowvram.media.resize import to_frame, to_tensor
+from lowvram.model import Model
+from lowvram.offload.budget import Budget, allocated_size
+from lowvram.planning.facts import Facts
+from lowvram.planning.plan import StagePlan
+from lowvram.quant.spec import CLIP_TOKENS, ModelSpec, numel
+from lowvram.stages.encode import encode
+from lowvram.stages.run import Run
+from lowvram.tiling import plan_encode
+
+
+class PictureChannels:
+    """What is given lies in channels of its own, with a mask."""
+
+    def plan(self, facts: Facts, budget: Budget) -> list[StagePlan]:
+        count = facts.spec.dit.image_tokens // CLIP_TOKENS
+        looked = [plan_look(facts, count, picture_ram(facts))] if count else []
+        return [*looked, plan_frames(facts, budget, facts.job.frames)]
+
+    def kept(self, facts: Facts) -> int:
+        return allocated_size(4 * (facts.spec.dit.in_channels - facts.latent[0]) * numel(facts.latent[1:]))
+
+    def run(self, run: Run, model: Model, job: Job) -> Condition:
+        image = None
+        if model.spec.dit.image_tokens:
+            image = look(run, model, (to_tensor(read_picture(p)) for p in job.pictures))
+        latent = encode_frames(run, model, job, job.frames)
+        mask = given_mask(job.frames, last=job.last_image is not None)
+        planes = mask[:, :, None, None].expand(-1, -1, *latent.shape[2:])
+        return Condition(channels=torch.cat([planes, latent]), image=image)
+
+
+def given_mask(frames: int, *, last: bool) -> Tensor:
+    """[4, F] float32: 1 where a frame of the video is given, frame 0 four times, then four frames to a latent."""
+    given = torch.zeros(frames)
+    given[0] = 1
+    given[-1] = max(float(given[-1]), float(last))
+    return torch.cat([given[:1].expand(3), given]).view(-1, 4).T.contiguous()
+
+
+# ---- what TI2V-5B does too
+
+
+def plan_frames(facts: Facts, budget: Budget, frames: int) -> StagePlan:
+    """The stage "encode": the VAE's encoder on the first `frames` frames of the given clip."""
+    device, host = resting(facts), facts.host({"pictures": picture_ram(facts)})
+    shape = (frames, facts.job.height, facts.job.width)
+    vram, ram = budget.vram - sum(device.values()), budget.ram - sum(host.values())
+    plan = plan_encode(facts.model, shape, vram, ram, facts.machine)
+    return StagePlan(
+        "encode",
+        facts.spec.latent_shape(facts.job.width, facts.job.height, frames)[1],
+        device | dict(plan.claims),
+        host | dict(plan.ram_claims),
+        plan.disk_read,
+        plan.h2d,
+        plan.seconds,
+        {"encode": plan.choice},
+        encode=plan,
+    )
+
+
+def encode_frames(run: Run, model: Model, job: Job, frames: int) -> Tensor:
+    """The latent [z, F, h, w] float32 of the first `frames` frames of the given clip, on the host."""
+    plan = run.plan.stage("encode").encode
+    assert plan is not None
+    with run.stage("encode") as (_, traffic):
+        return encode(run, model, given_clip(model.spec, job, frames), plan, traffic)
+
+
+def given_clip(spec: ModelSpec, job: Job, frames: int) -> Iterator[Tensor]:
+    """Frames [3, H, W] float32 on the host: the first picture, grey, and the last picture if there is one."""
+    assert job.image is not None
+    yield _frame(spec, job, job.image)
+    grey = torch.zeros(3, job.height, job.width)
+    for n in range(1, frames):
+        yield grey if job.last_image is None or n < job.frames - 1 else _frame(spec, job, job.last_image)
+
+
+def _frame(spec: ModelSpec, job: Job, picture: Picture) -> Tensor:
+    return to_frame(read_picture(picture), _laid(spec, job, picture), job.width, job.height)
+
+
+def _laid(spec: ModelSpec, job: Job, picture: Picture) -> Laid:
+    return lay(spec, (picture.width, picture.height), (job.width, job.height))
+
+
+def picture_ram(facts: Facts) -> int:
+    """Bytes of host memory while a picture is decoded (twice 3 bytes a pixel), made float32 and laid onto the frame.
+
+    A plan without pictures takes one of the frame's size.
+    """
+    job = facts.job
+    frame = job.width * job.height
+    needs = [30 * frame]
+    for picture in job.pictures:
+        laid = _laid(facts.spec, job, picture)
+        needs.append(18 * picture.width * picture.height + 12 * laid.width * laid.height)
+    return max(needs) + 12 * frame

@@ -57,8 +57,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    # The fused kernels write [m, heads, d]: joining the heads is then a view, not a copy.
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # torch's fused kernels take four dimensions only: with three it would make the logits.
+    batch = (None,) * (4 - q.dim())
+    out = functional.scaled_dot_product_attention(
+        q[batch], k[batch], v[batch], attn_mask=None if bias is None else bias[(None,) * (4 - bias.dim())]
+    ).view(*q.shape[:-1], v.shape[-1])
+    # They write [m, heads, d]: joining the heads is then a view, not a copy.
     return out.transpose(-2, -3).flatten(-2)
 
 

@@ -1,0 +1,71 @@
+"""Forged checkpoints: random numbers in files that open, decode and run like real ones, the same every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowvram import Runtime
+from lowvram.bench.forge import forge, forge_model, forged_files
+from lowvram.errors import UsageError
+from lowvram.offload.io import FileReader
+from lowvram.offload.slab import as_bytes, build_layout, carve, read_runs
+from lowvram.quant.encodings.registry import planned_encoding
+from lowvram.quant.identify import identify_path
+from lowvram.quant.spec import DitSpec
+from lowvram.sampling.presets import model_preset
+
+SPEC = DitSpec(dim=256, ffn=512, layers=2, in_channels=16, out_channels=16, text_dim=256, freq_dim=64)
+NAME = "blocks.1.ffn.0.weight"
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["bf16", "fp32", "fp8", "fp8_row", "int8", "int8_convrot", "int4", "nf4", "nvfp4", "q8_0", "q4_k_m"],
+)
+def test_a_forged_file_opens_as_what_it_was_asked_to_be(weights: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    nbytes = forge(SPEC.shapes(), path, weights, seed=3)
+    found = identify_path(path, FileReader, "dit")
+    assert found.spec == SPEC and path.stat().st_size == nbytes
+    for name, ref in found.refs.items():
+        assert ref.encoding == planned_encoding(name, ref.shape, weights), name
+    ref = found.refs[NAME]
+    layout = build_layout([ref])
+    slab = torch.empty(layout.nbytes, dtype=torch.uint8)
+    with FileReader(path) as reader:
+        for run in read_runs(layout):
+            reader.read_into(run.file_offset, as_bytes(slab)[run.slab_offset : run.slab_offset + run.nbytes])
+    values = ref.encoding.decode(carve(layout, slab)[NAME], ref.shape, torch.float32)
+    assert values.isfinite().all()
+    assert 0.8 < float(values.std()) * 256**0.5 < 1.2  # one over the root of the inputs
+
+
+def test_the_same_seed_makes_the_same_file_and_another_another(tmp_path: Path) -> None:
+    files = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        forge(SPEC.shapes(), tmp_path / name, "fp8", seed)
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1] != files[2]
+    assert len(files[0]) == len(files[2])
+
+
+def test_a_tall_matrix_is_its_sample_over_and_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowvram.bench.forge.SAMPLE_ELEMENTS", 512 * 64)
+    forge({"a.weight": (1300, 64)}, tmp_path / "x", "fp32")
+    rows = torch.frombuffer(bytearray((tmp_path / "x").read_bytes()[-1300 * 64 * 4 :]), dtype=torch.float32)
+    rows = rows.view(1300, 64)
+    distinct = torch.unique(rows, dim=0)
+    assert distinct.shape[0] == 512 and rows.std() > 0.1
+
+
+def test_a_forged_model_makes_a_video(tmp_path: Path) -> None:
+    spec = model_preset("nano")
+    with pytest.raises(UsageError, match="no part"):
+        forge_model(spec, tmp_path, "fp8", parts=("single",))
+    forge_model(spec, tmp_path, "fp8")
+    pipe = Runtime("64MB", "4GB", "cpu").load("nano", **forged_files(spec, tmp_path, "fp8"))
+    video = pipe("a red circle", steps=2, width=32, height=32, frames=5)
+    assert video.latent.isfinite().all() and sum(1 for _ in video.frames()) == 5

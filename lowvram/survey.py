@@ -55,7 +55,7 @@ class Memory:
 
 def identify(device: str | None = None) -> Place:
     """The CUDA device of this machine, unless there is none or `device` is "cpu"; else its processor."""
-    version = torch.__version__
+    version = str(torch.__version__)
     if device != "cpu" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         return Place("cuda", torch.cuda.get_device_name(), _driver(), version, f"sm_{major}{minor}")

@@ -10,7 +10,19 @@ from typing import Annotated, Any, cast
 import typer
 
 from lowvram import __version__
-from lowvram.cli import console, decode, demo, doctor, generate, inspect, models, plan, quantize, resume
+from lowvram.cli import (
+    bench,
+    console,
+    decode,
+    demo,
+    doctor,
+    generate,
+    inspect,
+    models,
+    plan,
+    quantize,
+    resume,
+)
 from lowvram.cli.foreign import ANSWERS, translate
 from lowvram.errors import UsageError
 
@@ -63,6 +75,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     quantize.quantize,
     resume.resume,
     decode.decode,
+    bench.bench,
 )
 for verb in VERBS:
     app.command(verb.__name__)(_verb(verb))

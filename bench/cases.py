@@ -1,0 +1,101 @@
+"""What is measured: named cases, each a job cut to what it is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+What = Literal["text", "forward", "step", "handover", "decode", "pair", "job"]
+
+PROMPT = "a red circle moves left on a teal background"
+GB = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One job on one model.
+
+    what  "text"      the text encoder alone
+          "forward"   one evaluation of a transformer
+          "step"      one step with guidance: two evaluations
+          "handover"  what the change of experts costs in a job of four steps
+          "decode"    a latent to frames
+          "pair"      two steps, one of each expert: the shortest job that goes through everything
+          "job"       four steps, text to frames
+    """
+
+    what: What
+    model: str
+    weights: str
+    width: int
+    height: int
+    frames: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.what} {self.model} {self.width}x{self.height}x{self.frames}"
+
+    def settings(self) -> dict[str, Any]:
+        """What `Pipeline.job` takes."""
+        steps = {"handover": 4, "job": 4, "pair": 2}.get(self.what, 1)
+        guidance = (4.0, 4.0) if self.what == "step" else (1.0, 1.0)
+        return {
+            "width": self.width,
+            "height": self.height,
+            "frames": self.frames,
+            "steps": steps,
+            "guidance": guidance,
+            "seed": 1,
+        } | ({"shift": 1.0} if self.what == "pair" else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A case under a budget, in bytes."""
+
+    case: Case
+    placement: Literal["resident", "ram", "disk"]
+    vram: int
+    ram: int
+
+
+def dry_trials() -> tuple[Trial, ...]:
+    """All kinds of cases and placements on the embedded model: shows that a benchmark runs, not how fast anything is."""
+    whats: tuple[What, ...] = ("text", "forward", "step", "handover", "decode")
+    roomy = tuple(Trial(Case(w, "nano", "fp8", 64, 64, 9), "resident", 200_000_000, 8 * GB) for w in whats)
+    return (*roomy, *dry_jobs("job"))
+
+
+def dry_jobs(what: What) -> tuple[Trial, Trial, Trial]:
+    """One job of the embedded model with its blocks resident, in RAM and on disk: long enough that tokens, and not the
+    decoder, decide what fits."""
+    case = Case(what, "nano", "fp8", 64, 64, 33)
+    return (
+        Trial(case, "resident", 200_000_000, 8 * GB),
+        Trial(case, "ram", 9_300_000, 8 * GB),
+        Trial(case, "disk", 9_300_000, 703_500_000),
+    )
+
+
+SIZES = (("wan2.2-t2v-a14b", 832, 480, 81), ("wan2.2-t2v-a14b", 1280, 720, 81), ("wan2.2-t2v-a14b", 1280, 720, 121),
+         ("wan2.2-ti2v-5b", 1280, 704, 121))  # fmt: skip
+
+
+def full_trials(vram: int, ram: int, weights: str = "fp8") -> tuple[Trial, ...]:
+    """Every case at true sizes that a card of `vram` and a host of `ram` bytes can be asked for, small sizes first."""
+    budgets = [b * GB for b in (24, 16, 12, 8, 6) if b * GB <= vram]
+    trials = []
+    for model, width, height, frames in SIZES:
+        case = {w: Case(w, model, weights, width, height, frames) for w in _WHATS}
+        if budgets:
+            trials += [Trial(case[w], "ram", budgets[0], ram) for w in ("text", "forward", "step", "decode")]
+        if vram > 40 * GB:
+            trials.append(Trial(case["job"], "resident", vram, ram))
+        trials += [Trial(case["job"], "ram", b, ram) for b in budgets]
+        trials += [Trial(case["job"], "disk", b, min(ram, 8 * GB)) for b in budgets[-1:]]
+        if model.endswith("a14b") and budgets:
+            trials.append(Trial(case["handover"], "ram", budgets[0], ram))
+    return tuple(trials)
+
+
+_WHATS: tuple[What, ...] = ("text", "forward", "step", "handover", "decode", "job")

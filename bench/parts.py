@@ -1,0 +1,307 @@
+"""The parts of an acceptance run, each in its own process: `python -m lowvram.bench.parts NAME SETUP` prints a Verdict.
+
+A part that cannot run here says so instead of passing.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+
+from lowvram.bench import measure
+from lowvram.bench.cases import GB, Case, Trial, What, dry_jobs
+from lowvram.bench.measure import Request
+from lowvram.bench.results import Fact, Measurement
+from lowvram.bench.suite import Forged
+from lowvram.doctor import examine
+from lowvram.errors import LowvramError, OutOfMemoryError
+from lowvram.machine import rates_path, save_rates
+from lowvram.offload.budget import Ledger
+from lowvram.offload.device import CpuDevice, Device
+from lowvram.offload.slab import as_bytes
+from lowvram.quant.encodings.registry import encoding_by_name, encoding_names
+from lowvram.survey import identify
+from lowvram.triton_kernels.attention import attention
+
+Facts = dict[str, Fact]
+
+
+class Setup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where and how a part runs."""
+
+    dry: bool
+    """On a CPU with the embedded model: shows that the parts run."""
+    folder: str
+    """Where random checkpoints are written."""
+
+    @property
+    def kind(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+
+class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a part found."""
+
+    outcome: Literal["passed", "failed", "not possible here"]
+    facts: Facts
+    why: str = ""
+    measurements: list[Measurement] = []
+
+
+class Unfit(Exception):
+    """This machine cannot do the part."""
+
+
+# ---- the device
+
+
+@contextmanager
+def capped(setup: Setup, cap: int) -> Iterator[Device]:
+    """The device under `cap` bytes."""
+    ram = Ledger(2 * GB, "RAM")
+    if setup.dry:
+        device: Device = CpuDevice(cap, ram=ram)
+    else:
+        from lowvram.offload.cuda import CudaDevice
+
+        device = CudaDevice(0, cap, ram=ram)
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+def smoke(setup: Setup) -> Verdict:
+    """Memory by name under a cap, pinned memory, copies behind events: the bytes that arrive are those that were sent."""
+    facts: Facts = {}
+    with capped(setup, 2 * GB) as device:
+        host = device.host_alloc("host", 64 << 20)
+        slots = [device.alloc(f"slot {n}", 64 << 20) for n in range(2)]
+        facts["pinned"], facts["not pinned because"] = host.pinned, host.unpinned
+        memory = torch.frombuffer(as_bytes(host.tensor), dtype=torch.int64)
+        seen = []
+        for n in range(6):
+            slot = slots[n % 2]
+            torch.arange(n, n + memory.numel(), out=memory)
+            arrived = device.copy_async(slot.tensor, host.tensor, after=device.record_compute())
+            stall = device.wait(arrived)
+            seen.append(int(slot.tensor.view(torch.int64).sum().item()))
+            arrived.synchronize()
+            facts["last stall, s"] = stall.seconds()
+        count = memory.numel()
+        expected = [n * count + count * (count - 1) // 2 for n in range(6)]
+        facts["bytes arrive"] = seen == expected
+        facts["claims are counted"] = device.ledger.used >= 128 << 20
+        try:
+            device.alloc("too much", 4 * GB)
+            facts["the cap refuses"] = False
+        except OutOfMemoryError:
+            facts["the cap refuses"] = True
+        if device.kind == "cuda":
+            facts["the allocator refuses"] = _allocator_refuses(4 * GB)
+        facts["free after"] = device.memory_free()
+        del memory
+        for buffer in (host, *slots):
+            buffer.free()
+        facts["everything is given back"] = device.ram.used == 0
+    return _all_true(facts)
+
+
+def _allocator_refuses(nbytes: int) -> bool:
+    try:
+        torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    except torch.OutOfMemoryError:
+        return True
+    return False
+
+
+# ---- numbers
+
+
+def kernels(setup: Setup) -> Verdict:
+    """Every encoding decodes here to the numbers of the CPU; attention is as exact as its format allows."""
+    facts: Facts = {}
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(256, 1024, generator=generator) / 32
+    for name in encoding_names():
+        encoding = encoding_by_name(name)
+        if not encoding.fits(tuple(weight.shape)):
+            continue
+        parts = encoding.encode(weight)
+        here = {role: part.to(setup.kind) for role, part in parts.items()}
+        decoded = encoding.decode(here, tuple(weight.shape), torch.bfloat16).cpu()
+        facts[f"{name} equals the CPU"] = torch.equal(
+            decoded, encoding.decode(parts, tuple(weight.shape), torch.bfloat16)
+        )
+    q, k, v = (torch.randn(4, n, 128, generator=generator) for n in (300, 700, 700))
+    bias = torch.randn(1, 1, 700, generator=generator)
+    true = torch.softmax(q.double() @ k.double().mT / 128**0.5 + bias.double(), -1) @ v.double()
+    dtype = torch.float32 if setup.dry else torch.bfloat16
+    cast = [x.to(setup.kind, dtype) for x in (q, k, v, bias)]
+    found = attention(*cast).cpu().double().unflatten(-1, (4, 128)).transpose(0, 1)
+    error = float((found - true).norm() / true.norm())
+    facts["attention error"] = error
+    facts["attention is exact enough"] = error < (1e-5 if setup.dry else 1e-2)
+    facts["attention makes no logits"] = _no_logits(setup, dtype)
+    return _all_true(facts)
+
+
+def _no_logits(setup: Setup, dtype: torch.dtype) -> Fact:
+    """Whether attention takes much less memory than its logits would; None on a CPU."""
+    if setup.dry:
+        return None
+    q, k = (torch.randn(8, n, 128, device="cuda", dtype=dtype) for n in (4096, 32768))
+    attention(q, k, k)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(q, k, k)
+    return torch.cuda.max_memory_allocated() - before < 8 * 4096 * 32768 // 4
+
+
+def ceilings(setup: Setup) -> Verdict:
+    """What the machine reaches; kept, so that the plans of the other parts use it."""
+    with tempfile.TemporaryDirectory(dir=setup.folder) as folder:
+        found = examine(identify(setup.kind), Path(folder), time.perf_counter)
+    save_rates(rates_path(setup.kind), found.rates)
+    facts: Facts = {r.name: r.value for r in found.readings}
+    return Verdict("passed", facts)
+
+
+def speed(setup: Setup) -> Verdict:
+    """One block at the true width, and its attention alone, against torch and, if it is there, diffusers."""
+    from lowvram.bench import blocks
+
+    return Verdict("passed", blocks.compare(setup.kind, tokens=64 if setup.dry else 32_760, small=setup.dry))
+
+
+# ---- jobs
+
+
+def forecast(setup: Setup) -> Verdict:
+    """On the embedded model: what was measured is at most what was planned."""
+    return _trials(setup, [Trial(dry_jobs("job")[0].case, "resident", GB, 8 * GB)], {})
+
+
+def placement(setup: Setup) -> Verdict:
+    """Where the weights live never changes a bit of the frames."""
+    if setup.dry:
+        trials = dry_jobs("pair")
+    else:  # a context alone is larger than the whole job: only resident blocks can be had
+        trials = tuple(Trial(t.case, "resident", t.vram + GB, 8 * GB) for t in dry_jobs("pair"))
+    verdict = _trials(setup, list(trials), {})
+    same = len({m.checksum for m in verdict.measurements}) == 1
+    return msgspec.structs.replace(
+        verdict,
+        facts=verdict.facts | {"frames are the same": same},
+        outcome="passed" if same and verdict.measurements else "failed",
+    )
+
+
+def real(setup: Setup, what: What, budget_gb: int, *, placed: str = "ram", long: bool = True) -> Verdict:
+    """A case at the true size of A14B with random fp8 weights, under a hard cap."""
+    if setup.dry:
+        files: dict[str, str] = {}
+        trial = dry_jobs(what)[0 if placed == "resident" else 1]
+    else:
+        free, _ = torch.cuda.mem_get_info()
+        if budget_gb * GB > free:
+            raise Unfit(f"the card has less than {budget_gb} GB free")
+        size = (1280, 720, 121) if long else (832, 480, 81)
+        trial = Trial(
+            Case(what, "wan2.2-t2v-a14b", "fp8", *size), "resident" if placed == "resident" else "ram",
+            budget_gb * GB, 48 * GB,
+        )  # fmt: skip
+        files = Forged(Path(setup.folder), lambda text: None).source(trial)
+    return _trials(setup, [trial], files)
+
+
+def tax(setup: Setup) -> Verdict:
+    """The same job with all blocks resident and with most of them streamed: the time between, and the same bits."""
+    whole = real(setup, "pair", 48, placed="resident", long=False)
+    part = real(setup, "pair", 12, long=False)
+    resident, streamed = whole.measurements[0], part.measurements[0]
+    seconds = [sum(m.steps) for m in (resident, streamed)]
+    facts: Facts = {"streamed over resident": seconds[1] / seconds[0]}
+    facts["same bits"] = resident.checksum == streamed.checksum
+    verdict = _all_true(whole.facts | part.facts | facts)
+    return msgspec.structs.replace(verdict, measurements=[resident, streamed])
+
+
+def vae(setup: Setup) -> Verdict:
+    """A latent to frames: time, and peak against plan."""
+    if setup.dry:
+        return _trials(setup, [Trial(Case("decode", "nano", "fp8", 64, 64, 9), "resident", GB, 8 * GB)], {})
+    return real(setup, "decode", 16, long=False)
+
+
+def _trials(setup: Setup, trials: list[Trial], files: dict[str, str]) -> Verdict:
+    facts: Facts = {}
+    done = []
+    right = True
+    for trial in trials:
+        label = f"{trial.case.what} {trial.placement} {trial.vram / GB:.3g} GB"
+        request = Request(trial, files, setup.kind, 1, ballast=not setup.dry and trial.vram >= GB)
+        m = measure.measure(request)
+        done.append(m)
+        seen = m.vram_allocated or 0
+        # Small jobs: the allocator's smallest segments, of 2 and 20 MiB, are larger than what they hold.
+        slack = 64 << 20 if not setup.dry else 1 << 20
+        true = seen <= m.vram_predicted + slack
+        right &= true
+        facts |= {
+            f"{label}: seconds": m.seconds,
+            f"{label}: planned": m.vram_predicted,
+            f"{label}: allocator": m.vram_allocated,
+            f"{label}: driver": m.vram_driver,
+            f"{label}: within the plan": true,
+        }
+    return Verdict("passed" if right else "failed", facts, "", done)
+
+
+PARTS: Mapping[str, tuple[float, Callable[[Setup], Verdict]]] = {
+    "smoke": (60, smoke),
+    "kernels": (90, kernels),
+    "ceilings": (90, ceilings),
+    "forecast": (120, forecast),
+    "placement": (120, placement),
+    "job at 16 GB": (420, lambda s: real(s, "pair", 16)),
+    "job at 8 GB": (300, lambda s: real(s, "pair", 8)),
+    "job at 6 GB": (300, lambda s: real(s, "pair", 6)),
+    "job at 4 GB": (300, lambda s: real(s, "pair", 4)),
+    "job at 12 GB": (300, lambda s: real(s, "pair", 12)),
+    "tax": (300, tax),
+    "speed": (120, speed),
+    "vae": (240, vae),
+    "handover": (300, lambda s: real(s, "handover", 16, long=False)),
+}
+"""By name, the most valuable first: the seconds that a part may take, and what it does."""
+
+
+def _all_true(facts: Facts) -> Verdict:
+    """Passed if no fact is False."""
+    wrong = [name for name, value in facts.items() if value is False]
+    return Verdict("failed" if wrong else "passed", facts, ", ".join(wrong))
+
+
+def main() -> None:
+    """The process that `lowvram.bench.gpu` starts."""
+    setup = msgspec.json.decode(sys.argv[2], type=Setup)
+    try:
+        verdict = PARTS[sys.argv[1]][1](setup)
+    except Unfit as why:
+        verdict = Verdict("not possible here", {}, str(why))
+    except LowvramError as error:
+        verdict = Verdict("failed", {}, " ".join(str(error).split("\n")))
+    print(msgspec.json.encode(verdict).decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""lowvram bench: figures of this machine, from models of random numbers at the true sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowvram.cli import options as o
+from lowvram.errors import UsageError
+
+if TYPE_CHECKING:
+    from lowvram.bench.results import Results
+
+
+def bench(
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry", help="Every case on the embedded model: shows that it runs, in a minute or two."
+        ),
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Results file; one that exists is continued.")
+    ] = Path("bench.json"),
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", help="Where random checkpoints are written and kept: about 40 GB."),
+    ] = None,
+    weights: Annotated[str, typer.Option("--weights", help="Their encoding, such as fp8.")] = "fp8",
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Rounds of each case; the median counts.")
+    ] = 3,
+    device: o.Device = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Measure named cases under hard budgets, each in a process of its own, into one JSON file."""
+    if not dry and folder is None:
+        raise UsageError(
+            "no folder for the random checkpoints",
+            where="--folder",
+            expected="a folder with about 40 GB of room, or --dry",
+            advice="give --folder DIR on the disk that your models lie on, or --dry",
+        )
+    from lowvram.api import check_device
+    from lowvram.bench import suite
+    from lowvram.cli.console import emit, say
+
+    check_device(device)
+    results = _open(output, device)
+    tell = (lambda text: None) if quiet else say
+    failed = suite.run(
+        results,
+        output,
+        dry=dry,
+        folder=folder,
+        weights=weights,
+        repeats=1 if dry else repeats,
+        device=device,
+        tell=tell,
+    )
+    if not quiet:
+        say(suite.table(results.measurements))
+    emit(str(output))
+    if failed:
+        raise typer.Exit(70)
+
+
+def _open(path: Path, device: str | None) -> Results:
+    from datetime import UTC, datetime
+
+    from lowvram.bench import results
+    from lowvram.survey import identify
+
+    if path.exists():
+        return results.load(path)
+    made = results.new_results(identify(device), datetime.now(UTC).strftime("%Y-%m-%d"))
+    results.save(path, made)
+    return made

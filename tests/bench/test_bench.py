@@ -1,0 +1,170 @@
+"""`lowvram bench`: every case in a process of its own, into a file that is valid at every moment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from lowvram.bench import child, gpu, measure, parts, suite
+from lowvram.bench.cases import GB, Case, Trial, dry_jobs, dry_trials, full_trials
+from lowvram.bench.child import Outcome
+from lowvram.bench.project import project
+from lowvram.bench.results import load, new_results, save
+from lowvram.bench.work import forward_work
+from lowvram.cli.main import _run
+from lowvram.errors import FileError
+from lowvram.sampling.presets import model_preset
+from lowvram.survey import identify
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOWVRAM_STATE", str(tmp_path / "jobs"))
+    monkeypatch.setattr("lowvram.survey._WRITTEN", 4 << 20)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Children run in this process: a new interpreter each would take most of the time."""
+
+    def run_module(module: str, arguments: list[str], limit: float, **_: Any) -> Outcome:
+        main: Callable[[], None] = {"lowvram.bench.measure": measure.main, "lowvram.bench.parts": parts.main}[
+            module
+        ]
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        capsys.readouterr()
+        main()
+        return Outcome(capsys.readouterr().out.strip().splitlines()[-1], "", 0.1)
+
+    monkeypatch.setattr(suite, "run_module", run_module)
+    monkeypatch.setattr(gpu, "run_module", run_module)
+
+
+def test_the_dry_benchmark_leaves_a_valid_file_and_goes_on_where_it_was(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [t for t in dry_trials() if t.case.what == "decode"] + [dry_jobs("pair")[2]]
+    monkeypatch.setattr(suite, "dry_trials", lambda: tuple(kept[:1]))
+    path = tmp_path / "r.json"
+    command = ["bench", "--dry", "--device", "cpu", "--repeats", "1", "--quiet", "-o", str(path)]
+    assert _run(command, False, False) == 0
+    assert len(load(path).measurements) == 1
+    monkeypatch.setattr(suite, "dry_trials", lambda: tuple(kept))
+    assert _run(command, False, False) == 0
+    results = load(path)
+    assert [m.case.split()[0] for m in results.measurements] == ["decode", "pair"]
+    tight = results.measurements[1]
+    assert tight.blocks["disk"] > 0
+    for m in results.measurements:
+        assert m.seconds > 0 and m.rss > 10**7 and m.stages and m.vram_allocated
+    assert len(tight.steps) == 2 and tight.handover is not None and tight.fraction is not None
+    assert results.ceilings is not None
+
+
+def test_a_results_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    save(path, new_results(identify("cpu"), "2026-01-02"))
+    assert load(path).date == "2026-01-02"
+    spoilt = json.loads(path.read_text()) | {"surprise": 1}
+    for text in ("{}", "", json.dumps(spoilt)):
+        path.write_text(text)
+        with pytest.raises(FileError, match="not a results file"):
+            load(path)
+
+
+def test_without_a_folder_only_a_dry_benchmark_is_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(["bench"], False, False) == 2
+    assert "--dry" in capsys.readouterr().err
+
+
+def test_children_are_stopped_and_their_last_words_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sleeps.py").write_text("import time; print('x', flush=True); time.sleep(60)")
+    (tmp_path / "fails.py").write_text("print('no result'); raise ValueError('the reason')")
+    (tmp_path / "works.py").write_text("print('noise'); print('{}')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    stopped = child.run_module("sleeps", [], 1.0)
+    assert stopped.timed_out and stopped.result == "" and "stopped after 1 s" in stopped.why
+    assert "the reason" in child.run_module("fails", [], 30).why
+    assert child.run_module("works", [], 30).result == "{}"
+
+
+def test_a_trial_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(suite, "run_module", lambda *a: asked.append(a[0]) or Outcome("", "broken", 1.0))
+    results = new_results(identify("cpu"), "2026-01-02")
+    tried = list(
+        suite.run_trials(results, tmp_path / "r", dry_trials()[:2], lambda t: {}, device="cpu", repeats=1)
+    )
+    assert [t.why for t in tried] == ["broken", "broken"] and len(asked) == 2 and not results.measurements
+
+
+def test_trials_at_true_sizes_stay_inside_the_card() -> None:
+    trials = full_trials(16 * 1024**3, 60 * GB)
+    assert {t.case.model for t in trials} == {"wan2.2-t2v-a14b", "wan2.2-ti2v-5b"}
+    assert {t.vram for t in trials} == {b * GB for b in (16, 12, 8, 6)}
+    assert {t.case.what for t in trials} >= {"text", "forward", "step", "decode", "job", "handover"}
+    assert not any(t.placement == "resident" for t in trials)
+    assert any(t.placement == "resident" for t in full_trials(80 * GB, 60 * GB))
+
+
+def test_work_is_what_the_papers_count() -> None:
+    """12.9 PFLOP a forward at 1280x720x121, 79 % of it self attention."""
+    work = forward_work(model_preset("wan2.2-t2v-a14b"), 1280, 720, 121)
+    assert work.flops == pytest.approx(12.92e15, rel=0.01)
+    assert work.attention / work.flops == pytest.approx(0.79, abs=0.01)
+
+
+def test_a_projection_is_never_more_than_the_card_has() -> None:
+    case = Case("job", "nano", "fp8", 64, 64, 9)
+    found = list(project([case], ("rtx3060",), (GB, 100 * GB)))
+    assert [p.vram_budget for p in found] == [GB] and found[0].vram <= GB
+
+
+def test_a_handover_is_what_the_first_step_takes_more() -> None:
+    assert measure.handover([2.0, 2.0, 2.5, 2.0], (0, 0, 1, 1)) == 0.5
+    assert measure.handover([2.0, 2.25], (0, 1)) == 0.25
+    assert measure.handover([2.0, 2.0], (0, 0)) is None
+
+
+def test_the_acceptance_run_goes_through_its_parts_and_goes_on(
+    here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--dry", "--output", str(tmp_path), "--folder", str(tmp_path)]
+    quick = ("smoke", "kernels", "ceilings", "speed", "vae")
+    assert gpu.main([*command, *(word for name in quick for word in ("--only", name))]) == 0
+    (path,) = tmp_path.glob("dry-*.json")
+    results = load(path)
+    assert [p.name for p in results.parts] == list(quick)
+    assert all(p.outcome == "passed" for p in results.parts)
+    assert results.ceilings is not None and results.measurements[0].vram_allocated
+    assert not list(tmp_path.glob("lowvram-bench-*"))
+    capsys.readouterr()
+    assert gpu.main([*command, "--minutes", "0.3"]) == 0  # no time: what is done stays, the rest waits
+    assert load(path).parts == results.parts and "no time left" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_says_why_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([Outcome("", "it crashed", 2.0), Outcome("", "stopped after 9 s", 9.0, timed_out=True)])
+    monkeypatch.setattr(gpu, "run_module", lambda *a: next(answers))
+    assert gpu.main(["--dry", "--output", str(tmp_path), "--only", "smoke", "--only", "vae"]) == 1
+    (path,) = tmp_path.glob("dry-*.json")
+    assert [(p.name, p.outcome, p.why) for p in load(path).parts] == [
+        ("smoke", "failed", "it crashed"),
+        ("vae", "timed out", "stopped after 9 s"),
+    ]
+
+
+def test_a_trial_survives_the_way_to_its_process() -> None:
+    trial = Trial(Case("job", "nano", "fp8", 64, 64, 9), "ram", 10**7, GB)
+    request = measure.Request(trial, {"high": "/x"}, None, 2, True)
+    assert msgspec.json.decode(msgspec.json.encode(request), type=measure.Request) == request

@@ -85,7 +85,7 @@ class Runtime:
             force=force,
             progress=progress,
         )
-        return Pipeline(self, open_model(model, found.paths), found.paths, found.reasons)
+        return Pipeline(self, open_model(model, found.paths), found.paths, found.reasons, tuple(models_dirs))
 
     @contextmanager
     def device(self) -> Iterator[Device]:
@@ -112,6 +112,8 @@ class Pipeline:
     files: dict[str, str]
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Why these files, of the parts that were chosen among others."""
+    models_dirs: tuple[str, ...] = ()
+    """Where LoRAs of a preset are looked for besides the usual places."""
 
     def job(self, prompt: str = "", *, force: bool = False, **settings: Any) -> Job:
         """A job on this model; `settings` are those of `lowvram.job.make_job`, pictures as paths.
@@ -241,7 +243,7 @@ def _with_preset_loras(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, An
     preset = settings.get("preset")
     if preset is None or settings.get("loras"):
         return settings
-    paths = discovery.preset_loras(pipe.model.name, pipe.model.spec, pipe.files, preset)
+    paths = discovery.preset_loras(pipe.model.name, pipe.model.spec, pipe.files, preset, pipe.models_dirs)
     strength = few_step(preset).strength
     loras = tuple(LoraChoice(path=path, expert=expert, strength=strength) for expert, path in paths.items())
     return settings | {"loras": loras}

@@ -178,7 +178,9 @@ def _fits(paths: Mapping[str, str], model: str, library: Library) -> bool:
     )
 
 
-def preset_loras(model: str, spec: ModelSpec, files: Mapping[str, str], preset: str) -> dict[str, str]:
+def preset_loras(
+    model: str, spec: ModelSpec, files: Mapping[str, str], preset: str, models_dirs: Sequence[str] = ()
+) -> dict[str, str]:
     """The LoRAs of a few-step preset for each transformer, "both" for one that serves them all: those that ship with an
     embedded model, else those that are on this machine. Empty where there are none, or the transformers are distilled
     themselves. UsageError if several fit."""
@@ -195,7 +197,7 @@ def preset_loras(model: str, spec: ModelSpec, files: Mapping[str, str], preset: 
     }
     if not names & set(few_step(preset).bases):
         return {}
-    return choose_loras(look().entries, names, spec, preset)
+    return choose_loras(look(models_dirs).entries, names, spec, preset)
 
 
 def is_embedded(model: str) -> bool:
@@ -239,6 +241,10 @@ def _folder(model: str) -> Path | None:
             "a file, where the folder of a whole model belongs",
             where=f"--model {model}",
             advice=f"use --transformer {model} (or --high/--low), with --vae and --text-encoder",
+        )
+    if path.name != model:
+        raise UsageError(
+            "no such folder", where=f"--model {model}", advice="check the path, or give a known name"
         )
     raise unknown_name("model or folder", model, names, where="--model")
 

@@ -107,8 +107,7 @@ def _of_preset(
     ]
     covered = {expert for each in distilled for expert in each.experts} | _with_any_lora(job, spec)
     bare = [expert for expert in spec.expert_names() if expert not in covered]
-    # A model that no preset names is somebody's own: nothing is known of what it needs.
-    if names and bare and job.files and (preset.loras or preset.checkpoints):
+    if bare and job.files and (preset.loras or preset.checkpoints):
         which = "" if bare == ["single"] else f" on the {' and the '.join(bare)}-noise expert"
         complaints.append(
             (

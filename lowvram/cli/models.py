@@ -14,6 +14,7 @@ from lowvram.cli import options as o
 
 if TYPE_CHECKING:
     from lowvram.api import Pipeline
+    from lowvram.job import Job
     from lowvram.library.choose import Chosen
     from lowvram.library.entries import Entry
     from lowvram.library.scan import Library
@@ -95,11 +96,11 @@ def verify(
     from lowvram.library.verify import verify as verify_file
 
     paths = files or [Path(e.path) for e in look(models_dir or (), announce(quiet or as_json)).entries]
-    cache, wrong = load_cache(cache_file()), 0
+    cache, count, wrong = load_cache(cache_file()), 0, 0
     progress = Percent(quiet or as_json)
     for path in dict.fromkeys(paths):
         for verdict in verify_file(path, cache, lambda file, done, size: progress(file.name, done, size)):
-            wrong += not verdict.ok
+            count, wrong = count + 1, wrong + (not verdict.ok)
             if as_json:
                 emit_json({"schema": "lowvram.verdict/1"} | asdict(verdict))
             else:
@@ -107,7 +108,7 @@ def verify(
                 emit(f"{told}  {printable(verdict.path)}: {printable(verdict.finding)}")
         save_cache(cache_file(), cache)
     if wrong:
-        raise FileError(f"{wrong} of the files are not what they should be", advice="fetch them again")
+        raise FileError(f"{wrong} of {count} files are not what they should be", advice="fetch them again")
 
 
 def pull(
@@ -221,6 +222,18 @@ def tell_files(pipe: Pipeline, quiet: bool) -> None:
 
     for part, why in () if quiet else pipe.reasons.items():
         say(f"{part:<10}{printable(pipe.files[part])}  ({why})")
+
+
+def tell_preset(flags: o.JobFlags, job: Job, quiet: bool) -> None:
+    """The preset and the LoRAs that were not asked for by name."""
+    from lowvram.cli.console import say
+
+    if quiet:
+        return
+    if job.preset is not None and flags.preset is None:
+        say(f"preset    {job.preset}  (what these files were made for)")
+    for lora in job.loras if not flags.lora else ():
+        say(f"lora      {printable(lora.path)}  (of --preset {job.preset}, {lora.expert}, {lora.strength:g})")
 
 
 def record(entry: Entry) -> dict[str, Any]:

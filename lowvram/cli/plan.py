@@ -33,7 +33,7 @@ def plan(
     settings, given = flags.settings(), flags.files()
     from lowvram.api import Runtime, plan_without_files
     from lowvram.cli.console import emit, emit_json
-    from lowvram.cli.models import announce, tell_files
+    from lowvram.cli.models import announce, tell_files, tell_preset
     from lowvram.discovery import is_here
 
     imagined, look, folders = machine or weights, announce(as_json), flags.models_dir or ()
@@ -59,7 +59,9 @@ def plan(
             **given,
         )
         tell_files(pipe, as_json)
-        found = pipe.plan(prompt, **settings)
+        job = pipe.job(prompt, **settings)
+        tell_preset(flags, job, as_json)
+        found = pipe.plan_job(job)
     if as_json:
         emit_json(found.to_json())
     else:

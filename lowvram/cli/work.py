@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowvram.api import Pipeline, Runtime
 from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode, say
-from lowvram.cli.models import announce, tell_files
+from lowvram.cli.models import announce, tell_files, tell_preset
 from lowvram.cli.options import JobFlags
 from lowvram.conditions.contract import Condition
 from lowvram.errors import FileError
@@ -59,6 +59,7 @@ def start(
     tell_files(pipe, quiet or as_json)
     job = pipe.job(prompt, **settings)
     check_complete(pipe.model.spec, job)
+    tell_preset(flags, job, quiet or as_json)
     plan = pipe.plan_job(job)
     saved = Saved(
         job=job,

@@ -89,7 +89,7 @@ def _entry(path: Path, headers: list[Header], kind: Kind, alone: bool) -> Entry:
         part = identify(headers, kind)
     except LowvramError as error:
         return _unusable(path, kind, error)
-    models, standard = _models_with(part)
+    models, standard = models_with(part)
     return Entry(
         path=str(path),
         kind=kind,
@@ -122,7 +122,7 @@ def named(entry: Entry, found: Found, sha256: str, place: str) -> Entry:
     )
 
 
-def _models_with(part: Checkpoint) -> tuple[tuple[str, ...], bool]:
+def models_with(part: Checkpoint) -> tuple[tuple[str, ...], bool]:
     """The models it fits, and whether its sizes are those of one of them."""
     fits, same = [], False
     for name, model in load_models().items():

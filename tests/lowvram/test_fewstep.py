@@ -144,6 +144,9 @@ def test_files_that_are_known_bring_their_preset_unless_something_was_set_by_han
     assert with_preset({}, distilled)["preset"] == "lightx2v-2.1-4"
 
 
-def test_models_that_nobody_published_are_not_judged() -> None:
+def test_of_models_that_nobody_published_only_the_lora_is_asked_for() -> None:
     nano = model_preset("nano")
-    check(make_job(nano, model="nano", files=BASE, preset="lightning-4"), nano)
+    settings: dict[str, Any] = {"model": "nano", "files": BASE, "preset": "lightning-4"}
+    check(make_job(nano, loras=(MINE,), **settings), nano)
+    with pytest.raises(UsageError, match="no LoRA on the high and the low-noise expert"):
+        check(make_job(nano, **settings), nano)

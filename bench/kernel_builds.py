@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from lowvram.triton_kernels import attention_triton, modulate_triton, norm_rope_triton, tiles
 from lowvram.triton_kernels.attention import KEY_TILE, QUERY_TILE, V_PEAK, V_RUN
+from lowvram.triton_kernels.modes import ARCHS
 from lowvram.triton_kernels.norm_rope import EPS, LEAST
 
 SHARED_LIMIT = 101_376
@@ -63,7 +64,7 @@ class Build:
 
 def builds() -> Iterator[Build]:
     """Every configuration that a run may use, or that the tuning command tries."""
-    for arch in tiles.ARCHS:
+    for arch in ARCHS:
         yield from _attention(arch)
         yield from _producers(arch)
 

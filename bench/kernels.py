@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"aot": aot}
+    verbs: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"aot": aot, "accuracy": accuracy}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="only what the test suite looks at")
@@ -36,6 +36,12 @@ def aot(args: argparse.Namespace) -> Iterator[Row]:
     from kernel_builds import builds, report
 
     return (report(build) for build in builds() if build.quick or not args.quick)
+
+
+def accuracy(args: argparse.Namespace) -> Iterator[Row]:
+    from kernel_accuracy import errors
+
+    return errors()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from lowvram import __version__, discovery, fewstep
 from lowvram.conditions.contract import Condition
-from lowvram.errors import UsageError
+from lowvram.errors import BudgetError, NonFiniteError, UsageError
 from lowvram.job import Job, LoraChoice, check_complete, describe, make_job
 from lowvram.machine import Machine, machine_profile, this_machine
 from lowvram.media.picture import open_picture
@@ -41,6 +42,8 @@ from lowvram.sampling.presets import few_step, model_preset
 from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.denoise import State
 from lowvram.stages.run import Listener, Run, Silent
+from lowvram.triton_kernels import dispatch
+from lowvram.triton_kernels.modes import SDPA, Choice
 
 DEFAULT_WEIGHTS = "bf16"
 
@@ -87,6 +90,13 @@ class Runtime:
         )
         return Pipeline(self, open_model(model, found.paths), found.paths, found.reasons, tuple(models_dirs))
 
+    def attention(self, asked: str = "auto", ends: str | None = None) -> Choice:
+        """How self attention runs here when `asked` for a mode; on CUDA it is tried on the card first."""
+        arch = self.machine.arch
+        on_card = partial(dispatch.try_mode, device=torch.device("cuda", 0), arch=arch)
+        test = on_card if self.machine.kind == "cuda" else None
+        return dispatch.choose(asked, arch, dispatch.installed(), test, ends)
+
     @contextmanager
     def device(self) -> Iterator[Device]:
         """The device under the budget's caps."""
@@ -122,6 +132,9 @@ class Pipeline:
         settings and files contradict each other (see `lowvram.fewstep`), unless `force`.
         """
         settings = fewstep.with_preset(_with_preset_loras(self, _with_pictures(settings)), self.files)
+        settings["attention"] = self.runtime.attention(
+            settings.get("attention") or "auto", settings.pop("attention_ends", None)
+        )
         job = make_job(self.model.spec, model=self.model.name, files=self.files, prompt=prompt, **settings)
         if not force:
             fewstep.check(job, self.model.spec)
@@ -167,8 +180,8 @@ class Pipeline:
             if made is None:
                 made = condition.condition(run, model, job)
                 keep(made)
-            latent = denoise.denoise(run, model, job, texts, made, state, save)
-        return Video(self, job, plan, latent, listener or Silent(), clock, run.reports)
+            latent = _denoised(run, model, job, texts, made, state, save)
+        return Video(self, job, plan, latent, listener or Silent(), clock, run.reports, run.notes)
 
     def video(self, job: Job, latent: Tensor, plan: Plan, listener: Listener | None = None) -> Video:
         """A video whose denoise was finished earlier."""
@@ -187,6 +200,7 @@ class Video:
     listener: Listener = field(default_factory=Silent)
     clock: Callable[[], float] = time.monotonic
     reports: list[Any] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def frames(self) -> Iterator[NDArray[np.uint8]]:
         """Frames [H, W, 3] uint8 RGB in order, decoded as they are taken."""
@@ -206,7 +220,44 @@ class Video:
         ) as writer:
             for frame in self.frames():
                 writer.write(frame[None])
-        return Report(tuple(self.reports))
+        return Report(tuple(self.reports), tuple(self.notes))
+
+
+def _denoised(
+    run: Run,
+    model: Model,
+    job: Job,
+    texts: list[Tensor],
+    made: Condition,
+    state: State,
+    save: Callable[[State], None],
+) -> Tensor:
+    """The finished latent. A step that 8-bit attention ends in NaN is done once more with torch's own.
+
+    The step alone: the next is a function of its state again, so a job that is killed and resumed makes the same.
+    """
+    last = state
+
+    def remember(state: State) -> None:
+        nonlocal last
+        last = state
+        save(state)
+
+    while True:
+        try:
+            return denoise.denoise(run, model, job, texts, made, last, remember)
+        except NonFiniteError as problem:
+            if job.attention.mode == "sdpa":
+                raise
+            safe = replace(job, attention=SDPA)
+            try:
+                plan = make_plan(safe, model, run.plan.budget, run.plan.machine)
+            except BudgetError:
+                raise problem from None
+            run.notes.append(f"{problem.where}: {problem.found}; the step was done again with sdpa")
+            denoise.denoise(
+                replace(run, plan=plan), model, safe, texts, made, last, remember, stop=last.step + 1
+            )
 
 
 def plan_without_files(
@@ -224,6 +275,11 @@ def plan_without_files(
     spec = model_preset(name)
     encoding_by_name(weights or DEFAULT_WEIGHTS)
     where = machine_profile(machine) if machine else this_machine()
+    asked = settings.pop("attention", None) or "auto"
+    packages = frozenset(dispatch.PACKAGES) if machine else dispatch.installed()
+    settings["attention"] = dispatch.choose(
+        asked, where.arch, packages, ends=settings.pop("attention_ends", None)
+    )
     job = make_job(spec, model=name, files={}, prompt=prompt, **_with_pictures(settings))
     if not force:
         fewstep.check(job, spec)

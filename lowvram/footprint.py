@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.model import Group
 from lowvram.models import clip, dit, umt5, vae, vae_clip
+from lowvram.models.self_attention import CHUNK, Workspace
 from lowvram.models.vae_history import Memory, PackedHistory, memories, tile_memories
 from lowvram.models.vae_layers import History, Weights
 from lowvram.models.vae_tiles import Tile
@@ -22,6 +23,9 @@ from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM, ClipSpec, DitSpec, TextSpec, VaeSpec
 from lowvram.stages.weights import Dense, to_params
+from lowvram.triton_kernels.keys import carve, stored_bytes
+from lowvram.triton_kernels.modes import MODES, Mode
+from lowvram.triton_kernels.ops import TORCH, Ops
 
 
 def _fake_params(group: Group) -> Params:
@@ -46,8 +50,10 @@ def block_scratch(
     dtype: torch.dtype,
     *,
     group: int = 0,
-    chunk: int = dit.CHUNK,
+    chunk: int = CHUNK,
     unpacked: bool = False,
+    attention: Mode = MODES["sdpa"],
+    ops: Ops = TORCH,
 ) -> int:
     """Transient bytes of `dit.block_` on a long sequence. Two chunks tell: later ones repeat the second.
 
@@ -67,9 +73,14 @@ def block_scratch(
         text = torch.empty(rows_of_text, spec.dim, dtype=dtype)
         image = torch.empty(spec.image_tokens, spec.dim, dtype=dtype) if spec.image_tokens else None
         context = dit.Context(text, torch.empty(rows_of_text), image)
-        k, v = (torch.empty(group or spec.heads, n, HEAD_DIM, dtype=dtype) for _ in "kv")
+        heads = group or spec.heads
+        stored = (
+            torch.empty(nbytes, dtype=torch.uint8) for nbytes in stored_bytes(attention, heads, tokens, dtype)
+        )
+        keys = carve(attention, heads, tokens, dtype, *stored)
         x, rope = torch.empty(n, spec.dim, dtype=dtype), torch.empty(n, HEAD_DIM // 2, 2)
-        work = dit.Workspace(k, v, torch.empty_like(x) if group else None, chunk)
+        work = Workspace(keys, dtype, torch.empty_like(x) if group else None, chunk, ops)
+        finite = torch.ones(2, dtype=torch.bool)
         scratch = torch.empty(p.unpacked_nbytes(dtype), dtype=torch.uint8)
     factors = (
         2 * (allocated_size(4 * tokens) - allocated_size(4 * n)) if group else 0
@@ -77,7 +88,7 @@ def block_scratch(
 
     def run(x: Tensor) -> None:
         ready = p.unpacked(dtype, scratch) if unpacked else p
-        dit.block_(ready, x, time, context, rope, work)
+        dit.block_(ready, x, time, context, rope, work, finite)
 
     return factors + _peak(run, x)
 
@@ -127,7 +138,7 @@ def prepare_scratch(
 
 
 def head_scratch(
-    spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype, *, chunk: int = dit.CHUNK
+    spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype, *, chunk: int = CHUNK
 ) -> int:
     """Transient bytes of `dit.head`, its result included."""
     mode = FakeTensorMode()

@@ -17,6 +17,7 @@ from lowvram.media.picture import Picture
 from lowvram.quant.spec import CLIP_TOKENS, ModelSpec
 from lowvram.sampling.presets import few_step
 from lowvram.sampling.schedules import Schedule, few_step_schedule, make_schedule
+from lowvram.triton_kernels.modes import SDPA, Choice
 
 MAX_FRAMES = 4 * 1023 + 1
 """The rotary table has 1024 positions per axis."""
@@ -59,6 +60,8 @@ class Job:
     """What the video begins with."""
     last_image: Picture | None = None
     """What it ends with."""
+    attention: Choice = SDPA
+    """How self attention runs: settled for the machine the job was made on."""
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -87,6 +90,7 @@ def make_job(
     shift: float | None = None,
     guidance: tuple[float, float] | None = None,
     preset: str | None = None,
+    attention: Choice | None = None,
 ) -> Job:
     """A job on a model of `spec`; None means the model's own default. UsageError for what cannot be made.
 
@@ -140,6 +144,7 @@ def make_job(
         preset=preset,
         image=image,
         last_image=last_image,
+        attention=attention or SDPA,
     )
 
 
@@ -262,6 +267,8 @@ def describe(job: Job, version: str) -> dict[str, Any]:
         "sigmas": job.schedule.sigmas,
         "guidance": job.schedule.guidance,
         "preset": job.preset,
+        "attention": job.attention.mode,
+        "attention_ends": job.attention.ends,
         "loras": [
             {"file": Path(lora.path).name, "expert": lora.expert, "strength": lora.strength}
             for lora in job.loras

@@ -49,6 +49,8 @@ class Machine:
     """Whether the rates were measured here. Otherwise they are a vendor's figures times an assumed share."""
     arch: str = ""
     """"sm_89" and the like; empty for a CPU."""
+    unfused: str = ""
+    """Why the operations between multiplications are those of torch; "" if the fused kernels run."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each number comes from, by field."""
 
@@ -108,7 +110,10 @@ def this_machine(device: str | None = None) -> Machine:
     Rates are those that `lowvram doctor` measured and kept, if it did. Otherwise multiplication, attention and
     copies are measured now, in a fraction of a second, and the disk's rate is assumed.
     """
+    import torch
+
     from lowvram import survey
+    from lowvram.triton_kernels.dispatch import ops_obstacle
 
     place = survey.identify(device)
     rates = load_rates(rates_path(place.kind))
@@ -138,6 +143,7 @@ def this_machine(device: str | None = None) -> Machine:
         context=rates.context,
         measured=True,
         arch=place.arch,
+        unfused=ops_obstacle(torch.device(place.kind), place.arch),
         sources=sources | {"vram": "free now", "ram": "free now"},
     )
 

@@ -44,6 +44,8 @@ class Report:
     """What a whole job took, stage by stage in the order they ran."""
 
     stages: tuple[StageReport, ...]
+    notes: tuple[str, ...] = ()
+    """What went otherwise than planned."""
 
     @property
     def seconds(self) -> float:
@@ -80,6 +82,7 @@ class Report:
             "h2d": sum(stage.h2d_bytes for stage in self.stages),
             "stalls": self.stalls,
             "stages": [stage.to_json() for stage in self.stages],
+            "notes": list(self.notes),
         }
 
 
@@ -98,13 +101,14 @@ def table(report: Report) -> str:
     rows = [heading, *(_row(stage) for stage in (*report.stages, whole))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(heading))]
     last = len(heading) - 1
-    return "\n".join(
+    lines = [
         "  ".join(
             cell.ljust(width) if i in (0, last) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
-    )
+    ]
+    return "\n".join([*lines, *report.notes])
 
 
 def _row(stage: StageReport) -> tuple[str, ...]:

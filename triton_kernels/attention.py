@@ -220,9 +220,8 @@ def select_tiles(q: Tensor, q_scale: Tensor, pooled: Tensor, keep: float) -> Ten
     is judged by the product of mean query and mean key, which needs no training and one small multiplication.
     """
     heads, m, _ = q.shape
-    tiles = -(-m // QUERY_TILE)
-    mean = q.new_zeros(heads, tiles, HEAD_DIM, dtype=torch.float32)
-    for t in range(tiles):  # one tile's float32 at a time
+    mean = q.new_empty(heads, -(-m // QUERY_TILE), HEAD_DIM, dtype=torch.float32)
+    for t in range(mean.shape[1]):  # one tile's float32 at a time
         rows = slice(t * QUERY_TILE, (t + 1) * QUERY_TILE)
         mean[:, t] = (q[:, rows].float() * q_scale[:, rows, None]).mean(1)
     count = max(1, math.ceil(keep * pooled.shape[1]))
@@ -231,6 +230,9 @@ def select_tiles(q: Tensor, q_scale: Tensor, pooled: Tensor, keep: float) -> Ten
 
 def pool_keys(k: Tensor, k_scale: Tensor, out: Tensor) -> None:
     """The mean key of every tile into out [heads, key tiles, 128] float32."""
-    for t in range(out.shape[1]):
-        rows = slice(t * KEY_TILE, (t + 1) * KEY_TILE)
-        out[:, t] = (k[:, rows].float() * k_scale[:, rows, None]).mean(1)
+    whole = k.shape[1] // KEY_TILE
+    for h in range(k.shape[0]):  # one head's float32 at a time
+        rows = k[h].float() * k_scale[h, :, None]
+        out[h, :whole] = rows[: whole * KEY_TILE].unflatten(0, (whole, KEY_TILE)).mean(1)
+        if whole < out.shape[1]:
+            out[h, whole] = rows[whole * KEY_TILE :].mean(0)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lowvram.triton_kernels.modes import ARCHS
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -26,9 +28,6 @@ class Tile:
     measured: bool = False
     """Whether it was the fastest of CANDIDATES in a run on a card of this architecture."""
 
-
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
-"""Architectures the kernels are built and tested for."""
 
 CANDIDATES: tuple[Tile, ...] = (
     Tile(128, 64, 8, 3),
@@ -54,8 +53,8 @@ HALF: Mapping[str, Mapping[str, bool]] = {
 
 
 def arch_of(device: torch.device) -> str:
-    """ "sm_89" and the like; "cpu" for anything that is not an NVIDIA card."""
+    """ "sm_89" and the like; empty for anything that is not an NVIDIA card."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return "cpu"
+        return ""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"

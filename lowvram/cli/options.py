@@ -56,6 +56,19 @@ Guidance = Annotated[
     str | None,
     typer.Option("--guidance", help="HIGH[,LOW] guidance scale of the experts."),
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        help="auto, sdpa, int8, int8-fp16, int8-fp8, sparse, sage, flash or kitchen; auto if left out.",
+    ),
+]
+AttentionEnds = Annotated[
+    str | None,
+    typer.Option(
+        "--attention-ends", help="Mode of the first and last step and the first block: sdpa or int8."
+    ),
+]
 Preset = Annotated[str | None, typer.Option("--preset", help="Few-step schedule, such as lightning-4.")]
 Lora = Annotated[
     list[str] | None, typer.Option("--lora", help="FILE[:high|:low][@STRENGTH]; may be given several times.")
@@ -99,6 +112,8 @@ class JobFlags:
     shift: Shift = None
     guidance: Guidance = None
     preset: Preset = None
+    attention: Attention = None
+    attention_ends: AttentionEnds = None
     lora: Lora = None
     lora_partial: LoraPartial = False
     force: Force = False
@@ -132,6 +147,8 @@ class JobFlags:
             "image": self.image,
             "last_image": self.last_image,
             "force": self.force or None,
+            "attention": self.attention,
+            "attention_ends": self.attention_ends,
         }
         given = {name: value for name, value in plain.items() if value is not None}
         return (

@@ -9,7 +9,7 @@ stream only K and V of all tokens exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowvram.models import animate
+from lowvram.models.self_attention import CHUNK, SelfAttention, Workspace, chunks
 from lowvram.quant.face_spec import FACE_SCOPE
 from lowvram.quant.linear import Params
-from lowvram.quant.spec import HEAD_DIM, DitSpec
+from lowvram.quant.spec import DitSpec
 from lowvram.triton_kernels.attention import attention
 from lowvram.triton_kernels.modulate import gated as _gated
 from lowvram.triton_kernels.modulate import gelu as _gelu
@@ -27,16 +28,12 @@ from lowvram.triton_kernels.modulate import layer_norm as _layer_norm
 from lowvram.triton_kernels.modulate import modulate as _modulate
 from lowvram.triton_kernels.norm_rope import EPS
 from lowvram.triton_kernels.norm_rope import heads as _heads
-from lowvram.triton_kernels.norm_rope import rms_factor as _rms_factor
 from lowvram.triton_kernels.norm_rope import rms_norm as _rms_norm
 from lowvram.triton_kernels.norm_rope import rotate as _rotate
-from lowvram.triton_kernels.norm_rope import scaled as _scaled
 
 ROPE_THETA = 10000.0
 ROPE_PAIRS = (22, 21, 21)
 """Complex pairs of a head given to time, rows and columns."""
-CHUNK = 4096
-"""Tokens processed at once. Fixed, so that a budget never changes how a matmul is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +64,14 @@ class Time:
         """The row of a token."""
         return min(token // self.tokens_per_row, self.head.shape[-2] - 1)
 
-    def rows(self, values: Tensor, start: int, stop: int) -> Tensor:
-        """What tokens start..stop take of values [..., rows, dim]: [..., 1, dim] if they share a row, else one each."""
+    def rows(self, values: Tensor, start: int, stop: int, step: int = 1) -> Tensor:
+        """What tokens start, start + step.. take of values [..., rows, dim]: [..., 1, dim] if they share a row."""
         first, last = self.row(start), self.row(stop - 1)
         if first == last:
             return values[..., first : first + 1, :]
-        tokens = torch.arange(start, stop, device=values.device)
+        tokens = torch.arange(start, stop, step, device=values.device)
         rows = (tokens // self.tokens_per_row).clamp_max_(values.shape[-2] - 1)
         return values.index_select(-2, rows)
-
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """The buffers of `block_` that grow with the sequence; allocated once, used by every block and pass."""
-
-    k: Tensor
-    """[heads of a group, L, 128]; all heads if there is one group"""
-    v: Tensor
-    """as k"""
-    out: Tensor | None = None
-    """[L, dim] where heads are processed in groups: queries, overwritten by what they attend to"""
-    chunk: int = CHUNK
-    unpacked: Tensor | None = None
-    """uint8, `Params.unpacked_nbytes`: a block's matrices in the compute dtype; without it each is decoded at every use"""
 
 
 # ---- embeddings
@@ -252,9 +234,9 @@ class _Modulation:
         self._values = p["modulation"].float() + time.blocks  # [..., rows, 6, dim]
         self._time = time
 
-    def __call__(self, index: int, start: int, stop: int) -> Tensor:
-        """Part `index` (0..5) for tokens start..stop: [..., 1, dim] if they share a row, else one each."""
-        return self._time.rows(self._values[..., index, :], start, stop)
+    def __call__(self, index: int, start: int, stop: int, step: int = 1) -> Tensor:
+        """Part `index` (0..5) of tokens start, start + step..: [..., 1, dim] if they share a row, else one each."""
+        return self._time.rows(self._values[..., index, :], start, stop, step)
 
 
 # ---- blocks
@@ -272,67 +254,49 @@ def block(p: Params, x: Tensor, time: Time, context: Context, rope: Tensor) -> T
     return _gated(x, _ffn(p, h), mod(5, 0, n))
 
 
-def block_(p: Params, x: Tensor, time: Time, context: Context, rope: Tensor, work: Workspace) -> None:
+def block_(
+    p: Params,
+    x: Tensor,
+    time: Time,
+    context: Context,
+    rope: Tensor,
+    work: Workspace,
+    finite: Tensor | None = None,
+) -> None:
     """`block` on x [L, dim] in place, `work.chunk` tokens at a time.
 
-    The first sweep fills K and V; the last carries each chunk through the whole block. A chunk of x is overwritten
-    only after its own query was taken, and keys and values were taken before, so no copy is needed.
+    Sweeps before the last fill K and V, of all heads or of one group after the other; the last carries each chunk
+    through the rest of the block. A chunk of x is overwritten only after its own query was taken, and keys and
+    values were taken before, so no copy is needed.
+
+    finite: two truths on the device of x, of self attention and of what follows; made false where numbers are not.
     """
-    mod = _Modulation(p, time)
-    if work.out is None:
-        for i, j in _chunks(x.shape[0], work.chunk):
-            h = _modulate(x[i:j], mod(0, i, j), mod(1, i, j))
-            work.k[:, i:j] = _self_k(p, h, rope[i:j])
-            work.v[:, i:j] = _self_v(p, h)
+    mod, ops, kv = _Modulation(p, time), work.ops, _cross_kv(p, context)
+    attend = SelfAttention(p, x, mod, rope, work)
+    if work.out is not None:
+        for rows in attend.groups():
+            attend.fill(rows)
+            for i, j in chunks(x.shape[0], work.chunk):
+                attend(i, j, rows, work.out[i:j, rows])
     else:
-        _attend_by_group(p, x, mod, rope, work, work.out)
-    kv = _cross_kv(p, context)
-    for i, j in _chunks(x.shape[0], work.chunk):
+        attend.fill(None)
+    for i, j in chunks(x.shape[0], work.chunk):
+        y = attend(i, j, None) if work.out is None else work.out[i:j]
         c = x[i:j]
-        if work.out is None:
-            q = _self_q(p, _modulate(c, mod(0, i, j), mod(1, i, j)), rope[i:j])
-            y = attention(q, work.k, work.v)
-        else:
-            y = work.out[i:j]
-        c = _gated(c, p.linear("self_attn.o", y), mod(2, i, j))
-        c = c + _cross(p, c, kv)
-        x[i:j] = _gated(c, _ffn(p, _modulate(c, mod(3, i, j), mod(4, i, j))), mod(5, i, j))
+        if finite is not None:
+            _watch(finite[0], y)
+        ops.gated_(c, p.linear("self_attn.o", y), mod(2, i, j))
+        c += _cross(p, c, kv)
+        h = ops.modulate(c, mod(3, i, j), mod(4, i, j))
+        ops.gated_(c, p.linear("ffn.2", ops.gelu(p.linear("ffn.0", h))), mod(5, i, j))
+        if finite is not None:
+            _watch(finite[1], c)
 
 
-def _attend_by_group(
-    p: Params, x: Tensor, mod: _Modulation, rope: Tensor, work: Workspace, out: Tensor
-) -> None:
-    """Self attention of x into `out`, the heads of `work.k` at a time.
-
-    The norm of q and k is over the full width, but all it needs from there is one factor per token. A first sweep
-    finds those; then q, k and v are projected again, group by group.
-    """
-    length, width = x.shape[0], work.k.shape[0] * HEAD_DIM
-    factor_q = torch.empty(length, 1, dtype=torch.float32, device=x.device)
-    factor_k = torch.empty_like(factor_q)
-    for name, factor in (("self_attn.q", factor_q), ("self_attn.k", factor_k)):
-        whole = p.slices((name,), x.dtype)
-        for i, j in _chunks(length, work.chunk):
-            factor[i:j] = _rms_factor(whole.linear(name, _modulate(x[i:j], mod(0, i, j), mod(1, i, j))))
-        del whole
-    weight_q, weight_k = p["self_attn.norm_q.weight"], p["self_attn.norm_k.weight"]
-    for start in range(0, x.shape[1], width):
-        rows = slice(start, start + width)
-        part = p.slices(("self_attn.q", "self_attn.k", "self_attn.v"), x.dtype, rows)
-        for i, j in _chunks(length, work.chunk):
-            h = _modulate(x[i:j], mod(0, i, j), mod(1, i, j))
-            q = _scaled(part.linear("self_attn.q", h), factor_q[i:j], weight_q[rows])
-            out[i:j, rows] = _rotate(_heads(q), rope[i:j]).transpose(0, 1).flatten(1)
-            k = _scaled(part.linear("self_attn.k", h), factor_k[i:j], weight_k[rows])
-            work.k[:, i:j] = _rotate(_heads(k), rope[i:j])
-            work.v[:, i:j] = _heads(part.linear("self_attn.v", h))
-        for i, j in _chunks(length, work.chunk):
-            out[i:j, rows] = attention(_heads(out[i:j, rows]), work.k, work.v)
-
-
-def _chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, length, chunk):
-        yield start, min(start + chunk, length)
+def _watch(flag: Tensor, x: Tensor) -> None:
+    """Make `flag` false if x holds NaN or infinity. Nothing waits, and nothing of the size of x is made."""
+    for extreme in torch.aminmax(x):
+        flag.logical_and_(torch.isfinite(extreme))
 
 
 # ---- head and whole
@@ -347,7 +311,7 @@ def head(
     """
     shift, scale = (outer["head.modulation"].float() + time.head.unsqueeze(-2)).unbind(-2)
     pieces = []
-    for i, j in _chunks(x.shape[-2], chunk):
+    for i, j in chunks(x.shape[-2], chunk):
         s, g = time.rows(shift, i, j), time.rows(scale, i, j)
         pieces.append(outer.linear("head.head", _layer_norm(x[..., i:j, :]) * (1 + g) + s))
     f, h, w = grid
@@ -366,15 +330,18 @@ def forward(
     rope: Tensor,
     work: Workspace,
     given: Tensor | None = None,
+    first: Workspace | None = None,
+    finite: Tensor | None = None,
 ) -> list[Tensor]:
     """One evaluation per context: latent [C, F, H, W] -> velocities [C_out, F, H, W] float32.
 
-    given: channels [C', F, H, W] float32 that follow those of the latent, the same in every step.
+    given: channels [C', F, H, W] float32 that follow those of the latent, the same in every step. first: the
+    workspace of the first block, if another attention mode runs there. finite: [blocks, 2] bool, see `block_`.
 
     Each block is used for all contexts before the next is asked for, so guidance costs no second weight pass.
     The residual streams are in the dtype of the workspace.
     """
-    streams = [embed_framewise(outer, spec, latent, given, work.k.dtype) for _ in contexts]
+    streams = [embed_framewise(outer, spec, latent, given, work.dtype) for _ in contexts]
     for x, context in zip(streams, contexts, strict=True):
         if context.driving is not None:
             frames = context.driving.pose.split(1, dim=1)
@@ -382,9 +349,10 @@ def forward(
                 x, (embed_latent(outer, spec, f, x.dtype, "pose_patch_embedding") for f in frames)
             )
     for n, stored in enumerate(blocks):
-        p = stored if work.unpacked is None else stored.unpacked(work.k.dtype, work.unpacked)
+        p = stored if work.unpacked is None else stored.unpacked(work.dtype, work.unpacked)
         for x, context in zip(streams, contexts, strict=True):
-            block_(p, x, time, context, rope, work)
+            here = first if first is not None and n == 0 else work
+            block_(p, x, time, context, rope, here, None if finite is None else finite[n])
             if context.driving is not None and n in spec.face_blocks:
                 animate.attend_(p.scope(FACE_SCOPE), x, context.driving.kv[n], work.chunk)
     _, f, height, width = latent.shape

@@ -17,6 +17,8 @@ from lowvram.quant.spec import HEAD_DIM, numel
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.solvers import kept_tensors
 from lowvram.stages.condition import conditioning
+from lowvram.triton_kernels.keys import stored_bytes
+from lowvram.triton_kernels.ops import FUSED, TORCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +94,19 @@ def _scratch(facts: Facts, lean: Lean) -> int:
             group=lean.group,
             chunk=lean.chunk,
             unpacked=lean.unpacked,
+            attention=mode,
+            ops=TORCH if facts.machine.unfused else FUSED,
         )
         for block in facts.block_kinds
+        for mode in facts.job.attention.modes()
     ]
     outers = kinds(groups["outer"] for groups in facts.groups.values())
     heads = [
         footprint.head_scratch(spec, outer, facts.grid, facts.dtype, chunk=lean.chunk) for outer in outers
     ]
     embed = max(footprint.embed_scratch(spec, outer, facts.grid, facts.dtype) for outer in outers)
-    return max(*blocks, max(heads) + _latent_bytes(facts), embed)
+    finite = allocated_size(2 * spec.layers)  # two truths a block
+    return max(*blocks, max(heads) + _latent_bytes(facts), embed) + finite
 
 
 def _latent_bytes(facts: Facts) -> int:
@@ -110,12 +116,13 @@ def _latent_bytes(facts: Facts) -> int:
 def _claims(facts: Facts, lean: Lean, scratch: int) -> dict[str, int]:
     spec, tokens, width = facts.spec.dit, facts.tokens, facts.dtype.itemsize
     stream = allocated_size(tokens * spec.dim * width)
-    heads = allocated_size(tokens * (lean.group or spec.heads) * HEAD_DIM * width)
+    heads = lean.group or spec.heads
+    stored = [stored_bytes(mode, heads, tokens, facts.dtype) for mode in facts.job.attention.modes()]
     latents = 3 + facts.passes + kept_tensors(facts.job.schedule.solver)
     claims = {
         "residual": (facts.passes if lean.together else 1) * stream,
-        "keys": heads,
-        "values": heads,
+        "keys": allocated_size(max(keys for keys, _ in stored)),
+        "values": allocated_size(max(values for _, values in stored)),
         "rotary table": allocated_size(4 * tokens * HEAD_DIM),
         "latents": latents * _latent_bytes(facts),
         "scratch": scratch,
@@ -131,12 +138,16 @@ def _compute(facts: Facts, lean: Lean) -> float:
     spec, t = facts.spec.dit, facts.tokens
     d, f, n = spec.dim, spec.ffn, spec.text_len
     linears: float = 2 * t * (6 * d * d + 2 * d * f) + 4 * n * d * d
-    attention = 4 * t * t * d + 4 * t * n * d
     if lean.group:  # q and k are projected twice
         linears += 4 * t * d * d
-    evaluations = sum(1 + needs_uncond(g) for g in facts.job.schedule.guidance)
-    machine = facts.machine
-    return evaluations * spec.layers * (linears / machine.matmul + attention / machine.attention)
+    machine, guidance, attention = facts.machine, facts.job.schedule.guidance, facts.job.attention
+    seconds = 0.0
+    for step, scale in enumerate(guidance):
+        gain = attention.of_step(step, len(guidance)).gain or {}
+        one = linears / machine.matmul + 4 * t * n * d / machine.attention
+        one += 4 * t * t * d / (machine.attention * gain.get(machine.arch, 1.0))
+        seconds += (1 + needs_uncond(scale)) * spec.layers * one
+    return seconds
 
 
 def place(facts: Facts, room: Room) -> Placement:

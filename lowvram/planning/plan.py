@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowvram.machine import Machine
-from lowvram.models import dit
+from lowvram.models.self_attention import CHUNK
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Budget
 from lowvram.offload.placement import Placement
@@ -26,7 +26,7 @@ class Lean:
     """Prompt and negative prompt share every visit of a block; otherwise each goes through all blocks alone."""
     group: int = 0
     """Heads whose keys and values exist at once; 0 for all."""
-    chunk: int = dit.CHUNK
+    chunk: int = CHUNK
     """Tokens processed at once."""
     unpacked: bool = True
     """Whether a block's weights are decoded once into a buffer; otherwise each at every use, once a chunk."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowvram.errors import BudgetError
-from lowvram.models import dit
+from lowvram.models.self_attention import CHUNK
 from lowvram.offload.budget import Budget, format_bytes
 from lowvram.planning.denoise import Room, Rung
 from lowvram.planning.facts import Facts
@@ -51,10 +51,10 @@ def choices(facts: Facts, budget: Budget, stage: StagePlan, rung: Rung, room: Ro
     else:
         passes = "2 a step, one after the other: two residual streams do not fit at once"
     chunk = f"{lean.chunk} tokens at once"
-    if lean.chunk == dit.CHUNK:
+    if lean.chunk == CHUNK:
         chunk += ", the same under every budget that allows it, so that a budget does not change the result"
     else:
-        chunk += f": {dit.CHUNK} do not fit"
+        chunk += f": {CHUNK} do not fit"
     weights = {}
     if not lean.unpacked:
         weights["weights"] = "decoded once a chunk: a whole block's do not fit beside the rest"
@@ -69,7 +69,10 @@ def choices(facts: Facts, budget: Budget, stage: StagePlan, rung: Rung, room: Ro
         "every time",
         "slots": f"{room.slots} on the device, {room.ring} between disk and device",
         "passes": passes,
-        "attention": f"keys and values {small}",
+        "attention": f"{facts.job.attention.why or facts.job.attention.mode}; keys and values {small}",
+        "kernels": f"those of torch: {facts.machine.unfused}"
+        if facts.machine.unfused
+        else "fused, in Triton",
         "chunk": chunk,
     } | weights
 

@@ -14,16 +14,20 @@ from lowvram.errors import NonFiniteError
 from lowvram.job import Job
 from lowvram.model import Model
 from lowvram.models import dit
+from lowvram.models.self_attention import Workspace
 from lowvram.offload.placement import BlockId
 from lowvram.offload.slab import BlockLayout
 from lowvram.offload.stream import BlockStream, Views
 from lowvram.planning.visits import layouts_of, step_visits, visiting_order
 from lowvram.quant.linear import Params
-from lowvram.quant.spec import HEAD_DIM, DitSpec
+from lowvram.quant.spec import DitSpec
 from lowvram.sampling import guidance, solvers
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.run import Run
 from lowvram.stages.weights import to_params
+from lowvram.triton_kernels.dispatch import half_of
+from lowvram.triton_kernels.keys import carve, stored_bytes
+from lowvram.triton_kernels.ops import FUSED, TORCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +78,14 @@ def denoise(
     condition: Condition,
     state: State,
     save: Callable[[State], None],
+    stop: int | None = None,
 ) -> Tensor:
     """The latent of the finished video [C, F, H, W] float32, from `state` on; `save` is called after every step.
 
-    texts: features of the prompt and, if any step guides, of the negative prompt.
+    texts: features of the prompt and, if any step guides, of the negative prompt. stop: the step to end before, if
+    not all are wanted. NonFiniteError, naming block and operation, if a step makes NaN or infinity.
     """
+    stop = len(job.schedule) if stop is None else stop
     schedule, spec, lean = job.schedule, model.spec, run.plan.lean
     names = spec.expert_names()
     experts = _prepare(run, model, job, texts, condition)
@@ -92,9 +99,11 @@ def denoise(
     tokens = grid[0] * grid[1] * grid[2]
     with run.stage("denoise") as (stack, traffic):
         rope = dit.rope_table(*grid, device=device)
-        work = _workspace(run, spec.dit, tokens)
-        stream = _open_stream(run, stack, layouts, job, model, state.step)
-        for i in range(state.step, len(schedule)):
+        works = _workspaces(run, job, spec.dit, tokens)
+        stream = _open_stream(run, stack, layouts, job, model, state.step, stop)
+        for i in range(state.step, stop):
+            finite = torch.ones(spec.dit.layers, 2, dtype=torch.bool, device=device)
+            work, first = works[job.attention.of_step(i, len(schedule)).name], works[job.attention.ends]
             expert = experts[names[schedule.experts[i]]]
             passes = 2 if guidance.needs_uncond(schedule.guidance[i]) else 1
             contexts = expert.contexts[:passes]
@@ -104,13 +113,23 @@ def denoise(
                     to_params(groups[b[0]][f"blocks.{b[1]}"], v) for b, v in _take(stream, spec.dit.layers)
                 )
                 velocities += dit.forward(
-                    expert.ends, blocks, spec.dit, x, expert.times[i], shared, rope, work, channels
+                    expert.ends,
+                    blocks,
+                    spec.dit,
+                    x,
+                    expert.times[i],
+                    shared,
+                    rope,
+                    work,
+                    channels,
+                    first,
+                    finite,
                 )
             v = guidance.combine(velocities[0], velocities[1] if passes == 2 else None, schedule.guidance[i])
             noise = fresh_noise(job, x, i) if solvers.needs_noise(schedule, i) else None
             x, memory = solvers.step(schedule, i, memory, x, v, noise)
             x = _imposed(x, fixed)
-            _check_finite(x, i, len(schedule))
+            _check_finite(x, finite, f"step {i + 1} of {len(schedule)}, {names[schedule.experts[i]]}", work)
             save(State(x.cpu(), _solver_to(memory, torch.device("cpu"))))
             run.listener.step(run.device.ledger.used)
         if stream is not None:
@@ -123,22 +142,46 @@ def _imposed(x: Tensor, fixed: Tensor | None) -> Tensor:
     return x if fixed is None else torch.cat([fixed, x[:, fixed.shape[1] :]], dim=1)
 
 
-def _workspace(run: Run, spec: DitSpec, tokens: int) -> dit.Workspace:
-    lean = run.plan.lean
-    like = torch.empty(0, dtype=run.plan.dtype, device=run.device.torch_device)
-    k, v = (like.new_empty(lean.group or spec.heads, tokens, HEAD_DIM) for _ in "kv")
-    out = like.new_empty(tokens, spec.dim) if lean.group else None
-    unpacked = run.plan.stage("denoise").claims.get("unpacked block", 0)
-    scratch = like.new_empty(unpacked, dtype=torch.uint8) if lean.unpacked else None
-    return dit.Workspace(k, v, out, lean.chunk, scratch)
+def _workspaces(run: Run, job: Job, spec: DitSpec, tokens: int) -> dict[str, Workspace]:
+    """The same buffers as each mode of the job uses them."""
+    lean, dtype, arch = run.plan.lean, run.plan.dtype, run.plan.machine.arch
+    heads = lean.group or spec.heads
+    modes = job.attention.modes()
+    like = torch.empty(0, dtype=torch.uint8, device=run.device.torch_device)
+    keys, values = (
+        like.new_empty(max(n))
+        for n in zip(*(stored_bytes(m, heads, tokens, dtype) for m in modes), strict=True)
+    )
+    out = like.new_empty(tokens, spec.dim, dtype=dtype) if lean.group else None
+    decoded = run.plan.stage("denoise").claims.get("unpacked block", 0)
+    unpacked = like.new_empty(decoded) if lean.unpacked else None
+    ops = TORCH if run.plan.machine.unfused else FUSED
+    return {
+        m.name: Workspace(
+            carve(m, heads, tokens, dtype, keys, values, half=half_of(m, arch)),
+            dtype,
+            out,
+            lean.chunk,
+            ops,
+            unpacked,
+        )
+        for m in modes
+    }
 
 
 def _open_stream(
-    run: Run, stack: ExitStack, layouts: dict[BlockId, BlockLayout], job: Job, model: Model, step: int
+    run: Run,
+    stack: ExitStack,
+    layouts: dict[BlockId, BlockLayout],
+    job: Job,
+    model: Model,
+    step: int,
+    stop: int,
 ) -> BlockStream | None:
     together = run.plan.lean.together
-    order = visiting_order(job, model.spec, together)
-    start = sum(step_visits(job, model.spec, together)[:step])
+    visits = step_visits(job, model.spec, together)
+    order = visiting_order(job, model.spec, together)[: sum(visits[:stop])]
+    start = sum(visits[:step])
     if start == len(order):
         return None
     return stack.enter_context(
@@ -186,11 +229,18 @@ def _solver_to(state: SolverState, device: torch.device) -> SolverState:
     return replace(state, outputs=tuple(o.to(device) for o in state.outputs), sample=sample)
 
 
-def _check_finite(x: Tensor, step: int, steps: int) -> None:
-    if not bool(torch.isfinite(x).all()):
+def _check_finite(x: Tensor, finite: Tensor, step: str, work: Workspace) -> None:
+    """finite: [blocks, 2] of `dit.forward`."""
+    bad = [n for n, good in enumerate(finite.flatten().tolist()) if not good]
+    if bad or not bool(torch.isfinite(x).all()):
+        after = "after the last block"
+        if bad:
+            block, part = divmod(bad[0], 2)
+            what = "cross attention or FFN" if part else f"self attention ({work.keys.mode.name})"
+            after = f"block {block}, {what}"
         raise NonFiniteError(
-            "the latent holds NaN or infinity",
-            where=f"denoise, after step {step + 1} of {steps}",
+            "NaN or infinity",
+            where=f"denoise, {step}, {after}",
             expected="finite numbers",
             advice="check the model files with `lowvram inspect`; another --weights or a lower --guidance may help",
         )

@@ -73,6 +73,8 @@ class Run:
     clock: Callable[[], float] = time.monotonic
     open_reader: Callable[[Path], FileReader] = FileReader
     reports: list[StageReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What went otherwise than planned."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[tuple[ExitStack, Traffic]]:

@@ -11,6 +11,7 @@ from lowvram.job import make_job
 from lowvram.machine import machine_profile
 from lowvram.model import imagined_model
 from lowvram.models import dit
+from lowvram.models.self_attention import plain_workspace
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.estimate import track
 from lowvram.planning.choose import make_plan
@@ -44,7 +45,7 @@ def run(params: Params, group: int, chunk: int, dtype: torch.dtype = torch.float
     time = dit.embed_time(params, SPEC, torch.tensor([500.0]), TOKENS)
     k, v = (torch.empty(group or SPEC.heads, TOKENS, HEAD_DIM, dtype=dtype) for _ in "kv")
     out = torch.empty(TOKENS, SPEC.dim, dtype=dtype) if group else None
-    work = dit.Workspace(k, v, out, chunk)
+    work = plain_workspace(k, v, out, chunk)
     with torch.inference_mode():
         return dit.forward(
             params, params.blocks(2), SPEC, latent, time, [context], dit.rope_table(*GRID), work
@@ -75,7 +76,7 @@ def test_what_a_block_allocates_is_what_fake_tensors_say(params: Params, group: 
     group = min(group, 1)
     k, v = (torch.empty(group or 2, tokens, HEAD_DIM) for _ in "kv")
     x, rope = torch.randn(tokens, 256), torch.rand(tokens, 64, 2)
-    work = dit.Workspace(k, v, torch.empty_like(x) if group else None, chunk)
+    work = plain_workspace(k, v, torch.empty_like(x) if group else None, chunk)
     time = dit.Time(torch.zeros(1, 256), torch.zeros(1, 6, 256), tokens)
     context = dit.Context(torch.randn(512, 256), torch.zeros(512))
     with torch.inference_mode(), track(rounding=allocated_size) as tracker:
@@ -102,7 +103,7 @@ def test_what_encoded_weights_take_is_what_fake_tensors_say(encoding: str, unpac
     scratch = torch.empty(p.unpacked_nbytes(torch.float32), dtype=torch.uint8)
     x, rope = torch.randn(tokens, dim), torch.rand(tokens, 64, 2)
     time = dit.Time(torch.zeros(1, dim), torch.zeros(1, 6, dim), tokens)
-    context, work = dit.Context(torch.randn(512, dim), torch.zeros(512)), dit.Workspace(k, v, None, 32)
+    context, work = dit.Context(torch.randn(512, dim), torch.zeros(512)), plain_workspace(k, v, None, 32)
     with torch.inference_mode(), track(rounding=allocated_size) as tracker:
         dit.block_(p.unpacked(torch.float32, scratch) if unpacked else p, x, time, context, rope, work)
     measured = tracker.peak().peak_bytes

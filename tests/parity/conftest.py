@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram.models import dit
+from lowvram.models.self_attention import plain_workspace
 from lowvram.quant import names
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, DitSpec, TextSpec, VaeSpec
@@ -129,7 +130,7 @@ class DitCase:
         image = None if image is None else image.to(dtype)
         contexts = [dit.embed_text(outer, self.spec, rows.to(dtype), image) for rows in text]
         garbage = torch.full((2, self.spec.heads, f * h * w, 128), float("nan"), dtype=dtype)
-        work = dit.Workspace(garbage[0], garbage[1], chunk=chunk)
+        work = plain_workspace(garbage[0], garbage[1], chunk=chunk)
         return dit.forward(outer, blocks, self.spec, latent, time, contexts, dit.rope_table(*grid), work)
 
     def truth(self, latent: Tensor, t: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowvram.models import animate, dit
+from lowvram.models.self_attention import plain_workspace
 from lowvram.quant.face_spec import FACE_PIXELS, FACE_SCOPE, FaceSpec
 from lowvram.quant.linear import Params
 from lowvram.quant.names import DIT
@@ -144,7 +145,7 @@ def forward(case: Case, given: dict[str, Tensor], chunk: int, group: int = 0) ->
         context = dit.embed_text(case.params, SPEC, given["text"], given["image"])
         time = dit.embed_time(case.params, SPEC, torch.tensor([713.0]), n)
         garbage = torch.full((2, group or SPEC.heads, n, 128), float("nan"))
-        work = dit.Workspace(
+        work = plain_workspace(
             garbage[0], garbage[1], torch.full((n, SPEC.dim), float("nan")) if group else None, chunk
         )
         contexts = [replace(context, driving=driving)]

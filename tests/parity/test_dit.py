@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowvram.models import dit
+from lowvram.models.self_attention import plain_workspace
 from lowvram.quant.linear import Branch, Params
 from lowvram.quant.names import DIT
 
@@ -127,7 +128,7 @@ def test_a_block_in_place_equals_the_plain_block(
     rope = dit.rope_table(*grid)
     expected = dit.block(case.blocks[0], x, time, context, rope)
     kept, work = x.clone(), torch.full((2, 2, 45, 128), float("nan"))
-    dit.block_(case.blocks[0], x, time, context, rope, dit.Workspace(work[0], work[1], chunk=chunk))
+    dit.block_(case.blocks[0], x, time, context, rope, plain_workspace(work[0], work[1], chunk=chunk))
     assert error(x, expected) <= 2e-6
     assert error(x, kept) > 0.1
 
@@ -199,7 +200,12 @@ def run_block(case: Any, p: dict[str, Tensor], x: Tensor, time: dit.Time) -> Ten
     out = dit.block(Params(p), x, time, context, dit.rope_table(1, 1, len(x)))
     in_place, work = x.clone(), torch.empty(2, 2, len(x), 128, dtype=x.dtype)
     dit.block_(
-        Params(p), in_place, time, context, dit.rope_table(1, 1, len(x)), dit.Workspace(work[0], work[1])
+        Params(p),
+        in_place,
+        time,
+        context,
+        dit.rope_table(1, 1, len(x)),
+        plain_workspace(work[0], work[1]),
     )
     assert torch.equal(out, in_place)
     return out

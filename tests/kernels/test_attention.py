@@ -1,0 +1,88 @@
+"""8-bit attention in torch: near the exact one, whatever the data; and how keys and values are stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowvram.triton_kernels.attention import V_RUN, attend_, attention
+from lowvram.triton_kernels.keys import Keys, attend, carve, finish_, stored_bytes, write_keys_, write_values_
+from lowvram.triton_kernels.modes import MODES
+from lowvram.triton_kernels.norm_rope import hadamard
+from lowvram.triton_kernels.ops import TORCH
+
+OURS = [m.name for m in MODES.values() if m.ours]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(name: str, tokens: int, heads: int, chunk: int, dtype: torch.dtype = torch.float32) -> Keys:
+    """Keys of some projections, written chunk by chunk into buffers of garbage."""
+    mode = MODES[name]
+    garbage = [
+        torch.full((n + 64,), 0x7F, dtype=torch.uint8) for n in stored_bytes(mode, heads, tokens, dtype)
+    ]
+    keys = carve(mode, heads, tokens, dtype, *garbage)
+    k, v = (normal(tokens, heads * 128, seed=s).to(dtype) for s in (1, 2))
+    for start in range(0, tokens, chunk):
+        some = slice(start, start + chunk)
+        write_keys_(TORCH, keys, start, k[some], torch.ones(heads * 128), turns(tokens)[some], None, None)
+        write_values_(TORCH, keys, start, v[some])
+    finish_(keys)
+    return keys
+
+
+def turns(tokens: int) -> Tensor:
+    angle = normal(tokens, 64, seed=3)
+    return torch.stack([angle.cos(), angle.sin()], -1)
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("tokens", [1, 70, 2500])
+def test_a_mode_is_near_exact_attention_and_does_not_depend_on_chunks(name: str, tokens: int) -> None:
+    heads = 2
+    q, weight, rope = normal(50, heads * 128), torch.ones(heads * 128), turns(50)
+    exact = attend(TORCH, filled("sdpa", tokens, heads, tokens), q, weight, rope, None)
+    got = attend(TORCH, filled(name, tokens, heads, tokens), q, weight, rope, None)
+    if name != "sparse" or tokens == 1:  # half of the tiles of noise is not near all of them
+        assert (got - exact).norm() < 0.04 * exact.norm()
+    again = torch.full((50, 3 * heads * 128), 7.0)
+    attend(TORCH, filled(name, tokens, heads, V_RUN), q, weight, rope, None, again[:, 256:512])
+    assert torch.equal(again[:, 256:512], got)
+    assert (again[:, :256] == 7).all() and (again[:, 512:] == 7).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-fp16", "int8-fp8", "sparse"])
+def test_a_mode_stores_less_than_bfloat16(name: str) -> None:
+    keys, values = stored_bytes(MODES[name], 40, 111_600, torch.bfloat16)
+    plain = 2 * 40 * 111_600 * 128
+    assert keys < 0.56 * plain
+    assert values < (0.51 if name == "int8-fp8" else 1.01) * plain
+
+
+def test_the_hadamard_matrix_is_orthogonal_and_its_own_transpose() -> None:
+    matrix = hadamard(torch.empty(0))
+    assert torch.equal(matrix, matrix.mT) and torch.equal(matrix @ matrix, 128 * torch.eye(128))
+
+
+def test_the_ops_hold_what_torch_asks_of_ops() -> None:
+    keys = filled("int8-fp16", 70, 2, 70)
+    q = torch.zeros(2, 5, 128, dtype=torch.int8)
+    args = (torch.empty(5, 256), q, torch.ones(2, 5), keys.k, keys.k_scale, keys.v, keys.v_scale, None)
+    torch.library.opcheck(torch.ops.lowvram.attend_.default, (*args, "fp16", True))
+    torch.library.opcheck(
+        torch.ops.lowvram.attention.default, (normal(2, 5, 128), normal(2, 7, 128), normal(2, 7, 128), None)
+    )
+
+
+def test_without_a_card_the_op_is_its_reference() -> None:
+    keys = filled("int8-fp8", 100, 1, 100)
+    q, scale = torch.randint(-127, 128, (1, 3, 128), dtype=torch.int8), torch.full((1, 3), 0.01)
+    out = torch.empty(3, 128)
+    attend_(out, q, scale, keys.k, keys.k_scale, keys.v, keys.v_scale, v_format="fp8", half=True)
+    rows = (q.float() * scale[..., None], keys.k.float() * keys.k_scale[..., None])
+    values = (keys.v[..., :100].mT.float()) * keys.v_scale
+    assert (out - attention(*rows, values)).norm() < 0.04 * out.norm()

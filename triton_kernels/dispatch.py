@@ -1,0 +1,218 @@
+"""Which implementation runs on a card: from the table of modes, what is installed, and a test on the card itself.
+
+Nothing is chosen behind one's back: a choice is a value with its reason, made before a run and stored with the job.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lowvram.errors import UsageError
+from lowvram.triton_kernels import backends
+from lowvram.triton_kernels.attention import attend_, attend_reference, attention
+from lowvram.triton_kernels.modes import ARCHS, AUTO, CAREFUL, MEASURED, MODES, Choice, Mode
+from lowvram.triton_kernels.norm_rope import centre_of, quantise_rows, quantise_values
+from lowvram.triton_kernels.ops import FUSED, TORCH, Ops
+from lowvram.triton_kernels.tiles import HALF
+
+PACKAGES = ("triton", *(mode.package for mode in MODES.values() if mode.package))
+"""What is looked for. None is needed."""
+_SAME = 2e-2
+"""Most relative difference of a kernel from its own arithmetic."""
+_NEAR = 8e-2
+"""Most relative difference of any attention from the exact one on Gaussian data; 8-bit formats take 0.01 to 0.03."""
+
+
+def installed() -> frozenset[str]:
+    """Those of PACKAGES that are there."""
+    return frozenset(name for name in PACKAGES if importlib.util.find_spec(name) is not None)
+
+
+def obstacle(mode: Mode, arch: str, packages: frozenset[str]) -> str:
+    """Why a mode cannot run on an architecture with these packages; "" if nothing stands in its way."""
+    if mode.name == "sdpa":
+        return ""
+    if not arch:
+        return "" if mode.ours else f"{mode.what} needs an NVIDIA card"
+    if arch not in mode.archs:
+        return f"there is no {mode.name} kernel for {arch}"
+    needed = mode.package or "triton"
+    return "" if needed in packages else f"{needed} is not installed"
+
+
+def choose(
+    asked: str,
+    arch: str,
+    packages: frozenset[str],
+    test: Callable[[Mode], str] | None = None,
+    ends: str | None = None,
+) -> Choice:
+    """The mode to run for `asked`, a name or "auto"; `test` runs a mode on the card and says what is wrong with it.
+
+    ends: mode of the first and last step and the first block; None for what suits the mode. UsageError for a mode
+    that cannot run here. One that fails its test is replaced by sdpa, and the reason says so.
+    """
+    if asked != "auto":
+        mode = mode_named(asked)
+        _check_here(mode, arch, packages)
+        wrong = _tested(mode, test)
+        if wrong:
+            return Choice("sdpa", "sdpa", f"sdpa, because {asked} failed its self-test: {wrong}")
+        return _chosen(mode, arch, "as asked", ends)
+    reasons = [f"chosen for {arch}"]
+    for name in AUTO.get(arch, ()):
+        wrong = obstacle(MODES[name], arch, packages) or _tested(MODES[name], test)
+        if not wrong:
+            return _chosen(MODES[name], arch, "; ".join(reasons), ends)
+        reasons.append(f"not {name}: {wrong}")
+    return _chosen(MODES["sdpa"], arch, "; ".join(reasons), ends)
+
+
+def _check_here(mode: Mode, arch: str, packages: frozenset[str]) -> None:
+    wrong = obstacle(mode, arch, packages)
+    if wrong:
+        able = [m.name for m in MODES.values() if not obstacle(m, arch, packages)]
+        raise UsageError(
+            wrong,
+            where=f"--attention {mode.name}",
+            expected=f"one of auto, {', '.join(able)} here",
+            advice="leave --attention out, or install what is missing",
+        )
+
+
+def _tested(mode: Mode, test: Callable[[Mode], str] | None) -> str:
+    return "" if test is None or mode.name == "sdpa" else test(mode)
+
+
+def _chosen(mode: Mode, arch: str, reason: str, ends: str | None) -> Choice:
+    if ends not in (None, "sdpa", CAREFUL, mode.name):
+        raise UsageError(
+            f'"{ends}"',
+            where="--attention-ends",
+            expected=f"sdpa, {CAREFUL}, or {mode.name} itself",
+            advice="leave it out",
+        )
+    risky = mode.v_format == "fp8" or mode.keep < 1
+    ends = ends or (CAREFUL if risky else mode.name)
+    why = f"{mode.name} ({mode.what}), {reason}"
+    if not arch and mode.quantised:
+        why += "; its arithmetic in torch, not its speed"
+    elif mode.name != "sdpa" and (mode.name, arch) not in MEASURED:
+        why += f"; nobody has timed it on {arch} yet"
+    if ends != mode.name:
+        why += f"; first and last step and first block in {ends}"
+    return Choice(mode.name, ends, why)
+
+
+def mode_named(name: str) -> Mode:
+    """The mode called `name`. UsageError if there is none."""
+    if name not in MODES:
+        raise UsageError(
+            f'"{name}"',
+            where="--attention",
+            expected=f"one of auto, {', '.join(MODES)}",
+            advice="leave it out: auto takes what fits the card",
+        )
+    return MODES[name]
+
+
+def half_of(mode: Mode, arch: str) -> bool:
+    """Whether P V of a tile is added up in float16; the arithmetic on a CPU is that of GeForce."""
+    return mode.v_format != "bf16" and HALF.get(mode.v_format, {}).get(arch, True)
+
+
+# ---- tests on the card itself
+
+
+def try_mode(mode: Mode, device: torch.device, arch: str) -> str:
+    """What is wrong with a mode on a device, "" if nothing: a small attention against its own arithmetic in torch."""
+    try:
+        return _wrong(mode, device, arch)
+    except Exception as problem:  # noqa: BLE001  whatever a compiler or a foreign package throws
+        return _first_line(problem)
+
+
+def _wrong(mode: Mode, device: torch.device, arch: str) -> str:
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if not arch else torch.bfloat16
+    q, k, v = (torch.randn(2, n, 128, generator=generator).to(device, dtype) for n in (200, 330, 330))
+    k[..., 5] += 4
+    exact = attention(q.float(), k.float(), v.float())
+    if not mode.quantised:
+        return _far(backends.attention_by(q, k, v, mode.package), exact, _NEAR, "exact attention")
+    rows = *quantise_rows(q), *quantise_rows(k, centre_of(k[:, ::64]))
+    values = (
+        quantise_values(v, mode.v_format)
+        if mode.v_format != "bf16"
+        else (v.to(torch.bfloat16), q[:0].float())
+    )
+    half = half_of(mode, arch)
+    out = torch.full((200, 256), torch.nan, dtype=dtype, device=device)
+    attend_(out, *rows, *values, v_format=mode.v_format, half=half)
+    same = attend_reference(*rows, *values, v_format=mode.v_format, half=half)
+    return _far(out, same, _SAME, "its own arithmetic") or _far(out, exact, _NEAR, "exact attention")
+
+
+def _first_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {(str(problem) or 'no message').splitlines()[0]}"
+
+
+def _far(got: Tensor, want: Tensor, most: float, what: str) -> str:
+    error = float((got.float() - want.float()).norm() / want.float().norm())
+    return "" if error <= most else f"{error:.2g} from {what}"  # NaN is not <=
+
+
+def try_ops(device: torch.device, ops: Ops = FUSED) -> str:
+    """What is wrong with fused operations on a device, "" if nothing: each against the one in torch."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    n = 70
+    x, y, weight = normal(n, 256).bfloat16(), normal(n, 256).bfloat16(), normal(256)
+    shift, scale, rope = normal(1, 256), normal(1, 256), normal(n, 64, 2)
+    results = []
+    for some in (TORCH, ops):
+        try:
+            rows = x.new_empty(2, n, 128)
+            some.norm_rope_(rows, x, weight, rope, None)
+            q8, scales = (
+                rows.new_empty(2, n, 128, dtype=torch.int8),
+                rows.new_empty(2, n, dtype=torch.float32),
+            )
+            some.norm_rope_int8_(q8, scales, x, weight, rope, some.rms_factor(x), None)
+            v16, vs = rows.new_empty(2, n, 128, dtype=torch.float16), shift.new_empty(2, 1, 128)
+            some.quantise_values_(v16, vs, x, "fp16")
+            added = x.clone()
+            some.gated_(added, y, shift)
+            results.append(
+                {
+                    "norm_rope": rows,
+                    "norm_rope_int8": q8.float() * scales.unsqueeze(-1),
+                    "quantise_values": v16.float() * vs,
+                    "modulate": some.modulate(x, shift, scale),
+                    "gated": added,
+                    "gelu": some.gelu(x.clone()),
+                }
+            )
+        except Exception as problem:  # noqa: BLE001  whatever a compiler throws
+            return _first_line(problem)
+    for name, want in results[0].items():
+        wrong = _far(results[1][name], want, _SAME, "torch")
+        if wrong:
+            return f"{name} is {wrong}"
+    return ""
+
+
+def ops_obstacle(device: torch.device, arch: str) -> str:
+    """Why the operations between multiplications are those of torch on a device; "" if the fused ones run."""
+    if arch not in ARCHS:
+        return "no NVIDIA card" if not arch else f"no kernels for {arch}"
+    if "triton" not in installed():
+        return "triton is not installed"
+    return try_ops(device)

@@ -1,0 +1,97 @@
+"""The ways to run self attention, as data: what each multiplies and stores, where it may run, what it is worth.
+
+    R0  sdpa                            torch's own, in the compute dtype
+    R1  int8         int8 Q K, bf16 P V
+    R2  int8-fp16    int8 Q K, fp16 P V
+    R3  int8-fp8     int8 Q K, fp8 P V
+    R4  sparse       R2 on the half of the key tiles that matters most
+        sage, flash, kitchen            other people's kernels, where their package is installed
+
+Torch is not imported here: a plan and the command line need the table only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+"""Architectures the kernels are built and tested for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One way to run self attention."""
+
+    name: str
+    what: str
+    archs: tuple[str, ...] = ARCHS
+    """Where it runs. The arithmetic of our own modes is also there on a CPU, in torch, for tests and comparison."""
+    v_format: str = ""
+    """How V is stored by 8-bit attention, "bf16", "fp16" or "fp8"; "" where K and V stay in the compute dtype."""
+    package: str = ""
+    """What has to be installed."""
+    keep: float = 1.0
+    """Share of the key tiles that a tile of queries attends to."""
+    gain: Mapping[str, float] | None = None
+    """Rate over that of sdpa by architecture: a forecast, the ceilings of kernels.md times 0.73, the share of its
+    ceiling that SageAttention 1, a Triton kernel with the arithmetic of R2, has reached on a 4090. None: 1."""
+
+    @property
+    def quantised(self) -> bool:
+        return bool(self.v_format)
+
+    @property
+    def ours(self) -> bool:
+        return not self.package
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How the self attention of a job runs: settled when the job is made, because it changes bits."""
+
+    mode: str = "sdpa"
+    ends: str = "sdpa"
+    """Mode of the first and the last step, and of the first block of every step."""
+    why: str = ""
+
+    def modes(self) -> tuple[Mode, ...]:
+        return tuple(MODES[name] for name in dict.fromkeys((self.mode, self.ends)))
+
+    def of_step(self, step: int, steps: int) -> Mode:
+        """Of all blocks but the first."""
+        return MODES[self.ends if step in (0, steps - 1) else self.mode]
+
+
+SDPA = Choice()
+_GEFORCE_R1 = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 1.17)
+_GEFORCE_R2 = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 1.95)
+MODES: Mapping[str, Mode] = {
+    mode.name: mode
+    for mode in (
+        Mode("sdpa", "scaled_dot_product_attention of torch"),
+        Mode("int8", "int8 Q K, bf16 P V", v_format="bf16", gain=_GEFORCE_R1),
+        Mode("int8-fp16", "int8 Q K, fp16 P V", v_format="fp16", gain=_GEFORCE_R2),
+        Mode(
+            "int8-fp8", "int8 Q K, fp8 P V", ("sm_89", "sm_90", "sm_120"), "fp8",
+            gain={"sm_89": 2.9, "sm_120": 2.9},
+        ),
+        Mode("sparse", "int8 Q K, fp16 P V on half of the key tiles", v_format="fp16", keep=0.5, gain=_GEFORCE_R2),
+        Mode("sage", "sageattention", package="sageattention"),
+        Mode("flash", "flash-attn", package="flash_attn"),
+        Mode("kitchen", "INT8 attention of comfy-kitchen", package="comfy_kitchen"),
+    )
+}  # fmt: skip
+
+AUTO: Mapping[str, tuple[str, ...]] = {
+    "sm_86": ("int8-fp16", "int8", "sdpa"),
+    "sm_89": ("int8-fp16", "int8", "sdpa"),
+    "sm_120": ("int8-fp16", "int8", "sdpa"),
+}
+"""What `auto` tries, by architecture; sdpa elsewhere: where fp32 accumulation runs at full rate it is the best."""
+
+MEASURED: frozenset[tuple[str, str]] = frozenset()
+"""(mode, architecture) that somebody has timed against sdpa with `bench/kernels.py`."""
+
+CAREFUL = "int8"
+"""What replaces int8-fp8 and sparse in the first and the last step and in the first block."""

@@ -64,7 +64,7 @@ def samples(path: Path) -> Iterator[Samples]:
         resampler = av.AudioResampler(format="fltp", layout="stereo", rate=RATE)
         for frame in container.decode(stream):
             for part in resampler.resample(frame):
-                values: Samples = part.to_ndarray()
+                values = np.asarray(part.to_ndarray(), np.float32)
                 yield values[:, max(skipped, 0) :]
                 skipped = max(0, skipped - values.shape[1])
 

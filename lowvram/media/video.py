@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from lowvram.errors import FileError, InternalError, LowvramError, StorageError, UsageError
 from lowvram.media.color import BT709, LIMITED, convert, to_rgb, to_yuv
+from lowvram.media.finish import open_mp4, publish, remux
 from lowvram.media.probe import open_media
 
 if TYPE_CHECKING:
-    from av.container import InputContainer, OutputContainer
+    from av.container import InputContainer
     from av.filter import Graph
     from av.packet import Packet
     from av.video.frame import VideoFrame
@@ -46,11 +47,6 @@ ENCODERS = ("libx264", "libopenh264", "h264_mf", "h264_videotoolbox")
 def partial_path(target: Path) -> Path:
     """Where frames go until the video is whole: `a/b.mp4` -> `a/b.partial.mp4`."""
     return target.with_name(f"{target.stem}.partial{target.suffix}")
-
-
-def finishing_path(target: Path) -> Path:
-    """Where the finished file is made before it takes the target's name."""
-    return target.with_name(f"{target.stem}.finishing{target.suffix}")
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -210,28 +206,18 @@ class VideoWriter:
             self._muxed += 1
 
     def _publish(self) -> None:
-        finishing = finishing_path(self.path)
         with self._storage():
-            try:
-                remux(self.partial, finishing, self.metadata)
-                verify(finishing, self.frames, self.width, self.height)
-                sync(finishing)
-                if not self.overwrite and self.path.exists():
-                    raise StorageError(
-                        "the output appeared while the job ran",
-                        where=str(self.path),
-                        advice=f"the whole video is in {self.partial}; rename it",
-                    )
-                os.replace(finishing, self.path)
-            except BaseException:
-                with suppress(OSError):
-                    finishing.unlink(missing_ok=True)
-                raise
+            publish(
+                self.path,
+                lambda finishing: remux(self.partial, finishing, self.metadata),
+                self.frames,
+                (self.width, self.height),
+                overwrite=self.overwrite,
+                whole=self.partial,
+            )
         # The video is there now: what fails from here on takes nothing away.
         with suppress(OSError):
             self.partial.unlink(missing_ok=True)
-        with suppress(OSError):
-            sync_folder(self.path.parent)
 
     @contextmanager
     def _storage(self) -> Iterator[None]:
@@ -319,68 +305,3 @@ def configure(context: Any, encoder: str, width: int, height: int, fps: Fraction
         context.options = {"crf": "17", "preset": "medium", "mbtree": "0"}
     else:
         context.bit_rate = int(width * height * fps * BITS_PER_PIXEL)
-
-
-# ---- the file
-
-
-def open_mp4(path: Path, movflags: str, metadata: Mapping[str, str]) -> OutputContainer:
-    """A new mp4 with `metadata` in it. Each packet goes to the system at once; no dates and versions are stored."""
-    import av
-
-    options = {"movflags": f"{movflags}+use_metadata_tags", "fflags": "+bitexact+flush_packets"}
-    container = av.open(f"file:{path}", mode="w", format="mp4", container_options=options)
-    container.metadata.update(metadata)
-    return container
-
-
-def remux(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
-    """Copy the video packets of `source` into an ordinary mp4 with its index in front, starting at time 0."""
-    import av
-
-    with av.open(f"file:{source}") as reader, open_mp4(target, "faststart", metadata) as writer:
-        stream = reader.streams.video[0]
-        copy = writer.add_stream_from_template(stream)
-        start: int | None = None
-        for packet in reader.demux(stream):
-            if packet.dts is None or packet.pts is None:
-                continue
-            # Frames are reordered, so the fragmented file begins at the first frame's delay.
-            start = packet.pts if start is None else start
-            packet.pts -= start
-            packet.dts -= start
-            packet.stream = copy
-            writer.mux(packet)
-
-
-def verify(path: Path, frames: int, width: int, height: int) -> None:
-    """Decode the whole file. Raises StorageError unless it holds `frames` whole frames of `width` x `height`."""
-    count = 0
-    with open_media(path) as container:
-        for frame in container.decode(container.streams.video[0]):
-            if (frame.width, frame.height) != (width, height):
-                break
-            count += 1
-    if count != frames:
-        raise StorageError(
-            f"only {count} of {frames} frames of the written video decode",
-            where=str(path),
-            advice="check the disk, and run again",
-        )
-
-
-def sync(path: Path) -> None:
-    """Make the file's bytes survive a loss of power."""
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename inside `path` survive a loss of power. Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,8 +17,9 @@ import pytest
 
 from lowvram.errors import FileError, InternalError, StorageError, UsageError
 from lowvram.media import video
+from lowvram.media.finish import finishing_path
 from lowvram.media.probe import probe
-from lowvram.media.video import VideoWriter, check_target, finishing_path, partial_path, read_frames
+from lowvram.media.video import VideoWriter, check_target, partial_path, read_frames
 
 WIDTH, HEIGHT, FPS = 96, 64, 8
 

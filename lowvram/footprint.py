@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.model import Group
-from lowvram.models import clip, dit, umt5, vae, vae_clip
+from lowvram.models import animate, clip, dit, umt5, vae, vae_clip
 from lowvram.models.self_attention import CHUNK, Workspace
 from lowvram.models.vae_history import Memory, PackedHistory, memories, tile_memories
 from lowvram.models.vae_layers import History, Weights
@@ -20,6 +20,7 @@ from lowvram.models.vae_tiles import Tile
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import peak_memory
 from lowvram.quant.encodings.base import TORCH_DTYPES
+from lowvram.quant.face_spec import FACE_PIXELS, FACE_SCOPE
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM, ClipSpec, DitSpec, TextSpec, VaeSpec
 from lowvram.stages.weights import Dense, to_params
@@ -132,9 +133,39 @@ def prepare_scratch(
         kept += [
             dit.embed_time(p, spec, torch.zeros(time_rows, dtype=torch.float64), 1) for _ in range(steps)
         ]
-        kept.append(p.copied(("patch_embedding.", "head.")))
+        kept.append(p.copied(dit.ENDS))
 
     return _peak(run, text)
+
+
+def attend_scratch(
+    spec: DitSpec, block: Group, tokens: int, slots: int, dtype: torch.dtype, chunk: int
+) -> int:
+    """Transient bytes of the face adapter behind a block, on a long sequence; 0 if none is there."""
+    if spec.face is None or not any(ref.name.startswith(FACE_SCOPE) for ref in block.refs):
+        return 0
+    with FakeTensorMode():
+        p = _fake_params(block).scope(FACE_SCOPE)
+        per_slot = tokens // slots
+        x = torch.empty(-(-min(tokens, 2 * chunk) // per_slot) * per_slot, spec.dim, dtype=dtype)
+        kv = torch.empty(2, x.shape[0] // per_slot, spec.heads, spec.face.tokens, HEAD_DIM, dtype=dtype)
+    return _peak(lambda x: animate.attend_(p, x, animate.FaceKV(kv[0], kv[1]), chunk), x)
+
+
+def faces_scratch(spec: DitSpec, encoders: Group, adapter: Group, frames: int, dtype: torch.dtype) -> int:
+    """Transient bytes of a clip's faces on their way to keys and values, what is kept of them included."""
+    assert spec.face is not None
+    with FakeTensorMode():
+        p, q = _fake_params(encoders), _fake_params(adapter)
+        face = torch.empty(1, 3, FACE_PIXELS, FACE_PIXELS)
+
+    def run(face: Tensor) -> None:
+        basis = animate.directions(p)
+        vectors = torch.empty(frames, basis.shape[0])
+        vectors[:1] = animate.motion_vectors(p, face.clone(), basis)
+        animate.keys_values(q, animate.face_tokens(p, vectors).to(dtype))
+
+    return _peak(run, face)
 
 
 def head_scratch(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowvram.driving import Driving
 from lowvram.errors import UsageError
 from lowvram.framing import LONGEST, size_for
 from lowvram.media.picture import Picture
@@ -51,7 +52,7 @@ class Job:
     width: int
     height: int
     frames: int
-    fps: int
+    fps: int | float
     seed: int
     schedule: Schedule
     preset: str | None = None
@@ -62,6 +63,8 @@ class Job:
     """What it ends with."""
     attention: Choice = SDPA
     """How self attention runs: settled for the machine the job was made on."""
+    driving: Driving | None = None
+    """Animate: what the character follows. `frames` are those of one segment then."""
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -79,11 +82,12 @@ def make_job(
     loras: tuple[LoraChoice, ...] = (),
     image: Picture | None = None,
     last_image: Picture | None = None,
+    driving: Driving | None = None,
     width: int | None = None,
     height: int | None = None,
     area: int | None = None,
     frames: int | None = None,
-    fps: int | None = None,
+    fps: float | None = None,
     seed: int = 0,
     steps: int | None = None,
     solver: str | None = None,
@@ -132,7 +136,7 @@ def make_job(
     return Job(
         model=model,
         files=files,
-        prompt=clean_prompt(prompt),
+        prompt=clean_prompt(prompt) or spec.prompt,
         negative=clean_prompt(spec.negative if negative is None else negative),
         loras=loras,
         width=width,
@@ -145,14 +149,17 @@ def make_job(
         image=image,
         last_image=last_image,
         attention=attention or SDPA,
+        driving=driving,
     )
 
 
 def check_pictures(spec: ModelSpec, image: Picture | None, last_image: Picture | None) -> None:
     """UsageError for pictures that a model of `spec` has no place for."""
-    if spec.variant == "t2v" and (image or last_image):
+    if spec.variant in ("t2v", "animate") and (image or last_image):
         raise UsageError(
-            "a picture, but this model makes videos from text alone",
+            "a picture, but this model makes videos from text alone"
+            if spec.variant == "t2v"
+            else "a picture, but this model takes it from the folder of its driving videos",
             where="--image" if image else "--last-image",
             expected="an image-to-video model, or TI2V-5B",
             advice="leave it out, or use a model such as wan2.2-i2v-a14b",
@@ -172,8 +179,26 @@ def check_pictures(spec: ModelSpec, image: Picture | None, last_image: Picture |
         )
 
 
+def check_driven(spec: ModelSpec) -> None:
+    """UsageError unless a model of `spec` can be driven by a video."""
+    if spec.variant != "animate":
+        raise UsageError(
+            "this model cannot be driven by a video",
+            where="--model",
+            expected="Wan-Animate, such as wan2.2-animate-14b",
+            advice="use `lowvram generate` for this model",
+        )
+
+
 def check_complete(spec: ModelSpec, job: Job) -> None:
     """UsageError if a picture is missing that the model cannot do without. A plan can."""
+    if spec.variant == "animate" and job.driving is None:
+        raise UsageError(
+            "this model is driven by a video",
+            where="--model",
+            expected="the folder that Wan-Animate's preprocessing writes",
+            advice="use `lowvram animate FOLDER`",
+        )
     if spec.variant == "i2v" and job.image is None:
         raise UsageError(
             "this model begins a video with a picture, and none is given",
@@ -260,7 +285,7 @@ def describe(job: Job, version: str) -> dict[str, Any]:
         "seed": job.seed,
         "width": job.width,
         "height": job.height,
-        "frames": job.frames,
+        "frames": job.frames if job.driving is None else job.driving.frames,
         "fps": job.fps,
         "solver": job.schedule.solver,
         "steps": len(job.schedule),
@@ -273,5 +298,17 @@ def describe(job: Job, version: str) -> dict[str, Any]:
             {"file": Path(lora.path).name, "expert": lora.expert, "strength": lora.strength}
             for lora in job.loras
         ],
+        **({} if job.driving is None else _describe_driving(job.driving)),
         "pictures": [{"file": Path(p.path).name, "sha256": p.sha256} for p in job.pictures],
+    }
+
+
+def _describe_driving(driving: Driving) -> dict[str, Any]:
+    clips = (driving.pose, driving.face, driving.background, driving.mask)
+    return {
+        "mode": driving.mode,
+        "carried": driving.carried,
+        "match_colours": driving.match_colours,
+        "driving": {Path(c.path).name: c.sha256 for c in clips if c is not None}
+        | {Path(driving.picture.path).name: driving.picture.sha256},
     }

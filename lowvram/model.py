@@ -20,6 +20,7 @@ from lowvram.offload.io import FileReader
 from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import planned_encoding
+from lowvram.quant.face_spec import ADAPTERS, ENCODERS, FACE_SCOPE, KEPT_LEAVES
 from lowvram.quant.files.shards import open_checkpoint_files
 from lowvram.quant.identify import Checkpoint, identify_path
 from lowvram.quant.lora import LoraPair, LoraSet, match_lora
@@ -61,18 +62,24 @@ class Transformer:
     refs: Mapping[str, TensorRef]
     """By native name."""
     loras: tuple[Lora, ...] = ()
+    face_blocks: range = range(0)
+    """Blocks that a face adapter follows."""
 
     def groups(self) -> dict[str, Group]:
-        """ "outer" and "blocks.0" to "blocks.N": each with the names its tensors have inside it."""
+        """ "outer" and "blocks.0" to "blocks.N": each with the names its tensors have inside it.
+
+        With a face branch also "face", its two encoders, and "face.0" to "face.N", what makes the keys and values of
+        an adapter; the rest of an adapter belongs to the block that it follows.
+        """
         refs: dict[str, dict[str, TensorRef]] = {}
         branches: dict[str, dict[str, tuple[LoraScale, ...]]] = {}
         deltas: dict[str, dict[str, tuple[float, ...]]] = {}
         for name, ref in self.refs.items():
-            group, inner = _split(name)
+            group, inner = self._split(name)
             refs.setdefault(group, {})[inner] = replace(ref, name=inner)
         for lora in self.loras:
             for pair in lora.matched.pairs:
-                group, inner = _split(pair.target.removesuffix(".weight"))
+                group, inner = self._split(pair.target.removesuffix(".weight"))
                 scales = branches.setdefault(group, {})
                 index = len(scales.get(inner, ()))
                 scales[inner] = (*scales.get(inner, ()), lora.scale(pair))
@@ -80,12 +87,24 @@ class Transformer:
                     if part is not None:
                         _add(refs[group], branch_name(inner, index, part.role), part)
             for delta in lora.matched.deltas:
-                group, inner = _split(delta.target)
+                group, inner = self._split(delta.target)
                 strengths = deltas.setdefault(group, {})
                 index = len(strengths.get(inner, ()))
                 strengths[inner] = (*strengths.get(inner, ()), lora.strength)
                 _add(refs[group], delta_name(inner, index), delta.part)
         return {g: Group(tuple(r.values()), branches.get(g, {}), deltas.get(g, {})) for g, r in refs.items()}
+
+    def _split(self, name: str) -> tuple[str, str]:
+        """blocks.3.ffn.0.weight -> (blocks.3, ffn.0.weight); a name outside the blocks -> (outer, name)."""
+        if name.startswith("blocks."):
+            _, n, inner = name.split(".", 2)
+            return f"blocks.{n}", inner
+        if name.startswith(ADAPTERS):
+            n, inner = name.removeprefix(ADAPTERS).split(".", 1)
+            if inner.startswith(KEPT_LEAVES):
+                return f"blocks.{self.face_blocks[int(n)]}", FACE_SCOPE + inner
+            return f"face.{n}", inner
+        return ("face" if name.startswith(ENCODERS) else "outer"), name
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +147,6 @@ def _add(refs: dict[str, TensorRef], name: str, part: Part) -> None:
     refs[name] = TensorRef(name, part.shape, Plain(part.dtype), (replace(part, role="weight"),))
 
 
-def _split(name: str) -> tuple[str, str]:
-    """blocks.3.ffn.0.weight -> (blocks.3, ffn.0.weight); a name outside the blocks -> (outer, name)."""
-    if not name.startswith("blocks."):
-        return "outer", name
-    _, n, inner = name.split(".", 2)
-    return f"blocks.{n}", inner
-
-
 @dataclass(frozen=True, slots=True)
 class Model:
     """The networks of a model and where they lie."""
@@ -162,7 +173,6 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
     text = identify_path(Path(files["text"]), FileReader, "text")
     _check_pair(found, files)
     dit = found[experts[0]]
-    _check_supported(dit, files[experts[0]])
     assert isinstance(dit.spec, DitSpec) and isinstance(vae.spec, VaeSpec) and isinstance(text.spec, TextSpec)
     spec = _model_spec(name, dit, len(experts))
     _check_fit(spec, dit.spec, vae.spec, text.spec, files)
@@ -170,7 +180,7 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
         spec, dit=dit.spec, vae=replace(vae.spec, mean=spec.vae.mean, std=spec.vae.std), text=text.spec
     )
     tokenizer = Path(files["tokenizer"]) if "tokenizer" in files else text.tokenizer
-    transformers = {e: Transformer(c.refs) for e, c in found.items()}
+    transformers = {e: Transformer(c.refs, face_blocks=dit.spec.face_blocks) for e, c in found.items()}
     model = Model(name, spec, transformers, vae.refs, text.refs, tokenizer)
     return _with_clip(model, files) if dit.spec.image_tokens else model
 
@@ -256,7 +266,8 @@ def open_job_model(job: Job) -> Model:
 def imagined_model(name: str, spec: ModelSpec, weights: str) -> Model:
     """A model of `spec` stored in the encoding `weights`, without files: for plans."""
     nowhere = Path(f"<{name} in {weights}>")
-    transformer = Transformer(_imagined(spec.dit.shapes(), weights, nowhere))
+    refs = _imagined(spec.dit.shapes(), weights, nowhere)
+    transformer = Transformer(refs, face_blocks=spec.dit.face_blocks)
     return Model(
         name,
         spec,
@@ -288,22 +299,14 @@ def _model_spec(name: str, dit: Checkpoint, experts: int) -> ModelSpec:
     for candidate in load_models().values():
         if candidate.dit == dit.spec and candidate.experts == experts:
             return candidate
+        if candidate.variant == dit.variant == "animate" and experts == 1 and isinstance(dit.spec, DitSpec):
+            return replace(candidate, dit=dit.spec)  # the face branch tells, whatever the size
     raise FileError(
         f"a transformer with {experts} expert(s) that is no model known here",
         where=name,
         expected=", ".join(load_models()),
         advice="name the model it was made from with --model NAME, and give its files",
     )
-
-
-def _check_supported(dit: Checkpoint, file: str) -> None:
-    if dit.variant == "animate":
-        raise FileError(
-            "this is a Wan-Animate checkpoint: not supported yet",
-            where=file,
-            expected="a text-to-video or image-to-video model of Wan 2.1 or 2.2",
-            advice="give one of those",
-        )
 
 
 def _check_pair(found: Mapping[str, Checkpoint], files: Mapping[str, str]) -> None:

@@ -12,6 +12,10 @@ FACE_STAGES = 7
 MOTION_LAYERS = 5
 """Linear layers behind the motion encoder's convolutions."""
 
+ADAPTERS = "face_adapter.fuser_blocks."
+ENCODERS = ("motion_encoder.", "face_encoder.")
+KEPT_LEAVES = ("linear1_q.", "linear2.", "q_norm.")
+"""What of an adapter every step needs; the rest makes keys and values, once for a clip."""
 FACE_SCOPE = "face."
 """How names begin, inside a block that a face adapter follows, that are the adapter's."""
 

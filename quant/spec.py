@@ -307,7 +307,7 @@ class ModelSpec:
     """A whole model: its networks and the defaults its authors trained or recommend."""
 
     variant: str
-    """"t2v", "i2v" (channels for a picture), "ti2v" (frames may differ in noise)."""
+    """"t2v", "i2v" (channels for a picture), "ti2v" (frames may differ in noise), "animate"."""
     dit: DitSpec
     vae: VaeSpec
     text: TextSpec
@@ -327,6 +327,8 @@ class ModelSpec:
     """Negative prompt used when none is given."""
     shift_480p: float | None = None
     """Of videos of at most 832 x 480 pixels, where the authors use another."""
+    prompt: str = ""
+    """Prompt used when none is given."""
     clip: ClipSpec | None = None
     """What looks at the picture, where the transformer has a branch for it."""
 
@@ -338,9 +340,14 @@ class ModelSpec:
         t, h, w = self.vae.stride
         return (self.vae.z, (frames - 1) // t + 1, height // h, width // w)
 
+    def denoised_shape(self, width: int, height: int, frames: int) -> tuple[int, int, int, int]:
+        """[z, F, H, W] of what the transformer denoises: `latent_shape`, for Animate behind the reference picture's."""
+        z, f, h, w = self.latent_shape(width, height, frames)
+        return (z, f + (self.variant == "animate"), h, w)
+
     def tokens(self, width: int, height: int, frames: int) -> int:
         """Sequence length of the transformer for a video of that size."""
-        _, f, h, w = self.latent_shape(width, height, frames)
+        _, f, h, w = self.denoised_shape(width, height, frames)
         return f * (h // 2) * (w // 2)
 
 

@@ -42,6 +42,11 @@ class Condition:
     fixed: Tensor | None = None
     """[z, n, h, w] float32: the first n latent frames are these before the first and after every step, and their
     time is 0."""
+    pose: Tensor | None = None
+    """[z, F - 1, h, w] float32: its tokens are added to those of all latent frames but the first."""
+    faces: Tensor | None = None
+    """[passes, adapters, 2, F, heads, tokens, 128] in the compute dtype: keys and values of every face adapter, for
+    the prompt and, if any step guides, for the negative prompt."""
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The tensors that there are, by name, ready to be saved."""

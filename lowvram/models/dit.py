@@ -31,6 +31,8 @@ from lowvram.triton_kernels.norm_rope import heads as _heads
 from lowvram.triton_kernels.norm_rope import rms_norm as _rms_norm
 from lowvram.triton_kernels.norm_rope import rotate as _rotate
 
+ENDS = ("patch_embedding.", "pose_patch_embedding.", "head.")
+"""How the names outside the blocks begin that every step needs."""
 ROPE_THETA = 10000.0
 ROPE_PAIRS = (22, 21, 21)
 """Complex pairs of a head given to time, rows and columns."""

@@ -24,17 +24,19 @@ def plan_decode(facts: Facts, budget: Budget) -> StagePlan:
     """The fastest tiling that fits; the smallest, too large for the budget, if none does."""
     job, machine, spec = facts.job, facts.machine, facts.spec.vae
     group = decoder_group(facts.model)
-    frame = 3 * job.width * job.height
+    latent = facts.spec.latent_shape(job.width, job.height, job.frames)
+    # frames of a driven video leave the decoder as float32: the next segment goes on from the last of them
+    frame = 3 * job.width * job.height * (4 if facts.spec.variant == "animate" else 1)
     nbytes = build_layout(group.refs).nbytes
     device = facts.context | {"vae weights": facts.footprint(nbytes)}
     host = facts.host({"ring 0": nbytes, "frames": WRITER_FRAMES * frame})
     # 2.1: 31 TFLOP per latent at 1280x720 (wan-models 6.6); other widths and sizes in proportion
-    flops = 31.1e12 * numel(facts.latent[1:]) / (90 * 160) * (spec.decoder_base / 96) ** 2
+    flops = 31.1e12 * numel(latent[1:]) / (90 * 160) * (spec.decoder_base / 96) ** 2
 
     def seconds(decoding: Decoding) -> float:
         return decoding.work * flops / machine.matmul + 2 * decoding.moved / machine.link
 
-    ways = Decodings(spec, group, facts.latent, frame, facts.dtype, facts.footprint)
+    ways = Decodings(spec, group, latent, frame, facts.dtype, facts.footprint)
     found = ways.choose(budget.vram - sum(device.values()), budget.ram - sum(host.values()), seconds)
     host["frames"] += found.frames
     return StagePlan(

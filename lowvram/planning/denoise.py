@@ -106,7 +106,11 @@ def _scratch(facts: Facts, lean: Lean) -> int:
     ]
     embed = max(footprint.embed_scratch(spec, outer, facts.grid, facts.dtype) for outer in outers)
     finite = allocated_size(2 * spec.layers)  # two truths a block
-    return max(*blocks, max(heads) + _latent_bytes(facts), embed) + finite
+    attend = max(
+        footprint.attend_scratch(spec, block, tokens, facts.latent[1], facts.dtype, lean.chunk)
+        for block in facts.block_kinds
+    )
+    return max(*blocks, max(heads) + _latent_bytes(facts), embed, attend) + finite
 
 
 def _latent_bytes(facts: Facts) -> int:

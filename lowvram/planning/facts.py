@@ -80,8 +80,12 @@ class Facts:
         return segment_size(nbytes) if self.machine.kind == "cuda" else nbytes
 
     def host(self, claims: Mapping[str, int]) -> dict[str, int]:
-        """Host claims of a stage, the program's own included."""
-        return {"program": PROGRAM_RAM} | dict(claims)
+        """Host claims of a stage, the program's own included, and what a segment takes over from the one before."""
+        own = {"program": PROGRAM_RAM}
+        if self.spec.variant == "animate":
+            carried = 1 if self.job.driving is None else self.job.driving.carried
+            own["carried frames"] = 2 * carried * 12 * self.job.width * self.job.height
+        return own | dict(claims)
 
 
 def gather(job: Job, model: Model, machine: Machine) -> Facts:
@@ -95,11 +99,11 @@ def gather(job: Job, model: Model, machine: Machine) -> Facts:
         model,
         machine,
         torch.bfloat16 if machine.kind == "cuda" else torch.float32,
-        model.spec.latent_shape(job.width, job.height, job.frames),
+        model.spec.denoised_shape(job.width, job.height, job.frames),
         _prompt_lengths(job, model, 1 + any(needs_uncond(g) for g in job.schedule.guidance)),
         groups,
         layouts,
-        kinds(group for found in groups.values() for key, group in found.items() if key != "outer"),
+        kinds(group for found in groups.values() for key, group in found.items() if key.startswith("blocks.")),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowvram import footprint
 from lowvram.model import kinds
+from lowvram.models import dit
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.slab import build_layout
 from lowvram.planning.facts import Facts
@@ -42,9 +43,7 @@ def kept_claims(facts: Facts, experts: int = 0, steps: int = 0) -> dict[str, int
     contexts += allocated_size(spec.image_tokens * spec.dim * width)
     time = allocated_size(4 * spec.dim * facts.time_rows) + allocated_size(24 * spec.dim * facts.time_rows)
     ends = sum(
-        allocated_size(r.nbytes)
-        for r in facts.first_expert["outer"].refs
-        if r.name.startswith(("patch_embedding.", "head."))
+        allocated_size(r.nbytes) for r in facts.first_expert["outer"].refs if r.name.startswith(dit.ENDS)
     )
     texts = sum(allocated_size(n * spec.text_dim * width) for n in facts.lengths)
     return {

@@ -14,7 +14,7 @@ from lowvram.sampling.guidance import needs_uncond
 
 def layouts_of(groups: Mapping[str, Group], network: str) -> dict[BlockId, BlockLayout]:
     """The slab of every block of a network, by block id."""
-    blocks = {int(key.split(".")[1]): group for key, group in groups.items() if key != "outer"}
+    blocks = {int(key.split(".")[1]): group for key, group in groups.items() if key.startswith("blocks.")}
     return {(network, n): build_layout(group.refs) for n, group in sorted(blocks.items())}
 
 

@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from lowvram.errors import UsageError
+from lowvram.quant.face_spec import FaceSpec
 from lowvram.quant.spec import (
     LATENT_MEAN_21,
     LATENT_MEAN_22,
@@ -142,7 +143,7 @@ def _model(
         **(
             table
             | {
-                "dit": DitSpec(**table["dit"]),
+                "dit": _dit(table["dit"]),
                 "vae": vaes[table["vae"]],
                 "text": texts[table["text"]],
                 "negative": negatives[table["negative"]],
@@ -151,6 +152,14 @@ def _model(
             }
         )
     )
+
+
+def _dit(table: dict[str, Any]) -> DitSpec:
+    """A DitSpec; a face branch is a table of its own."""
+    if "face" not in table:
+        return DitSpec(**table)
+    face = table["face"] | {"widths": tuple(table["face"]["widths"])}
+    return DitSpec(**(table | {"face": FaceSpec(**face)}))
 
 
 def _few_step(name: str, table: dict[str, Any]) -> FewStep:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from lowvram.conditions.animate import Animate
 from lowvram.conditions.contract import Condition, Conditioning
 from lowvram.conditions.first import FirstFrame
 from lowvram.conditions.pictures import PictureChannels
@@ -19,6 +20,8 @@ from lowvram.stages.run import Run
 
 def conditioning(spec: ModelSpec, job: Job) -> Conditioning | None:
     """How a job on a model of `spec` is conditioned; None if by its prompt alone."""
+    if spec.variant == "animate":
+        return Animate()
     if spec.variant == "i2v":
         return PictureChannels()
     return FirstFrame() if spec.variant == "ti2v" and job.image is not None else None

@@ -13,7 +13,7 @@ from lowvram.conditions.contract import Condition
 from lowvram.errors import NonFiniteError
 from lowvram.job import Job
 from lowvram.model import Model
-from lowvram.models import dit
+from lowvram.models import animate, dit
 from lowvram.models.self_attention import Workspace
 from lowvram.offload.placement import BlockId
 from lowvram.offload.slab import BlockLayout
@@ -58,7 +58,7 @@ class _Expert:
 
 def initial_state(job: Job, model: Model) -> State:
     """Gaussian noise from the job's seed, drawn on the CPU: a seed means the same on every machine."""
-    shape = model.spec.latent_shape(job.width, job.height, job.frames)
+    shape = model.spec.denoised_shape(job.width, job.height, job.frames)
     generator = torch.Generator().manual_seed(job.seed)
     return State(torch.randn(shape, generator=generator) * job.schedule.noise_scale)
 
@@ -202,7 +202,7 @@ def _prepare(
 ) -> dict[str, _Expert]:
     """Use what lies outside the blocks once, and keep only what every step needs of it."""
     spec, device = model.spec.dit, run.device.torch_device
-    _, frames, h, w = model.spec.latent_shape(job.width, job.height, job.frames)
+    _, frames, h, w = model.spec.denoised_shape(job.width, job.height, job.frames)
     fixed = 0 if condition.fixed is None else condition.fixed.shape[1]
     experts = {}
     with run.stage("prepare") as (_, traffic):
@@ -212,16 +212,36 @@ def _prepare(
                 image = None
                 if condition.image is not None:
                     image = dit.embed_image(outer, condition.image.to(device))
-                contexts = tuple(replace(dit.embed_text(outer, spec, text), image=image) for text in texts)
+                contexts = tuple(
+                    replace(dit.embed_text(outer, spec, text), image=image, driving=driving)
+                    for text, driving in zip(
+                        texts, _driving(condition, spec, len(texts), device), strict=True
+                    )
+                )
                 times = {}
                 for i, (t, e) in enumerate(zip(job.schedule.timesteps, job.schedule.experts, strict=True)):
                     if e == number:
                         # the given frames are clean
                         rows = torch.tensor([0.0] * fixed + [t], dtype=torch.float64, device=device)
                         times[i] = dit.embed_time(outer, spec, rows, h * w // 4 * (1 if fixed else frames))
-                experts[name] = _Expert(outer.copied(("patch_embedding.", "head.")), contexts, times)
+                experts[name] = _Expert(outer.copied(dit.ENDS), contexts, times)
             run.listener.step(run.device.ledger.used)
     return experts
+
+
+def _driving(
+    condition: Condition, spec: DitSpec, passes: int, device: torch.device
+) -> list[animate.Driving | None]:
+    """What drives the character, for every pass."""
+    if condition.pose is None or condition.faces is None:
+        return [None] * passes
+    pose, faces = condition.pose.to(device), condition.faces.to(device)
+    return [
+        animate.Driving(
+            pose, {b: animate.FaceKV(kv[0], kv[1]) for b, kv in zip(spec.face_blocks, one, strict=True)}
+        )
+        for one in faces
+    ]
 
 
 def _solver_to(state: SolverState, device: torch.device) -> SolverState:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowvram.models import dit
 from lowvram.models.self_attention import plain_workspace
 from lowvram.quant import names
+from lowvram.quant.face_spec import FACE_PIXELS, FaceSpec
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, DitSpec, TextSpec, VaeSpec
 
@@ -194,6 +195,46 @@ def dit_case() -> Callable[[str], DitCase]:
         return DitCase(spec, model, params, tuple(params.blocks(spec.layers)))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def animate_reference() -> tuple[DitSpec, Any]:
+    """A diffusers WanAnimateTransformer3DModel in float32, and its sizes."""
+    face = FaceSpec((4, 4, 6, 6, 8, 8, 8, 8), style=12, directions=5, motion=16, hidden=24, heads=2, every=2)
+    spec = DitSpec(256, 512, 4, 36, 16, text_dim=64, image_tokens=257, image_dim=160, face=face)
+    model = importlib.import_module("diffusers").WanAnimateTransformer3DModel(
+        num_attention_heads=spec.heads,
+        in_channels=36,
+        latent_channels=16,
+        out_channels=16,
+        text_dim=64,
+        ffn_dim=512,
+        num_layers=4,
+        image_dim=160,
+        added_kv_proj_dim=256,
+        motion_encoder_channel_sizes={str(FACE_PIXELS >> n): width for n, width in enumerate(face.widths)},
+        motion_style_dim=face.style,
+        motion_dim=face.directions,
+        motion_encoder_dim=face.motion,
+        face_encoder_hidden_dim=face.hidden,
+        face_encoder_num_heads=face.heads,
+        inject_face_latents_blocks=face.every,
+    )
+    model = model.eval()
+    generator = torch.Generator().manual_seed(21)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.startswith("motion_encoder."):  # equalised: stored with unit variance
+                p.normal_(0, 0.2 if name.endswith("bias") else 1.0, generator=generator)
+            elif "scale_shift_table" in name or "padding_tokens" in name:
+                p.normal_(0, 0.5, generator=generator)
+            elif "norm" in name and name.endswith("weight"):
+                p.uniform_(0.5, 1.5, generator=generator)
+            elif p.ndim == 1:
+                p.normal_(0, 0.2, generator=generator)
+            else:
+                p.normal_(0, 1 / math.sqrt(math.prod(p.shape[1:])), generator=generator)
+    return spec, model
 
 
 # ---- autoencoder

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +22,7 @@ Noise = Callable[..., Tensor]
 
 EXACT = 1e-5
 FACE = FaceSpec((4, 4, 6, 6, 8, 8, 8, 8), style=12, directions=5, motion=16, hidden=24, heads=2, every=2)
-SPEC = DitSpec(256, 512, 4, 36, 16, text_dim=64, image_tokens=257, image_dim=96, face=FACE)
+SPEC = DitSpec(256, 512, 4, 36, 16, text_dim=64, image_tokens=257, image_dim=160, face=FACE)
 FRAMES, GRID = 9, (4, 3, 5)
 """Nine frames of the driving video make three latents; with the reference picture four slots of 3x5 tokens."""
 
@@ -61,46 +59,15 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case() -> Case:
-    model = importlib.import_module("diffusers").WanAnimateTransformer3DModel(
-        num_attention_heads=SPEC.heads,
-        in_channels=36,
-        latent_channels=16,
-        out_channels=16,
-        text_dim=64,
-        ffn_dim=512,
-        num_layers=4,
-        image_dim=96,
-        added_kv_proj_dim=256,
-        motion_encoder_channel_sizes={str(FACE_PIXELS >> n): width for n, width in enumerate(FACE.widths)},
-        motion_style_dim=FACE.style,
-        motion_dim=FACE.directions,
-        motion_encoder_dim=FACE.motion,
-        face_encoder_hidden_dim=FACE.hidden,
-        face_encoder_num_heads=FACE.heads,
-        inject_face_latents_blocks=FACE.every,
-    )
-    model = model.eval()
-    generator = torch.Generator().manual_seed(21)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.startswith("motion_encoder."):  # equalised: stored with unit variance
-                p.normal_(0, 0.2 if name.endswith("bias") else 1.0, generator=generator)
-            elif "scale_shift_table" in name or "padding_tokens" in name:
-                p.normal_(0, 0.5, generator=generator)
-            elif "norm" in name and name.endswith("weight"):
-                p.uniform_(0.5, 1.5, generator=generator)
-            elif p.ndim == 1:
-                p.normal_(0, 0.2, generator=generator)
-            else:
-                p.normal_(0, 1 / math.sqrt(math.prod(p.shape[1:])), generator=generator)
-    shapes = replace(SPEC, face=replace(FACE, split_kv=True)).shapes()
+def case(animate_reference: tuple[DitSpec, Any]) -> Case:
+    spec, model = animate_reference
+    shapes = replace(spec, face=replace(FACE, split_kv=True)).shapes()
     weights = {}
     for name, tensor in model.state_dict().items():
         native = DIT.to_native(name)
         assert native is not None, name
         weights[native] = tensor.view(shapes[native])
-    assert weights.keys() == shapes.keys()
+    assert weights.keys() == shapes.keys() and spec == SPEC
     return Case(model, Params(weights))
 
 
@@ -117,7 +84,7 @@ def given() -> dict[str, Tensor]:
         "latent": draw(36, f, 2 * h, 2 * w),
         "pose": draw(16, f - 1, 2 * h, 2 * w),
         "text": draw(30, 64),
-        "image": draw(257, 96),
+        "image": draw(257, 160),
         "faces": torch.rand((FRAMES, 3, FACE_PIXELS, FACE_PIXELS), generator=generator) * 2 - 1,
     }
 

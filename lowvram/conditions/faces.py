@@ -1,0 +1,129 @@
+"""The faces of a clip -> keys and values of every face adapter, for Wan-Animate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lowvram import footprint
+from lowvram.conditions.contract import resting
+from lowvram.model import Group, Model
+from lowvram.models import animate
+from lowvram.offload.budget import allocated_size
+from lowvram.offload.placement import plan_traffic
+from lowvram.offload.slab import build_layout
+from lowvram.offload.stream import BlockStream
+from lowvram.planning.facts import Facts
+from lowvram.planning.plan import StagePlan
+from lowvram.planning.visits import all_on_disk
+from lowvram.quant.face_spec import FACE_PIXELS, FaceSpec
+from lowvram.quant.spec import HEAD_DIM, DitSpec, numel
+from lowvram.stages.run import Run
+from lowvram.stages.weights import to_params
+
+FACE_BYTES = 3 * FACE_PIXELS**2
+"""Of a face crop."""
+
+
+def face_groups(model: Model) -> list[Group]:
+    """The encoders, then what makes keys and values, adapter by adapter."""
+    (transformer,) = model.transformers.values()
+    groups = transformer.groups()
+    return [groups["face"], *(groups[f"face.{n}"] for n in range(len(model.spec.dit.face_blocks)))]
+
+
+def kv_shape(spec: DitSpec, passes: int, slots: int) -> tuple[int, ...]:
+    """Of all keys and values: see `Condition.faces`."""
+    assert spec.face is not None
+    return (passes, len(spec.face_blocks), 2, slots, spec.heads, spec.face.tokens, HEAD_DIM)
+
+
+def plan_faces(facts: Facts) -> StagePlan:
+    """The stage "faces": both encoders and what makes keys and values of each adapter, one after the other."""
+    spec, frames = facts.spec.dit, facts.job.frames
+    assert spec.face is not None
+    groups = face_groups(facts.model)
+    layouts = {("faces", n): build_layout(group.refs) for n, group in enumerate(groups)}
+    traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
+    scratch = footprint.faces_scratch(spec, groups[0], groups[1], frames, facts.dtype)
+    # what the second pass adds: a second clip of vectors and of tokens
+    kept = numel((facts.latent[1], spec.face.tokens, spec.dim)) * facts.dtype.itemsize
+    second = (facts.passes - 1) * (allocated_size(kept) + allocated_size(4 * frames * spec.face.motion))
+    nbytes = sum(layout.nbytes for layout in layouts.values())
+    kv = numel(kv_shape(spec, facts.passes, facts.latent[1])) * facts.dtype.itemsize
+    machine = facts.machine
+    return StagePlan(
+        "faces",
+        frames + len(groups),
+        resting(facts) | traffic.device_claims(facts.footprint) | {"face scratch": scratch + second},
+        facts.host(traffic.host_claims() | {"driving frames": frames * FACE_BYTES, "face keys": kv}),
+        nbytes,
+        nbytes,
+        max(frames * _motion_flops(spec.face) / machine.matmul, nbytes / machine.link, nbytes / machine.disk),
+        {"segments": _segments(facts)},
+    )
+
+
+def _segments(facts: Facts) -> str:
+    """How a video is cut, in words."""
+    job = facts.job
+    if job.driving is None:
+        return (
+            f"any number, of {job.frames} frames; memory is the same for all of them, times are of the first"
+        )
+    many = job.driving.segments(job.frames)
+    return f"{many} of {job.frames} frames; memory is the same for all of them, times are of the first"
+
+
+def _motion_flops(face: FaceSpec) -> float:
+    """Of one face crop through the convolutions of the motion encoder."""
+    flops, pixels = 0.0, float(FACE_PIXELS**2)
+    for before, after in pairwise(face.widths):
+        flops += 2 * pixels * 9 * before * before + pixels / 2 * (9 + 1) * before * after
+        pixels /= 4
+    return flops
+
+
+@torch.inference_mode()
+def hear(run: Run, model: Model, faces: Iterable[Tensor], frames: int, passes: int) -> Tensor:
+    """Face crops [3, 512, 512] in -1..1 on the host, one a frame -> keys and values on the host.
+
+    With two passes the second is for a face that does not move: all pixels -1, as upstream. Motion and tokens are
+    computed in float32 whatever the transformer computes in: it costs little, and the linear layers are sensitive.
+    """
+    spec, dtype, device = model.spec.dit, run.plan.dtype, run.device.torch_device
+    groups = face_groups(model)
+    layouts = {("faces", n): build_layout(group.refs) for n, group in enumerate(groups)}
+    out: list[Tensor] = []
+    with run.stage("faces") as (stack, traffic):
+        stream = stack.enter_context(
+            BlockStream(
+                layouts, all_on_disk(layouts), run.device, run.open_reader, list(layouts), clock=run.clock
+            )
+        )
+        tokens: list[Tensor] = []
+        for (_, n), views in stream:
+            p = to_params(groups[n], views)
+            if n == 0:
+                basis = animate.directions(p)
+                vectors = torch.empty(frames, basis.shape[0], device=device)
+                for i, face in enumerate(faces):
+                    vectors[i] = animate.motion_vectors(p, face[None].to(device), basis)[0]
+                    run.listener.step(run.device.ledger.used)
+                tokens.append(animate.face_tokens(p, vectors).to(dtype))
+                if passes == 2:
+                    still = torch.full((1, 3, FACE_PIXELS, FACE_PIXELS), -1.0, device=device)
+                    vectors[:] = animate.motion_vectors(p, still, basis)
+                    tokens.append(animate.face_tokens(p, vectors).to(dtype))
+                del basis, vectors
+            else:
+                made = [animate.keys_values(p, each) for each in tokens]
+                out.append(torch.stack([torch.stack([kv.k.cpu(), kv.v.cpu()]) for kv in made]))
+            run.listener.step(run.device.ledger.used)
+        traffic.add(stream)
+    kv = torch.stack(out, dim=1)
+    assert kv.shape == kv_shape(spec, passes, kv.shape[3])
+    return kv

@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowvram import __version__, discovery, fewstep
+from lowvram.animation import Animation, driven_settings
 from lowvram.conditions.contract import Condition
+from lowvram.driving import Driving, open_folder
 from lowvram.errors import BudgetError, NonFiniteError, UsageError
-from lowvram.job import Job, LoraChoice, check_complete, describe, make_job
+from lowvram.job import Job, LoraChoice, check_complete, check_driven, describe, make_job
 from lowvram.machine import Machine, machine_profile, this_machine
 from lowvram.media.picture import open_picture
 from lowvram.media.video import VideoWriter, check_size, check_target
@@ -150,6 +152,38 @@ class Pipeline:
     def __call__(self, prompt: str, *, listener: Listener | None = None, **settings: Any) -> Video:
         """Text and denoise: the finished latent. Frames are decoded when the video is saved or iterated."""
         return self.run(self.job(prompt, **settings), listener=listener)
+
+    def animate(
+        self,
+        folder: str | Path,
+        mode: str = "animate",
+        *,
+        prompt: str = "",
+        carried: int = 1,
+        match_colours: bool = False,
+        sound: str | Path | None = None,
+        listener: Listener | None = None,
+        **settings: Any,
+    ) -> Animation:
+        """A video of the character in `folder`, which Wan-Animate's preprocessing wrote: see `lowvram.driving`.
+
+        carried: frames that every segment takes over from the one before it, 1 or 5. match_colours: whether they
+        hold its colours. sound: a video whose sound the result gets. Nothing is computed before it is saved.
+        """
+        driving = open_folder(
+            Path(folder).expanduser(),
+            mode,
+            carried=carried,
+            match_colours=match_colours,
+            sound=None if sound is None else Path(sound).expanduser(),
+        )
+        job = self.driven_job(driving, prompt, **settings)
+        return Animation(self, job, self.plan_job(job), listener or Silent())
+
+    def driven_job(self, driving: Driving, prompt: str = "", **settings: Any) -> Job:
+        """A job that follows these videos; `settings` as for `job`, without a size."""
+        check_driven(self.model.spec)
+        return self.job(prompt, **driven_settings(self.model.spec, driving, settings))
 
     def run(
         self,

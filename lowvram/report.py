@@ -86,6 +86,29 @@ class Report:
         }
 
 
+def merged(report: Report) -> Report:
+    """One line for stages of the same name, which ran once for each segment: times and bytes add up, peaks do not."""
+    found: dict[str, StageReport] = {}
+    for each in report.stages:
+        known = found.get(each.name)
+        found[each.name] = each if known is None else _together(known, each)
+    return Report(tuple(found.values()))
+
+
+def _together(a: StageReport, b: StageReport) -> StageReport:
+    peaks = [peak for peak in (a.vram_measured, b.vram_measured) if peak is not None]
+    causes = dict.fromkeys([*a.stalls, *b.stalls])
+    return StageReport(
+        name=a.name,
+        seconds=a.seconds + b.seconds,
+        vram_predicted=max(a.vram_predicted, b.vram_predicted),
+        vram_measured=max(peaks) if len(peaks) == 2 else None,
+        disk_bytes=a.disk_bytes + b.disk_bytes,
+        h2d_bytes=a.h2d_bytes + b.h2d_bytes,
+        stalls={cause: a.stalls.get(cause, 0.0) + b.stalls.get(cause, 0.0) for cause in causes},
+    )
+
+
 def table(report: Report) -> str:
     """The report for people: a heading, one line per stage, a line for the whole; no final newline."""
     whole = StageReport(

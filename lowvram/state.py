@@ -3,6 +3,8 @@
 job.json             the Job
 state.safetensors    latent and solver state after the last finished step, replaced atomically
 condition.safetensors  what was made of the job's pictures
+carried.safetensors    a driven video: the number of the segment under way, and the frames it begins with
+segment-00000.mp4 ...  a driven video: its finished segments
 latent.safetensors   the finished latent: from then on the job can always be decoded
 done                 the output was written and verified
 """
@@ -65,6 +67,10 @@ class JobFolder:
         return self.path / "latent.safetensors"
 
     @property
+    def carried_path(self) -> Path:
+        return self.path / "carried.safetensors"
+
+    @property
     def finished(self) -> bool:
         return (self.path / "done").exists()
 
@@ -85,7 +91,8 @@ class JobFolder:
     def finish(self) -> None:
         """The output exists: the state of single steps, and what a kill left of writing one, is no longer needed."""
         write_atomic(self.path / "done", b"")
-        for path in (self.state_path, self.condition_path, *self.path.glob(".*.tmp")):
+        beside = (*self.path.glob(".*.tmp"), *self.path.glob("segment-*.mp4"))
+        for path in (self.state_path, self.condition_path, self.carried_path, *beside):
             path.unlink(missing_ok=True)
 
     @contextmanager

@@ -245,7 +245,7 @@ class Progress:
     ) -> None:
         self._forecast, self._budget, self._clock = tuple(forecast), budget, clock
         self._mode, self._every = mode, every
-        self._index = 0
+        self._index = self._next = 0
         self._durations: list[float] = []
         self._began = self._last_step = self._last_line = clock()
         self._vram: int | None = None
@@ -277,8 +277,9 @@ class Progress:
             self._live = None
 
     def begin(self, stage: str) -> None:
-        """The stage of this name of the forecast starts. Raises ValueError if there is none."""
-        index = [each.name for each in self._forecast].index(stage)
+        """The next stage of this name of the forecast starts. Raises ValueError if there is none."""
+        index = [each.name for each in self._forecast].index(stage, self._next)
+        self._next = index + 1
         self._durations, self._index = [], index
         self._began = self._last_step = self._last_line = self._clock()
 

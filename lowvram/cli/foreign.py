@@ -21,6 +21,7 @@ ALIASES: Mapping[str, str] = {
     "--save_file": "--output",
     "--negative_prompt": "--negative",
     "--n_prompt": "--negative",
+    "--refert_num": "--carry",
 }
 """The same thing under another name."""
 
@@ -37,6 +38,9 @@ ANSWERS: Mapping[str, str] = {
     "--dit_fsdp": _ONE_GPU,
     "--ulysses_size": _ONE_GPU,
     "--ring_size": _ONE_GPU,
+    "--src_root_path": "name the folder itself: lowvram animate FOLDER",
+    "--replace_flag": "use --mode replace",
+    "--use_relighting_lora": "use --lora FILE with the relighting LoRA",
     "--convert_model_dtype": "leave it out: weights are used in the encoding they are stored in",
     "--use_prompt_extend": _NO_REWRITE,
     "--prompt_extend_method": _NO_REWRITE,

@@ -11,6 +11,7 @@ import typer
 
 from lowvram import __version__
 from lowvram.cli import (
+    animate,
     bench,
     console,
     decode,
@@ -69,6 +70,7 @@ def options(
 VERBS: tuple[Callable[..., None], ...] = (
     demo.demo,
     generate.generate,
+    animate.animate,
     plan.plan,
     doctor.doctor,
     inspect.inspect,

@@ -18,6 +18,7 @@ def resume(
 ) -> None:
     """Go on with an interrupted job: finished steps are not repeated, and the frames are the same."""
     from lowvram.api import Pipeline, Runtime
+    from lowvram.cli.driven import work_driven
     from lowvram.cli.work import check_output, work
     from lowvram.model import open_model
     from lowvram.state import find_job, jobs_root
@@ -29,4 +30,5 @@ def resume(
     runtime = Runtime(saved.vram, saved.ram, saved.device)
     job = saved.job
     pipe = Pipeline(runtime, open_model(job.model, job.files), job.files)
-    work(folder, pipe, job, pipe.plan_job(job), target, replace, as_json, quiet)
+    carry_on = work if job.driving is None else work_driven
+    carry_on(folder, pipe, job, pipe.plan_job(job), target, replace, as_json, quiet)

@@ -46,21 +46,32 @@ def start(
     weights: str | None = None,
 ) -> None:
     """Find the model, plan, make the job's folder, and work on it."""
-    runtime = Runtime(flags.vram, flags.ram, flags.device)
-    pipe = runtime.load(
+    pipe = open_pipeline(flags, quiet or as_json, weights)
+    job = pipe.job(prompt, **settings)
+    check_complete(pipe.model.spec, job)
+    tell_preset(flags, job, quiet or as_json)
+    plan = pipe.plan_job(job)
+    folder = new_folder(pipe.runtime, job, target, overwrite)
+    work(folder, pipe, job, plan, target, overwrite, as_json, quiet)
+
+
+def open_pipeline(flags: JobFlags, silent: bool, weights: str | None = None) -> Pipeline:
+    """The model of these flags."""
+    pipe = Runtime(flags.vram, flags.ram, flags.device).load(
         flags.model,
         models_dirs=flags.models_dir or (),
         weights=weights,
         preset=flags.preset,
         force=flags.force,
-        progress=announce(quiet or as_json),
+        progress=announce(silent),
         **flags.files(),
     )
-    tell_files(pipe, quiet or as_json)
-    job = pipe.job(prompt, **settings)
-    check_complete(pipe.model.spec, job)
-    tell_preset(flags, job, quiet or as_json)
-    plan = pipe.plan_job(job)
+    tell_files(pipe, silent)
+    return pipe
+
+
+def new_folder(runtime: Runtime, job: Job, target: Path, overwrite: bool) -> JobFolder:
+    """A folder for a job that begins now."""
     saved = Saved(
         job=job,
         output=str(target.resolve()),
@@ -69,8 +80,7 @@ def start(
         device=runtime.machine.kind,
         overwrite=overwrite,
     )
-    folder = new_job(saved, jobs_root(), datetime.now(UTC).strftime("%Y%m%d-%H%M%S"))
-    work(folder, pipe, job, plan, target, overwrite, as_json, quiet)
+    return new_job(saved, jobs_root(), datetime.now(UTC).strftime("%Y%m%d-%H%M%S"))
 
 
 def work(
@@ -145,53 +155,55 @@ def tell(target: Path, job: Job, report: Report, as_json: bool, quiet: bool) -> 
 def save_state(folder: JobFolder, state: State) -> None:
     """Replace the saved state by `state`, atomically."""
     solver = {f"solver.{name}": tensor for name, tensor in state.solver.to_tensors().items()}
-    _save(folder.state_path, solver | {"x": state.x})
+    save_tensors(folder.state_path, solver | {"x": state.x})
 
 
 def load_state(folder: JobFolder) -> State | None:
     """The state after the last finished step; None before the first."""
-    tensors = _load(folder.state_path)
+    tensors = load_tensors(folder.state_path)
     if tensors is None:
         return None
     x = tensors.pop("x", None)
     if x is None:
-        raise _damaged(folder.state_path)
+        raise damaged(folder.state_path)
     return State(x, SolverState.from_tensors({k.removeprefix("solver."): v for k, v in tensors.items()}))
 
 
 def save_condition(folder: JobFolder, condition: Condition) -> None:
     """From now on the job needs its pictures no more."""
     if tensors := condition.to_tensors():
-        _save(folder.condition_path, tensors)
+        save_tensors(folder.condition_path, tensors)
 
 
 def load_condition(folder: JobFolder) -> Condition | None:
     """What was made of the job's pictures; None while nothing was."""
-    tensors = _load(folder.condition_path)
+    tensors = load_tensors(folder.condition_path)
     return None if tensors is None else Condition.from_tensors(tensors)
 
 
 def save_latent(folder: JobFolder, latent: Tensor) -> None:
     """From now on the job can always be decoded."""
-    _save(folder.latent_path, {"latent": latent})
+    save_tensors(folder.latent_path, {"latent": latent})
 
 
 def load_latent(folder: JobFolder) -> Tensor | None:
     """The finished latent; None while there is none."""
-    tensors = _load(folder.latent_path)
+    tensors = load_tensors(folder.latent_path)
     if tensors is None:
         return None
     if "latent" not in tensors:
-        raise _damaged(folder.latent_path)
+        raise damaged(folder.latent_path)
     return tensors["latent"]
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace the file by these, atomically."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomic(path, save(whole | {"checksum": torch.tensor(_checksum(whole))}))
 
 
-def _load(path: Path) -> dict[str, Tensor] | None:
+def load_tensors(path: Path) -> dict[str, Tensor] | None:
+    """What `save_tensors` wrote; None if nothing is there. FileError if it is damaged."""
     if not path.exists():
         return None
     with FileReader(path) as reader:
@@ -199,10 +211,10 @@ def _load(path: Path) -> dict[str, Tensor] | None:
     try:
         tensors = load(data)
     except Exception as problem:
-        raise _damaged(path) from problem
+        raise damaged(path) from problem
     checksum = tensors.pop("checksum", None)
     if checksum is None or checksum.numel() != 1 or checksum.item() != _checksum(tensors):
-        raise _damaged(path)
+        raise damaged(path)
     return tensors
 
 
@@ -210,11 +222,14 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     """CRC-32 of the bytes of all tensors in the order of their names: a flipped bit would become a wrong video."""
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].numpy().tobytes(), zlib.crc32(name.encode(), crc))
+        crc = zlib.crc32(
+            tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes(), zlib.crc32(name.encode(), crc)
+        )
     return crc
 
 
-def _damaged(path: Path) -> FileError:
+def damaged(path: Path) -> FileError:
+    """The error for a file of this job that does not hold what was saved."""
     return FileError(
         "not a saved state, or a damaged one",
         where=str(path),

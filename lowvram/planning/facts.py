@@ -103,7 +103,9 @@ def gather(job: Job, model: Model, machine: Machine) -> Facts:
         _prompt_lengths(job, model, 1 + any(needs_uncond(g) for g in job.schedule.guidance)),
         groups,
         layouts,
-        kinds(group for found in groups.values() for key, group in found.items() if key.startswith("blocks.")),
+        kinds(
+            group for found in groups.values() for key, group in found.items() if key.startswith("blocks.")
+        ),
     )
 
 

@@ -81,6 +81,12 @@ def _random(shapes: Mapping[str, Shape], seed: int, gain: float = 1.0) -> dict[s
 
 
 @pytest.fixture(scope="session")
+def random_weights() -> Callable[..., dict[str, Tensor]]:
+    """random_weights(shapes, seed): see `_random`."""
+    return _random
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two experts of the embedded model's size, a smaller VAE and text encoder, all random."""
     folder = tmp_path_factory.mktemp("tiny") / "model"

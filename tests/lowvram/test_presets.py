@@ -19,6 +19,7 @@ DIT_PARAMETERS = {
     "wan2.1-t2v-14b": 14_288_491_584,
     "wan2.1-i2v-14b": 16_394_878_784,
     "wan2.1-flf2v-14b": 16_395_536_704,
+    "wan2.2-animate-14b": 17_274_816_884,
 }
 
 
@@ -77,7 +78,7 @@ def test_every_model_is_consistent_and_can_be_scheduled(name: str) -> None:
     assert m.dit.dim % 128 == 0
     assert m.dit.text_dim == m.text.dim
     assert m.dit.out_channels == m.vae.z == len(m.vae.mean) == len(m.vae.std)
-    assert m.dit.in_channels == (36 if m.variant == "i2v" else m.vae.z)
+    assert m.dit.in_channels == (36 if m.variant in ("i2v", "animate") else m.vae.z)
     schedule = make_schedule(
         solver="unipc",
         steps=m.steps,
@@ -94,10 +95,11 @@ def test_the_5b_model_uses_the_22_autoencoder_and_its_statistics() -> None:
     assert (vae.version, vae.base, vae.decoder_base, vae.z, vae.mean) == ("2.2", 160, 256, 48, LATENT_MEAN_22)
 
 
-def test_only_21_image_to_video_has_clip_tokens() -> None:
+def test_only_21_image_to_video_and_animate_have_clip_tokens() -> None:
     assert {n: m.dit.image_tokens for n, m in load_models().items() if m.dit.image_tokens} == {
         "wan2.1-i2v-14b": 257,
         "wan2.1-flf2v-14b": 514,
+        "wan2.2-animate-14b": 257,
     }
     assert all((m.clip is not None) == (m.dit.image_tokens > 0) for m in load_models().values())
 

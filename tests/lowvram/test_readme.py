@@ -50,7 +50,15 @@ ELSEWHERE = [c for c in commands() if not runs_here(c)]
 
 def test_the_readme_shows_every_verb() -> None:
     assert {c[0] for c in HERE} == {"demo", "plan", "generate"}
-    assert {c[0] for c in ELSEWHERE} == {"generate", "inspect", "models", "quantize", "resume", "decode"}
+    assert {c[0] for c in ELSEWHERE} == {
+        "generate",
+        "animate",
+        "inspect",
+        "models",
+        "quantize",
+        "resume",
+        "decode",
+    }
 
 
 @pytest.mark.parametrize("arguments", [c for c in HERE if c[0] != "plan"], ids=shlex.join)

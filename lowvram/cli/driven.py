@@ -1,0 +1,146 @@
+"""Running an Animate job from the command line: what is finished of it stays, segment by segment and step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowvram.animation import Animation
+from lowvram.api import Pipeline
+from lowvram.cli.console import Forecast, Progress, progress_mode
+from lowvram.cli.options import JobFlags
+from lowvram.cli.work import damaged, load_tensors, new_folder, open_pipeline, save_tensors, summary, tell
+from lowvram.conditions.contract import Condition
+from lowvram.driving import Driving
+from lowvram.job import Job
+from lowvram.planning.plan import Plan
+from lowvram.sampling.solvers import SolverState
+from lowvram.stages.denoise import State
+from lowvram.stages.segments import Stand
+from lowvram.state import JobFolder
+
+_SEGMENT = "segment"
+"""Name of the number that says which segment the tensors beside it belong to."""
+
+
+def start_driven(
+    flags: JobFlags,
+    driving: Driving,
+    prompt: str,
+    settings: dict[str, Any],
+    target: Path,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Find the model, plan, make the job's folder, and work on it."""
+    pipe = open_pipeline(flags, quiet or as_json)
+    job = pipe.driven_job(driving, prompt, **settings)
+    plan = pipe.plan_job(job)
+    folder = new_folder(pipe.runtime, job, target, overwrite)
+    work_driven(folder, pipe, job, plan, target, overwrite, as_json, quiet)
+
+
+def work_driven(
+    folder: JobFolder,
+    pipe: Pipeline,
+    job: Job,
+    plan: Plan,
+    target: Path,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Do what is left of an Animate job: neither finished segments nor steps that are saved are repeated."""
+    driving = job.driving
+    assert driving is not None
+    with folder.locked():
+        stand = load_stand(folder)
+        total = driving.segments(job.frames)
+        with Progress(
+            _forecast(plan, stand, total), plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)
+        ) as progress:
+            animation = Animation(pipe, job, plan, progress)
+            try:
+                progress.note(f"job {folder.name}: {summary(job, plan)}")
+                progress.note(f"{driving.frames} frames in {total} segments, {total - stand.segment} to go")
+                report = animation.make(target, folder.path, stand, FolderKeeper(folder), overwrite=overwrite)
+            except KeyboardInterrupt:
+                progress.note(f"saved: go on with `lowvram resume {folder.name}`")
+                raise
+        folder.finish()
+    tell(target, job, report, as_json, quiet)
+
+
+def _forecast(plan: Plan, stand: Stand, total: int) -> list[Forecast]:
+    """Every stage of every segment that is left; the text once."""
+    stages = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages if s.name == "text"]
+    for segment in range(stand.segment, total):
+        under_way = segment == stand.segment
+        done = stand.state.step if under_way and stand.state is not None else 0
+        for s in plan.stages:
+            if s.name != "text":
+                stages.append(Forecast(s.name, s.steps - done if s.name == "denoise" else s.steps, s.seconds))
+    return stages
+
+
+@dataclass(frozen=True, slots=True)
+class FolderKeeper:
+    """Keeps what a resumed job needs in the job's folder; every file names its segment."""
+
+    folder: JobFolder
+
+    def condition(self, segment: int, made: Condition) -> None:
+        _keep(self.folder.condition_path, segment, made.to_tensors())
+
+    def state(self, segment: int, state: State) -> None:
+        solver = {f"solver.{name}": tensor for name, tensor in state.solver.to_tensors().items()}
+        _keep(self.folder.state_path, segment, solver | {"x": state.x})
+
+    def begin(self, segment: int, carried: Tensor) -> None:
+        _keep(self.folder.carried_path, segment, {"carried": carried})
+
+
+def load_stand(folder: JobFolder) -> Stand:
+    """Where the job was: the last segment begun, and of its condition and state what is there."""
+    begun = load_tensors(folder.carried_path)
+    segment, carried = 0, None
+    if begun is not None:
+        segment, carried = _number(begun, folder.carried_path), begun.get("carried")
+        if carried is None:
+            raise damaged(folder.carried_path)
+    made = _of(segment, folder.condition_path)
+    tensors = _of(segment, folder.state_path)
+    state = None
+    if tensors is not None:
+        x = tensors.pop("x", None)
+        if x is None:
+            raise damaged(folder.state_path)
+        solver = {name.removeprefix("solver."): tensor for name, tensor in tensors.items()}
+        state = State(x, SolverState.from_tensors(solver))
+    return Stand(segment, carried, None if made is None else Condition.from_tensors(made), state)
+
+
+def _keep(path: Path, segment: int, tensors: Mapping[str, Tensor]) -> None:
+    save_tensors(path, {**tensors, _SEGMENT: torch.tensor(segment)})
+
+
+def _of(segment: int, path: Path) -> dict[str, Tensor] | None:
+    """The tensors at `path`, if they are of this segment: those of the one before are of no use."""
+    tensors = load_tensors(path)
+    if tensors is None or _number(tensors, path) != segment:
+        return None
+    return tensors
+
+
+def _number(tensors: dict[str, Tensor], path: Path) -> int:
+    number = tensors.pop(_SEGMENT, None)
+    if number is None or number.numel() != 1:
+        raise damaged(path)
+    return int(number)

@@ -1,0 +1,329 @@
+"""Wan-Animate end to end on a small model: segments, what they carry over, placement, interruption, memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowvram.api import Runtime
+from lowvram.job import LoraChoice
+from lowvram.media.join import join
+from lowvram.media.probe import probe
+from lowvram.media.video import VideoWriter, read_frames
+from lowvram.offload.placement import Placement
+from lowvram.quant.face_spec import FaceSpec
+from lowvram.quant.names import CLIP
+from lowvram.quant.spec import CLIP_TOKENS, ClipSpec, DitSpec
+from lowvram.stages.segments import Forgetful, Stand, colour_change
+from lowvram.state import list_jobs
+
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+
+FACE = FaceSpec((4, 4, 4, 4, 8, 8, 8, 8), style=8, directions=4, motion=16, hidden=16, heads=2, every=2)
+ANIMATE = DitSpec(
+    256, 256, 4, 36, 16, text_dim=256, freq_dim=64, image_tokens=CLIP_TOKENS, image_dim=80, face=FACE
+)
+SEGMENT = 9
+
+
+@pytest.fixture(scope="session")
+def tiny_animate(
+    tiny_model: Path,
+    random_weights: Callable[..., dict[str, Tensor]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder with a small Wan-Animate of random numbers, its CLIP, and the parts of `tiny_model`."""
+    folder = tmp_path_factory.mktemp("tiny-animate") / "model"
+    folder.mkdir()
+    for name in ("vae.safetensors", "text_encoder.safetensors", "spiece.model"):
+        shutil.copy(tiny_model / name, folder / name)
+    weights = random_weights(ANIMATE.shapes(), 5)
+    generator = torch.Generator().manual_seed(6)
+    for name, w in weights.items():
+        if name.startswith("motion_encoder."):  # equalised: stored with unit variance
+            weights[name] = torch.randn(w.shape, generator=generator).to(w.dtype)
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    clip = random_weights(ClipSpec(dim=80, ffn=160, layers=3).shapes(), 7)
+    clip = {str(CLIP.from_native(name)): w for name, w in clip.items()}
+    save_file(clip, folder / "clip_vision_tiny.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drive(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """drive(frames, width, height): a folder as Wan-Animate's preprocessing writes it, made once."""
+
+    @cache
+    def make(frames: int, width: int = 32, height: int = 32) -> Path:
+        folder = tmp_path_factory.mktemp("drive")
+        generator = np.random.default_rng(frames)
+        coarse = generator.integers(0, 255, (4, 4, 3), np.uint8)
+        for name, size in (("pose", (width, height)), ("face", (512, 512)), ("bg", (width, height))):
+            picture = np.asarray(Image.fromarray(coarse).resize(size))
+            _write_video(folder / f"src_{name}.mp4", [np.roll(picture, 3 * n, 1) for n in range(frames)])
+        mask = np.zeros((height, width, 3), np.uint8)
+        mask[height // 4 : height // 2 + 8, width // 4 : width // 2 + 8] = 255
+        _write_video(folder / "src_mask.mp4", [np.roll(mask, n % 8, 1) for n in range(frames)])
+        Image.fromarray(coarse[::-1]).resize((48, 40)).save(folder / "src_ref.png")
+        return folder
+
+    return make
+
+
+def _write_video(path: Path, frames: Sequence[np.ndarray]) -> None:
+    height, width = frames[0].shape[:2]
+    with VideoWriter(path, width, height, 30) as writer:
+        for frame in frames:
+            writer.write(frame[None])
+
+
+def frames_of(path: Path) -> np.ndarray:
+    return np.stack(list(read_frames(path)))
+
+
+def pipe(model: Path, vram: str = "2GB") -> Any:
+    return Runtime(vram=vram, ram="4GB", device="cpu").load(str(model))
+
+
+SETTINGS: dict[str, Any] = {"frames": SEGMENT, "steps": 2, "seed": 3}
+
+
+@pytest.mark.parametrize("mode", ["animate", "replace"])
+def test_a_video_of_three_segments_is_as_long_as_its_driving_video(
+    tiny_animate: Path, drive: Callable[..., Path], tmp_path: Path, mode: str
+) -> None:
+    output = tmp_path / "out.mp4"
+    report = pipe(tiny_animate).animate(drive(20), mode, **SETTINGS).save(output)
+    found = probe(output)
+    assert (found.width, found.height, found.frames, found.fps) == (32, 32, 20, 30)
+    names = [stage.name for stage in report.stages]
+    assert names == ["text", "clip", "faces", "encode", "prepare", "denoise", "decode"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4"]
+
+
+def relighting_lora(path: Path) -> Path:
+    """A LoRA on what the relighting LoRA changes, named as PEFT names it."""
+    generator = torch.Generator().manual_seed(9)
+    factors: dict[str, Tensor] = {}
+    for name, shape in ANIMATE.shapes().items():
+        if name.startswith("blocks.") and len(shape) == 2 and name.endswith(".weight"):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            factors[f"{module}.lora_A.weight"] = (
+                torch.randn(4, shape[1], generator=generator) / shape[1] ** 0.5
+            )
+            factors[f"{module}.lora_B.weight"] = torch.randn(shape[0], 4, generator=generator) / 4
+    assert len(factors) == 2 * 12 * ANIMATE.layers
+    save_file(factors, path)
+    return path
+
+
+def test_streamed_equals_resident_bit_for_bit_with_the_relighting_lora(
+    tiny_animate: Path, drive: Callable[..., Path], tmp_path: Path
+) -> None:
+    lora = LoraChoice(path=str(relighting_lora(tmp_path / "lora.safetensors")))
+    resident = pipe(tiny_animate).animate(drive(12), "replace", loras=(lora,), **SETTINGS)
+    assert set(resident.plan.denoise.where.values()) == {"resident"}
+    on_disk = Placement(dict.fromkeys(resident.plan.denoise.where, "disk"), slots=2, ring=2)
+    streamed = replace(resident, plan=replace(resident.plan, denoise=on_disk))
+    for name, animation in (("resident", resident), ("streamed", streamed)):
+        animation.save(tmp_path / f"{name}.mp4")
+    assert (tmp_path / "streamed.mp4").read_bytes() == (tmp_path / "resident.mp4").read_bytes()
+
+
+class Measured(Forgetful):
+    """Resident memory of this process whenever a segment is finished, bytes."""
+
+    def __init__(self) -> None:
+        self.rss: list[int] = []
+
+    def begin(self, segment: int, carried: Tensor) -> None:
+        self.rss.append(psutil.Process().memory_info().rss)
+
+
+def test_memory_does_not_grow_with_the_number_of_segments(
+    tiny_animate: Path, drive: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = SETTINGS | {"frames": 5, "steps": 1}
+    animation = pipe(tiny_animate).animate(drive(49), **settings)
+    measured = Measured()
+    animation.make(tmp_path / "out.mp4", tmp_path, Stand(), measured)
+    assert len(measured.rss) == 12
+    assert measured.rss[-1] <= measured.rss[2] + 8 * 2**20
+    assert probe(tmp_path / "out.mp4").frames == 49
+
+
+def test_matched_colours_undo_a_drift_that_the_carried_frames_show() -> None:
+    generator = np.random.default_rng(0)
+    wanted = generator.uniform(-0.5, 0.5, (5, 16, 16, 3)).astype(np.float32)
+    drifted = (wanted * np.float32([0.95, 1.04, 1.0]) + np.float32([0.05, -0.03, 0.0])).astype(np.float32)
+    gain, offset = colour_change(drifted, wanted)
+    assert np.abs(drifted * gain + offset - wanted).max() < 2e-3
+    assert np.abs(drifted - wanted).max() > 0.05
+    # what cannot be drift is not undone: a black frame is not made bright
+    gain, offset = colour_change(np.full_like(wanted, -1), wanted)
+    assert np.abs(-gain + offset + 1).max() <= 0.11
+
+
+# ---- from the command line
+
+
+def arguments(folder: Path, model: Path, output: Path) -> list[str]:
+    texts = [
+        "animate",
+        folder,
+        "--mode",
+        "animate",
+        "--model",
+        model,
+        "--segment",
+        SEGMENT,
+        "--steps",
+        2,
+        "--seed",
+        3,
+    ]
+    texts += [
+        "--match-colours",
+        "--audio-from",
+        folder / "src_pose.mp4",
+        "-o",
+        output,
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
+    return [str(text) for text in texts]
+
+
+CHILD = """
+import os, signal, sys
+from lowvram.cli import driven, main
+
+keep, at = driven.FolderKeeper.state, (int(sys.argv[1]), int(sys.argv[2]))
+def dying(self, segment, state):
+    keep(self, segment, state)
+    if (segment, state.step) == at:
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+driven.FolderKeeper.state = dying
+main.run(sys.argv[3:])
+"""
+
+
+def test_a_video_killed_in_a_later_segment_goes_on_to_the_same_file(
+    tiny_animate: Path, drive: Callable[..., Path], tmp_path: Path, jobs: Path, cli: Callable[..., Any]
+) -> None:
+    """Killed after the first step of the third of four segments, and made once more without an interruption."""
+    folder = with_sound(drive(28), tmp_path / "drive")
+    output = tmp_path / "out.mp4"
+    call = [sys.executable, "-c", CHILD, "2", "1", *arguments(folder, tiny_animate, output)]
+    child = subprocess.run(
+        call, check=False, env=os.environ | {"LOWVRAM_STATE": str(jobs)}, capture_output=True, timeout=300
+    )
+    assert child.returncode == -KILL, child.stderr
+    (job,) = list_jobs(jobs)
+    assert not output.exists() and not job.finished
+    assert sorted(p.name for p in job.path.glob("segment-*")) == ["segment-00000.mp4", "segment-00001.mp4"]
+
+    said = cli("resume", "last", "--quiet")
+    assert said.code == 0, said.err
+    assert job.finished and not list(job.path.glob("segment-*"))
+    again = tmp_path / "again.mp4"
+    assert cli(*arguments(folder, tiny_animate, again)).code == 0
+    assert again.read_bytes() == output.read_bytes()
+
+    found = probe(output)
+    assert (found.frames, found.fps) == (28, 30)
+    with av.open(str(output)) as container:
+        heard = sum(frame.samples for frame in container.decode(audio=0)) / 48_000
+    assert abs(heard - 28 / 30) <= 1 / 30
+
+
+def with_sound(folder: Path, target: Path) -> Path:
+    """The driving folder with a tone beside the poses, shorter than they are."""
+    shutil.copytree(folder, target)
+    part = (folder / "src_pose.mp4", probe(folder / "src_pose.mp4").frames)
+    tone = target / "tone.mp4"
+    with av.open(str(tone), "w") as container:
+        picture = container.add_stream("libx264", rate=30)
+        picture.width, picture.height, picture.pix_fmt = 32, 32, "yuv420p"
+        sound = container.add_stream("aac", rate=48_000, layout="stereo")
+        container.mux(
+            picture.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24"))
+        )
+        container.mux(picture.encode(None))
+        wave = np.sin(np.arange(24_000) / 20).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(np.stack([wave, wave]) / 2, format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = 48_000, 0, Fraction(1, 48_000)
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+    join([part], target / "src_pose.mp4", (32, 32), Fraction(30), {}, sound=tone, overwrite=True)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("spoil", "more", "code", "words"),
+    [
+        (lambda f: (f / "src_mask.mp4").unlink(), ["--mode", "replace"], 3, "src_mask.mp4 is missing"),
+        (
+            lambda f: (f / "src_pose.mp4").write_text("ffconcat version 1.0\nfile src_bg.mp4\n"),
+            [],
+            3,
+            "not readable",
+        ),
+        (lambda f: (f / "src_ref.png").write_bytes(bomb()), [], 3, "13000x13000"),
+        (lambda f: None, ["--audio-from", "src_pose.mp4"], 3, "no such file"),
+        (lambda f: None, ["--mode", "swap"], 2, 'mode "swap"'),
+        (lambda f: None, ["--frames", "81"], 2, "--frames 81"),
+        (lambda f: None, ["--model", "nano"], 2, "cannot be driven by a video"),
+    ],
+    ids=["no mask", "a script", "a bomb", "no sound", "no mode", "a length", "another model"],
+)
+def test_what_cannot_be_used_ends_the_command_at_once_and_writes_nothing(
+    drive: Callable[..., Path],
+    tmp_path: Path,
+    jobs: Path,
+    cli: Callable[..., Any],
+    spoil: Callable[[Path], Any],
+    more: list[str],
+    code: int,
+    words: str,
+) -> None:
+    folder = tmp_path / "drive"
+    shutil.copytree(drive(12), folder)
+    spoil(folder)
+    before = sorted(tmp_path.rglob("*"))
+    said = cli("animate", folder, "-o", tmp_path / "out.mp4", *more)
+    assert (said.code, said.out) == (code, "")
+    assert words in said.err and said.err.count("\n") <= 3
+    assert sorted(tmp_path.rglob("*")) == before and not jobs.exists()
+
+
+def bomb() -> bytes:
+    """A PNG of 169 megapixels in 20 kB."""
+    rows, out = zlib.compressobj(9), [b"\x89PNG\r\n\x1a\n"]
+    header = struct.pack(">IIBBBBB", 13_000, 13_000, 1, 0, 0, 0, 0)
+    data = b"".join([rows.compress(bytes(1626)) for _ in range(13_000)] + [rows.flush()])
+    for kind, content in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b"")):
+        out.append(struct.pack(">I", len(content)) + kind + content)
+        out.append(struct.pack(">I", zlib.crc32(kind + content)))
+    return b"".join(out)

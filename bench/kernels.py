@@ -2,6 +2,9 @@
 
     python bench/kernels.py aot [--json] [--quick]    every configuration built for every architecture
     python bench/kernels.py accuracy [--json]         error of each 8-bit attention on synthetic data
+    python bench/kernels.py peak [--json]             peak memory of a 14B forward at 720p in each mode, fake tensors
+    python bench/kernels.py nano [--json]             each mode end to end on the embedded model: PSNR and score
+    python bench/kernels.py tune [--json]             on a card: time of every tile, of torch's and others' attention
 
 Exits with 1 if a build spills, takes too much shared memory or lacks an instruction, or an error is out of bounds.
 """
@@ -20,7 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"aot": aot, "accuracy": accuracy}
+    verbs: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+        "aot": aot,
+        "accuracy": accuracy,
+        "peak": peak,
+        "nano": nano,
+        "tune": tune,
+    }
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="only what the test suite looks at")
@@ -41,7 +50,29 @@ def aot(args: argparse.Namespace) -> Iterator[Row]:
 def accuracy(args: argparse.Namespace) -> Iterator[Row]:
     from kernel_accuracy import errors
 
-    return errors()
+    return errors(args.quick)
+
+
+def peak(args: argparse.Namespace) -> Iterator[Row]:
+    from kernel_peak import peaks
+
+    return peaks()
+
+
+def nano(args: argparse.Namespace) -> Iterator[Row]:
+    from kernel_nano import scores
+
+    return scores()
+
+
+def tune(args: argparse.Namespace) -> Iterator[Row]:
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device here: tiles are timed on a card")
+    from kernel_timing import timings
+
+    return timings()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""The committed results of `bench/kernels.py` are inside their bounds and are what the command prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (BENCH / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_errors_are_inside_their_bounds_and_are_what_is_printed() -> None:
+    stored = {(row["mode"], row["data"]): row for row in rows("kernels-accuracy.jsonl")}
+    data = {"gaussian", "offsets", "channels", "tokens", "sink"}
+    assert set(stored) == {(m, d) for m in ("int8", "int8-fp16", "int8-fp8") for d in data}
+    for (mode, name), row in stored.items():
+        limit = {"tokens": 0.025, "sink": 0.01}.get(name, 0.012)
+        assert mode == "int8-fp8" or row["relative_error"] <= row["bound"] == limit
+    done = subprocess.run(
+        [sys.executable, "kernels.py", "accuracy", "--quick", "--json"],
+        cwd=BENCH, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(printed) == 3
+    for row in printed:
+        known = stored[row["mode"], row["data"]]["relative_error"]
+        assert abs(row["relative_error"] - known) <= 0.01 * known
+
+
+def test_every_mode_needs_less_than_bf16_at_720p() -> None:
+    peaks = {(row["mode"], row["ops"]): row["peak_bytes"] for row in rows("kernels-peak.jsonl")}
+    for (mode, ops), peak in peaks.items():
+        assert peak <= peaks["sdpa", ops] and peak <= peaks[mode, "torch"]
+        assert mode == "sdpa" or peak < 0.88 * peaks["sdpa", ops]

@@ -48,6 +48,7 @@ def downloads(
     sources = own[weights or encodings[0]] | {
         "vae": table["shared"]["vae"][own["vae"]],
         "text": table["shared"]["text"][text],
+        "clip": table["shared"]["clip"]["vit-h"],
     }
     found = [(part, sources[part].partition(":")) for part in parts if part in sources]
     return [Download(part, repository, name) for part, (repository, _, name) in found]

@@ -17,7 +17,7 @@ from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.faults import FaultKind, FaultPlan, Faults
 from lowvram.offload.io import FileReader
 from lowvram.planning.plan import Plan
-from lowvram.stages import decode, denoise, text
+from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.run import Run
 
 EXPECTED: dict[FaultKind, type[LowvramError]] = {
@@ -48,8 +48,9 @@ def plan(pipe: Pipeline, job: Job) -> Plan:
 def render(device: Device, faults: Faults | None, pipe: Pipeline, job: Job, plan: Plan) -> np.ndarray:
     run = Run(device, plan, open_reader=lambda path: FileReader(path, faults=faults))
     texts = text.encode(run, pipe.model, [job.prompt])
+    made = condition.condition(run, pipe.model, job)
     state = denoise.initial_state(job, pipe.model)
-    latent = denoise.denoise(run, pipe.model, job, texts, state, lambda state: None)
+    latent = denoise.denoise(run, pipe.model, job, texts, made, state, lambda state: None)
     return np.concatenate(list(decode.decode(run, pipe.model, job, latent)))
 
 

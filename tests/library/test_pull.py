@@ -181,7 +181,7 @@ def test_only_the_files_of_the_chosen_encoding_are_asked_for() -> None:
         downloads("wan2.2-t2v-a14b", ("high",), "fp7")
     for model, spec in load_models().items():
         if model != "nano":
-            parts = (*spec.expert_names(), "vae", "text")
+            parts = (*spec.expert_names(), "vae", "text", *(("clip",) if spec.clip else ()))
             assert [d.part for d in downloads(model, parts)] == list(parts)
 
 

@@ -207,11 +207,19 @@ def q6_k(x: Tensor) -> Tensor:
     return torch.cat([low, high, scales.to(torch.int8).view(torch.uint8), _half_bytes(d)], 1)
 
 
-def _level_codes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes of the IQ4 levels nearest to `values`, and those levels."""
+def _level_codes(values: Tensor) -> Tensor:
+    """uint8 codes of the IQ4 levels nearest to `values`."""
     levels = torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=values.device)
-    codes = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
-    return codes.to(torch.uint8), levels[codes]
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+def _near_levels(values: Tensor) -> Tensor:
+    """The IQ4 levels nearest to `values` once they are rounded to whole numbers: a look-up, where a search takes long."""
+    levels = torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=values.device)
+    whole = torch.arange(-128, 128, dtype=torch.float32, device=values.device)
+    table = levels[_level_codes(whole).to(torch.int32)]
+    places = values.round().clamp_(-128, 127).add_(128).flatten().to(torch.int32)
+    return table.index_select(0, places).view(values.shape)
 
 
 def _best_levels(x: Tensor) -> Tensor:
@@ -220,7 +228,7 @@ def _best_levels(x: Tensor) -> Tensor:
     best_scale, best = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
     for end in (IQ4_LEVELS[0], IQ4_LEVELS[-1]):
         for stretch in (0.94, 0.97, 1.0, 1.03, 1.06):
-            _, level = _level_codes(x * _inverse(extreme / (end * stretch)))
+            level = _near_levels(x * _inverse(extreme / (end * stretch)))
             scale = (level * x).sum(-1, keepdim=True) * _inverse((level * level).sum(-1, keepdim=True))
             error = (scale * level - x).square_().sum(-1, keepdim=True)
             better = error < best
@@ -230,14 +238,14 @@ def _best_levels(x: Tensor) -> Tensor:
 
 def iq4_nl(x: Tensor) -> Tensor:
     scale = _best_levels(x).to(torch.float16).to(torch.float32)
-    codes, _ = _level_codes(x * _inverse(scale))
+    codes = _level_codes(x * _inverse(scale))
     return torch.cat([_half_bytes(scale), _nibble_bytes(codes)], 1)
 
 
 def iq4_xs(x: Tensor) -> Tensor:
     groups = x.view(-1, 8, 32)
     d, scales = _shared_signed(_best_levels(groups).squeeze(2), 32)
-    codes, _ = _level_codes(groups * _inverse((d * scales).unsqueeze(2)))
+    codes = _level_codes(groups * _inverse((d * scales).unsqueeze(2)))
     scale_codes = (scales + 32).to(torch.uint8)
     high = _pack_fields((scale_codes >> 4).view(-1, 2, 4).transpose(1, 2), 2)
     low = _pack_fields((scale_codes & 15).view(-1, 4, 2).transpose(1, 2), 4)

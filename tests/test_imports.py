@@ -21,7 +21,7 @@ ORDER = ("triton_kernels", "quant", "offload", "lowvram", "bench")
 OPEN = {"lowvram.errors"}
 """Modules that every room may import."""
 
-SCRIPTS = re.compile(r"bench/(.*/|kernel|vae_|decode)")
+SCRIPTS = re.compile(r"bench/(.*/|kernel|vae_|decode|fuzz)")
 """Files of bench/ that are run by hand and are no part of the package."""
 
 PURE = (

@@ -24,7 +24,7 @@ COMPARED = {"diffusers"}
 
 def is_module(file: Path) -> bool:
     """Whether a file of bench/ is part of the package: scripts lie beside it."""
-    return file.parent.name == "bench" and not file.name.startswith(("kernel", "vae_", "decode"))
+    return file.parent.name == "bench" and not file.name.startswith(("kernel", "vae_", "decode", "fuzz"))
 
 
 @pytest.fixture(scope="module")

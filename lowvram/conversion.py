@@ -36,6 +36,7 @@ from lowvram.quant.encodings.kquants import Blocks
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.quant.files.shards import INDEX_SUFFIX
+from lowvram.quant.files.torch_zip import SUFFIXES
 from lowvram.quant.identify import Checkpoint, identify_path
 from lowvram.quant.refs import Part
 
@@ -213,7 +214,9 @@ def _targets(found: Checkpoint, out: Path, gguf: bool) -> tuple[Path, dict[Path,
 
 
 def _stem(file: Path) -> str:
-    return next((file.name.removesuffix(s) for s in _WEIGHTS if file.name.endswith(s)), file.name)
+    return next(
+        (file.name.removesuffix(s) for s in (*_WEIGHTS, *SUFFIXES) if file.name.endswith(s)), file.name
+    )
 
 
 def _identity(found: Checkpoint, to: str) -> str:
@@ -256,6 +259,13 @@ def _refuse_existing(task: Task) -> None:
         )
 
 
+def _kept_modules(found: Checkpoint) -> list[str]:
+    """Modules outside the blocks, in the naming that diffusers and transformers use."""
+    if found.kind == "dit":
+        return ["condition_embedder", "patch_embedding", "proj_out"]
+    return ["shared", "embed_tokens", "relative_attention_bias"]
+
+
 def _beside(found: Checkpoint, source: Path, is_folder: bool, to: str) -> dict[str, bytes]:
     """The config.json that diffusers and transformers want in the folder of a model."""
     config = (source if source.is_dir() else source.parent) / "config.json"
@@ -279,5 +289,7 @@ def _beside(found: Checkpoint, source: Path, is_folder: bool, to: str) -> dict[s
             "bnb_4bit_use_double_quant": False,
             "bnb_4bit_compute_dtype": "bfloat16",
             "bnb_4bit_quant_storage": "uint8",
+            # What stays as it is: else the reader makes quantised layers of it, and finds no scales.
+            "llm_int8_skip_modules": _kept_modules(found),
         }
     return {"config.json": json.dumps(settings, indent=2).encode()}

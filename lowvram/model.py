@@ -21,6 +21,7 @@ from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import planned_encoding
 from lowvram.quant.face_spec import ADAPTERS, ENCODERS, FACE_SCOPE, KEPT_LEAVES
+from lowvram.quant.files.header import shown
 from lowvram.quant.files.shards import open_checkpoint_files
 from lowvram.quant.identify import Checkpoint, identify_path
 from lowvram.quant.lora import LoraPair, LoraSet, match_lora
@@ -37,6 +38,17 @@ class Lora:
     strength: float
     ratios: Mapping[str, float]
     """alpha / rank by the native name of the weight."""
+
+    def report(self) -> str:
+        """How much of the file is used, in a few words."""
+        found, ranks = self.matched, ", ".join(map(str, self.matched.ranks))
+        text = f"{found.matched} of {found.total} parts" + (f", rank {ranks}" if ranks else "")
+        if not found.unused:
+            return text
+        names = ", ".join(shown(name, 60) for name in found.unused[:2])
+        return f"{text}; unused: {names}" + (
+            f" and {len(found.unused) - 2} more" if len(found.unused) > 2 else ""
+        )
 
     def scale(self, pair: LoraPair) -> LoraScale:
         ratio = self.ratios[pair.target]

@@ -224,16 +224,20 @@ def tell_files(pipe: Pipeline, quiet: bool) -> None:
         say(f"{part:<10}{printable(pipe.files[part])}  ({why})")
 
 
-def tell_preset(flags: o.JobFlags, job: Job, quiet: bool) -> None:
-    """The preset and the LoRAs that were not asked for by name."""
+def tell_preset(pipe: Pipeline, flags: o.JobFlags, job: Job, quiet: bool) -> None:
+    """The preset that was not asked for by name, and what every LoRA does."""
     from lowvram.cli.console import say
+    from lowvram.model import with_loras
 
     if quiet:
         return
     if job.preset is not None and flags.preset is None:
         say(f"preset    {job.preset}  (what these files were made for)")
-    for lora in job.loras if not flags.lora else ():
-        say(f"lora      {printable(lora.path)}  (of --preset {job.preset}, {lora.expert}, {lora.strength:g})")
+    source = "" if flags.lora else f"of --preset {job.preset}, "
+    for expert, transformer in with_loras(pipe.model, job.loras).transformers.items():
+        for lora in transformer.loras:
+            path = printable(str(lora.matched.files[0]))
+            say(f"lora      {path}  ({source}{expert}, strength {lora.strength:g}: {lora.report()})")
 
 
 def record(entry: Entry) -> dict[str, Any]:

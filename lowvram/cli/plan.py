@@ -60,7 +60,7 @@ def plan(
         )
         tell_files(pipe, as_json)
         job = pipe.job(prompt, **settings)
-        tell_preset(flags, job, as_json)
+        tell_preset(pipe, flags, job, as_json)
         found = pipe.plan_job(job)
     if as_json:
         emit_json(found.to_json())

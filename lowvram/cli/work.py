@@ -49,7 +49,7 @@ def start(
     pipe = open_pipeline(flags, quiet or as_json, weights)
     job = pipe.job(prompt, **settings)
     check_complete(pipe.model.spec, job)
-    tell_preset(flags, job, quiet or as_json)
+    tell_preset(pipe, flags, job, quiet or as_json)
     plan = pipe.plan_job(job)
     folder = new_folder(pipe.runtime, job, target, overwrite)
     work(folder, pipe, job, plan, target, overwrite, as_json, quiet)

@@ -164,3 +164,13 @@ def test_a_lora_that_fits_in_part_is_taken_only_when_asked_for(
     model = with_loras(pipe.model, (LoraChoice(path=str(path), partial=True),))
     (used,) = model.transformers["high"].loras
     assert 0 < used.matched.matched < used.matched.total and used.matched.unused
+    assert used.report().startswith(f"{used.matched.matched} of {used.matched.total} parts, rank 4; unused: ")
+    assert "blocks.77" in used.report() and used.report().endswith("more")
+
+
+def test_a_plan_tells_what_every_lora_does(cli: Callable[..., Any]) -> None:
+    said = cli("plan", "--preset", "lightning-4")
+    lines = [line for line in said.err.splitlines() if line.startswith("lora ")]
+    assert said.code == 0 and len(lines) == 2
+    assert all("60 of 60 parts, rank 32" in line and "strength 1" in line for line in lines)
+    assert "(of --preset lightning-4, high" in lines[0] and "(of --preset lightning-4, low" in lines[1]

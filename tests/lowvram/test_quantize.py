@@ -231,6 +231,36 @@ def test_a_diffusers_folder_gets_the_configuration_that_loads_it(state: State, t
     assert identify_path(tmp_path / "bf16", FileReader).style == "diffusers"
 
 
+def test_diffusers_loads_what_is_written_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
+    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer as Quantizer
+
+    # It asks for a GPU first; bitsandbytes itself does without.
+    monkeypatch.setattr(Quantizer, "validate_environment", lambda *given, **more: None)
+    monkeypatch.setattr(Quantizer, "update_device_map", lambda self, places: {"": "cpu"})
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=128, ffn_dim=512, num_layers=1, text_dim=256, freq_dim=64,
+        in_channels=16, out_channels=16, rope_max_seq_len=64,
+    ).to(torch.bfloat16)  # fmt: skip
+    model.save_pretrained(tmp_path / "whole")
+    run(tmp_path / "whole", tmp_path / "nf4", "nf4")
+    run(tmp_path / "whole", tmp_path / "q8.gguf", "q8_0")
+    small = WanTransformer3DModel.from_pretrained(tmp_path / "nf4", torch_dtype=torch.bfloat16)
+    blocks = WanTransformer3DModel.from_single_file(
+        str(tmp_path / "q8.gguf"),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
+        config=str(tmp_path / "whole"),
+        torch_dtype=torch.bfloat16,
+    )
+    given = (torch.randn(1, 16, 1, 4, 4).bfloat16(), torch.tensor([500]), torch.randn(1, 8, 256).bfloat16())
+    with torch.no_grad():
+        expected, four, eight = (m(*given, return_dict=False)[0].float() for m in (model, small, blocks))
+    assert small.blocks[0].attn1.to_q.weight.dtype == torch.uint8
+    assert (four - expected).norm() < 0.05 * expected.norm()
+    assert (eight - expected).norm() < 0.02 * expected.norm()
+
+
 def test_a_text_encoder_keeps_its_tokenizer(tmp_path: Path) -> None:
     spec = TextSpec(vocab=64, dim=128, heads=2, head_dim=64, ffn=256, layers=2)
     generator = torch.Generator().manual_seed(1)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import psutil  # type: ignore[import-untyped]
@@ -119,7 +120,8 @@ def measure(request: Request, clock: Clock = time.perf_counter) -> Measurement:
         cuda = request.device != "cpu" and torch.cuda.is_available()
         before = torch.cuda.mem_get_info()[0] if cuda else 0
         runtime = Watched(trial.vram, trial.ram, request.device)
-        pipe = runtime.load(case.model, **request.files)
+        files: dict[str, Any] = dict(request.files)
+        pipe = runtime.load(case.model, **files)
         job = pipe.job(PROMPT, **case.settings())
         plan = pipe.plan_job(job)
         counted: int | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lowvram.errors import FileError, UsageError
 from lowvram.library.cache import cache_file, load_cache, save_cache
-from lowvram.library.choose import choose, choose_loras, missing_error, possible_models
+from lowvram.library.choose import choose, choose_loras, missing_error, needed_parts, possible_models
 from lowvram.library.naming import expert_of
 from lowvram.library.parts import FLAGS, PARTS
 from lowvram.library.places import Place, given_places, machine_drives, usual_places
@@ -85,7 +85,7 @@ def find(
     folder = _folder(model)
     if folder is not None:
         found = _in_folder(folder, model, chosen, weights, preset, progress)
-    elif {"vae", "text"} <= chosen.keys() and ({"high", "low"} <= chosen.keys() or "single" in chosen):
+    elif _is_complete(model, chosen):
         found = ModelFiles({}, {})
     else:
         found = _by_name(model, chosen, models_dirs, weights, preset, progress)
@@ -167,6 +167,12 @@ def _in_folder(
             advice="name the files: --high/--low (or --transformer), --vae, --text-encoder",
         )
     return ModelFiles(paths, reasons)
+
+
+def _is_complete(model: str, given: Mapping[str, str]) -> bool:
+    """Whether every part was named: then nothing is looked for. A tokenizer may be inside the text encoder."""
+    optional = {"tokenizer"} | ({"high", "low"} if "single" in given else set())
+    return set(needed_parts(load_models()[model])) - optional <= given.keys()
 
 
 def _fits(paths: Mapping[str, str], model: str, library: Library) -> bool:

@@ -26,8 +26,8 @@ def tokenize(model: Model, prompts: Sequence[str]) -> list[list[int]]:
         raise FileError(
             "no tokenizer was found",
             where=model.name,
-            expected="spiece.model (the sentencepiece model of google/umt5-xxl) in tokenizer/ or beside the model",
-            advice="put spiece.model there, or use a text encoder file that carries it (ComfyUI's do)",
+            expected="spiece.model (the sentencepiece model of google/umt5-xxl)",
+            advice="give it with --tokenizer FILE, or use a text encoder file that carries it (ComfyUI's do)",
         )
     path = source.file if isinstance(source, Part) else source
     with FileReader(path) as reader:

@@ -24,6 +24,9 @@ Transformer = Annotated[
 ]
 Vae = Annotated[str | None, typer.Option("--vae", help="VAE file.")]
 TextEncoder = Annotated[str | None, typer.Option("--text-encoder", help="UMT5 encoder file.")]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="spiece.model, where the text encoder does not carry it.")
+]
 ModelsDir = Annotated[
     list[str] | None,
     typer.Option("--models-dir", help="A folder to look in for model files; may be given several times."),
@@ -99,6 +102,7 @@ class JobFlags:
     vae: Vae = None
     text_encoder: TextEncoder = None
     clip: Clip = None
+    tokenizer: Tokenizer = None
     models_dir: ModelsDir = None
     image: Image = None
     last_image: LastImage = None
@@ -130,6 +134,7 @@ class JobFlags:
             "vae": self.vae,
             "text": self.text_encoder,
             "clip": self.clip,
+            "tokenizer": self.tokenizer,
         }
         return {part: path for part, path in given.items() if path}
 

@@ -328,31 +328,33 @@ def _taken(entry: Entry, why: str) -> Taken:
 
 
 def missing_error(chosen: Chosen, entries: Sequence[Entry], where: str) -> FileError:
-    """What is not there, what of it was found and cannot be used, and what to do."""
-    flags = [FLAGS[part] for part in chosen.missing if part != "tokenizer"]
-    kinds = {part if part in ("vae", "text", "clip", "tokenizer") else "dit" for part in chosen.missing}
-    bad = next(
-        (e for e in entries if e.problem and (e.variant if e.kind == "broken" else e.kind) in kinds), None
-    )
+    """What is not there, what of it was found and is not taken, and what to do."""
+    flags = [FLAGS[part] for part in chosen.missing]
     names = _listed([PART_NAMES[part] for part in chosen.missing])
-    if bad is not None:
-        advice = (
-            f"give another with {_listed(flags)}"
-            if flags
-            else "give a text encoder that carries its tokenizer"
-        )
-        return FileError(f"no {names} that can be used: {bad.problem}", where=bad.path, advice=advice)
-    if not flags:
+    kinds = {part if part in ("vae", "text", "clip", "tokenizer") else "dit" for part in chosen.missing}
+    for entry in entries:
+        if entry.problem and (entry.variant if entry.kind == "broken" else entry.kind) in kinds:
+            found = f"no {names} that can be used: {entry.problem}"
+            return FileError(found, where=entry.path, advice=f"give another with {_listed(flags)}")
+    for entry in _of(entries, "dit", chosen.model) if "dit" in kinds else ():
+        if entry.derived or entry.preset:
+            made = f"made for --preset {entry.preset}" if entry.preset else f'called "{entry.derived}"'
+            return FileError(
+                f"no {names} of plain {chosen.model} was found, only one {made}",
+                where=entry.path,
+                advice=f"give --preset {entry.preset}" if entry.preset else f"give it with {_listed(flags)}",
+            )
+    if chosen.missing == ("tokenizer",):
         return FileError(
             f"no tokenizer was found for {chosen.model}",
             where=where,
             expected="spiece.model of google/umt5-xxl, or a text encoder that carries it (ComfyUI's do)",
-            advice="put spiece.model beside the text encoder",
+            advice="give it with --tokenizer FILE",
         )
     found = (
         f"no {names} was found for {chosen.model}" if chosen.parts else f"no file of {chosen.model} was found"
     )
-    files = " ".join(f"{flag} FILE" for flag in flags)
+    files = " ".join(f"{flag} FILE" for flag in flags if flag != "--tokenizer")
     advice = f"name a folder with --models-dir, the files with {files}, or fetch them: lowvram models pull {chosen.model}"
     return FileError(found, where=where, advice=advice)
 

@@ -34,12 +34,6 @@ def expert_of(path: PurePath) -> str | None:
     return "low" if path.parent.name == _DIFFUSERS_LOW else None
 
 
-def is_first_of_two(path: PurePath, siblings: frozenset[str]) -> bool:
-    """Whether `path` lies in diffusers' `transformer` beside a `transformer_2` (`siblings` of that folder): the
-    high-noise expert."""
-    return path.parent.name == _DIFFUSERS_FIRST and _DIFFUSERS_LOW in siblings
-
-
 def version_of(path: PurePath) -> str | None:
     """ "2.1" or "2.2" as the name of the file or of a folder near it says."""
     for name in (path.name, path.parent.name, path.parent.parent.name):

@@ -21,6 +21,6 @@ FLAGS: Mapping[str, str] = {
     "vae": "--vae",
     "text": "--text-encoder",
     "clip": "--clip",
-    "tokenizer": "tokenizer",
+    "tokenizer": "--tokenizer",
 }
 """What a person gives a part with."""

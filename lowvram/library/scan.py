@@ -36,9 +36,6 @@ class Library:
     others: int
     """Checkpoints that are no part of a Wan model."""
 
-    def of_kind(self, *kinds: str) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self.entries if entry.kind in kinds)
-
 
 @dataclass(frozen=True, slots=True)
 class _Looking:

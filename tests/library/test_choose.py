@@ -105,6 +105,23 @@ def test_a_lacking_part_is_named_and_so_is_what_was_found_of_it(owned: Any) -> N
     assert "models pull wan2.2-t2v-a14b" in caught.value.advice and "--vae FILE" in caught.value.advice
 
 
+def test_transformers_that_are_not_plain_are_named_and_taken_only_when_asked_for(
+    tmp_path: Path, owned: Any, files: Any, sparse: Callable[..., Path]
+) -> None:
+    spec = model_preset("wan2.1-t2v-14b")
+    mine = [str(tmp_path / "mine")]
+    made = sparse(
+        tmp_path / "mine" / "wan2.1_t2v_14b_lightx2v_4step.safetensors", files["fp8"](spec.dit.shapes())
+    )
+    with pytest.raises(FileError, match=r"only one made for --preset lightx2v-2.1-4") as caught:
+        find("wan2.1-t2v-14b", models_dirs=mine)
+    assert caught.value.where == str(made) and caught.value.advice == "give --preset lightx2v-2.1-4"
+    assert find("wan2.1-t2v-14b", models_dirs=mine, preset="lightx2v-2.1-4").paths["single"] == str(made)
+    made.rename(made.with_name("SkyReels_14B.safetensors"))
+    with pytest.raises(FileError, match="skyreels"):
+        find("wan2.1-t2v-14b", models_dirs=mine)
+
+
 def test_a_folder_of_loose_comfy_files_is_a_model(owned: Any) -> None:
     found = find(str(owned.comfy))
     assert Path(found.paths["high"]).name == "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors"

@@ -25,12 +25,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowvram.api import Runtime
+from lowvram.animation import Animation
+from lowvram.api import Pipeline, Runtime
+from lowvram.driving import open_folder
 from lowvram.job import LoraChoice
 from lowvram.media.join import join
 from lowvram.media.probe import probe
 from lowvram.media.video import VideoWriter, read_frames
 from lowvram.offload.placement import Placement
+from lowvram.planning.plan import Plan
 from lowvram.quant.face_spec import FaceSpec
 from lowvram.quant.names import CLIP
 from lowvram.quant.spec import CLIP_TOKENS, ClipSpec, DitSpec
@@ -101,24 +104,41 @@ def frames_of(path: Path) -> np.ndarray:
     return np.stack(list(read_frames(path)))
 
 
-def pipe(model: Path, vram: str = "2GB") -> Any:
-    return Runtime(vram=vram, ram="4GB", device="cpu").load(str(model))
-
-
 SETTINGS: dict[str, Any] = {"frames": SEGMENT, "steps": 2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_animate: Path) -> Pipeline:
+    return Runtime(vram="2GB", ram="4GB", device="cpu").load(str(tiny_animate))
+
+
+@pytest.fixture(scope="module")
+def plan(pipe: Pipeline, drive: Callable[..., Path]) -> Plan:
+    """Of one segment, whatever the mode and the length."""
+    return pipe.animate(drive(20), **SETTINGS).plan
 
 
 @pytest.mark.parametrize("mode", ["animate", "replace"])
 def test_a_video_of_three_segments_is_as_long_as_its_driving_video(
-    tiny_animate: Path, drive: Callable[..., Path], tmp_path: Path, mode: str
+    pipe: Pipeline, plan: Plan, drive: Callable[..., Path], tmp_path: Path, mode: str
 ) -> None:
     output = tmp_path / "out.mp4"
-    report = pipe(tiny_animate).animate(drive(20), mode, **SETTINGS).save(output)
+    job = pipe.driven_job(open_folder(drive(20), mode), **SETTINGS)
+    report = Animation(pipe, job, plan).save(output)
     found = probe(output)
     assert (found.width, found.height, found.frames, found.fps) == (32, 32, 20, 30)
     names = [stage.name for stage in report.stages]
     assert names == ["text", "clip", "faces", "encode", "prepare", "denoise", "decode"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4"]
+
+
+def test_the_plan_is_that_of_a_segment_for_any_length(
+    pipe: Pipeline, plan: Plan, drive: Callable[..., Path]
+) -> None:
+    longer = pipe.animate(drive(49), **SETTINGS).plan
+    assert [(s.claims, s.ram_claims) for s in longer.stages] == [
+        (s.claims, s.ram_claims) for s in plan.stages
+    ]
 
 
 def relighting_lora(path: Path) -> Path:
@@ -138,10 +158,10 @@ def relighting_lora(path: Path) -> Path:
 
 
 def test_streamed_equals_resident_bit_for_bit_with_the_relighting_lora(
-    tiny_animate: Path, drive: Callable[..., Path], tmp_path: Path
+    pipe: Pipeline, drive: Callable[..., Path], tmp_path: Path
 ) -> None:
     lora = LoraChoice(path=str(relighting_lora(tmp_path / "lora.safetensors")))
-    resident = pipe(tiny_animate).animate(drive(12), "replace", loras=(lora,), **SETTINGS)
+    resident = pipe.animate(drive(12), "replace", loras=(lora,), **SETTINGS)
     assert set(resident.plan.denoise.where.values()) == {"resident"}
     on_disk = Placement(dict.fromkeys(resident.plan.denoise.where, "disk"), slots=2, ring=2)
     streamed = replace(resident, plan=replace(resident.plan, denoise=on_disk))
@@ -161,10 +181,10 @@ class Measured(Forgetful):
 
 
 def test_memory_does_not_grow_with_the_number_of_segments(
-    tiny_animate: Path, drive: Callable[..., Path], tmp_path: Path
+    pipe: Pipeline, drive: Callable[..., Path], tmp_path: Path
 ) -> None:
     settings = SETTINGS | {"frames": 5, "steps": 1}
-    animation = pipe(tiny_animate).animate(drive(49), **settings)
+    animation = pipe.animate(drive(49), **settings)
     measured = Measured()
     animation.make(tmp_path / "out.mp4", tmp_path, Stand(), measured)
     assert len(measured.rss) == 12
@@ -232,8 +252,8 @@ main.run(sys.argv[3:])
 def test_a_video_killed_in_a_later_segment_goes_on_to_the_same_file(
     tiny_animate: Path, drive: Callable[..., Path], tmp_path: Path, jobs: Path, cli: Callable[..., Any]
 ) -> None:
-    """Killed after the first step of the third of four segments, and made once more without an interruption."""
-    folder = with_sound(drive(28), tmp_path / "drive")
+    """Killed after the first step of the last of three segments, and made once more without an interruption."""
+    folder = with_sound(drive(20), tmp_path / "drive")
     output = tmp_path / "out.mp4"
     call = [sys.executable, "-c", CHILD, "2", "1", *arguments(folder, tiny_animate, output)]
     child = subprocess.run(
@@ -252,10 +272,10 @@ def test_a_video_killed_in_a_later_segment_goes_on_to_the_same_file(
     assert again.read_bytes() == output.read_bytes()
 
     found = probe(output)
-    assert (found.frames, found.fps) == (28, 30)
+    assert (found.frames, found.fps) == (20, 30)
     with av.open(str(output)) as container:
         heard = sum(frame.samples for frame in container.decode(audio=0)) / 48_000
-    assert abs(heard - 28 / 30) <= 1 / 30
+    assert abs(heard - 20 / 30) <= 1 / 30
 
 
 def with_sound(folder: Path, target: Path) -> Path:
@@ -271,7 +291,7 @@ def with_sound(folder: Path, target: Path) -> Path:
             picture.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24"))
         )
         container.mux(picture.encode(None))
-        wave = np.sin(np.arange(24_000) / 20).astype(np.float32)
+        wave = np.sin(np.arange(12_000) / 20).astype(np.float32)
         frame = av.AudioFrame.from_ndarray(np.stack([wave, wave]) / 2, format="fltp", layout="stereo")
         frame.sample_rate, frame.pts, frame.time_base = 48_000, 0, Fraction(1, 48_000)
         container.mux(sound.encode(frame))

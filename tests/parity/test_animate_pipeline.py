@@ -36,7 +36,7 @@ from lowvram.stages.denoise import State
 from lowvram.stages.run import Run
 from lowvram.stages.segments import Forgetful, Stand, segments
 
-STEPS, SIDE, SEED = 3, 32, 11
+STEPS, SIDE, SEED = 2, 32, 11
 CLIP = ClipSpec(dim=160, ffn=320, layers=3, patch=2, tokens=257)
 BASE = "wan2.2-animate-14b"
 

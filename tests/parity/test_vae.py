@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvram.models import vae
+from lowvram.models import vae, vae_clip
+from lowvram.models.vae_history import Kept
+from lowvram.models.vae_tiles import Tiling
 
 Error = Callable[[Tensor, Tensor], float]
 Noise = Callable[..., Tensor]
@@ -74,6 +76,23 @@ def test_decode_equals_the_reference(
     inside = (pixels.abs() < 1).float().mean()
     assert 0.5 < inside < 0.97
     assert error(pixels.clamp(-1, 1), expected) <= EXACT
+
+
+@pytest.mark.parametrize("tiling", [Tiling(2, 3), Tiling(3, 1, visit=2, kept=False)])
+def test_tiles_equal_the_untiled_reference(case: Any, noise: Noise, error: Error, tiling: Tiling) -> None:
+    """diffusers' own tiles do not: they blend, and each sees another middle block."""
+    x, z = video(case, noise, 9, 3, 5), latent(case, noise, 9, 3, 5)
+    cpu, spec, weights = torch.device("cpu"), case.spec, case.weights
+    with torch.no_grad():
+        expected = case.reference.decode(z * case.std + case.mean).sample
+        moments = case.reference.encode(x).latent_dist.mean
+        clip = torch.empty_like(expected)
+        for piece in vae_clip.decode(spec, weights, z, tiling, Kept(), cpu, z.dtype):
+            clip[:, :, piece.frame, slice(*piece.rows), slice(*piece.columns)] = piece.pixels[:, :, 0]
+        latents = vae_clip.encode(spec, weights, x[0].unbind(1), (3, 5), tiling, Kept(), cpu, x.dtype)
+        made = torch.cat(list(latents), dim=2)
+    assert error(clip.clamp(-1, 1), expected) <= EXACT
+    assert error(made, (moments - case.mean) / case.std) <= EXACT
 
 
 def test_float64_equals_the_reference_in_float64(

@@ -211,7 +211,10 @@ class _UnderWay(PackedHistory):
 
 def _under_way(found: Sequence[Memory], dtype: torch.dtype) -> _UnderWay:
     places = {
-        m.name: tuple(torch.empty(1, m.shape[0], 1, *m.shape[1:], dtype=dtype) for _ in range(m.frames))
+        m.name: tuple(
+            torch.empty(1, 1, *m.shape[1:], m.shape[0], dtype=dtype).permute(0, 4, 1, 2, 3)
+            for _ in range(m.frames)
+        )
         for m in found
     }
     return _UnderWay(frames=dict(places), places=places)
@@ -270,7 +273,8 @@ def decode_scratch(spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype
     def run(like: Tensor, w: Weights, history: History) -> None:
         statistics = vae.statistics(spec, like)  # held meanwhile
         window = like.new_empty(1, 4 * spec.decoder_base, 1, *(span.size for span in tile.window))
-        frame = next(vae.run_framewise(tile.layers, window, w, history))
+        frames = vae.run_framewise(tile.layers, window, w, history)
+        frame = next(frames)
         vae.to_uint8(vae.unpatchify(frame, spec.patch))
         del statistics
 

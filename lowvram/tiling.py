@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lowvram import footprint
 from lowvram.machine import Machine
 from lowvram.model import Group, Model, vae_group
-from lowvram.models.vae import ENCODER
+from lowvram.models.vae import DECODER, ENCODER
 from lowvram.models.vae_clip import FRAMES, Half, decoder, encoder
 from lowvram.models.vae_history import Memory, memories, packed_size, tile_memories
 from lowvram.models.vae_tiles import Tile, Tiling, make_tile, split
@@ -69,8 +69,13 @@ class Decoding:
         return self.slab + self.scratch
 
     @property
+    def resting(self) -> int:
+        """What waits on the host beside the histories."""
+        return self.waiting + self.frames
+
+    @property
     def ram(self) -> int:
-        return self.shelf + self.waiting + self.frames
+        return self.shelf + self.resting
 
     def explain(self) -> str:
         """The choice and its reason, in words."""
@@ -164,7 +169,7 @@ class Codings(ABC):
         return self._decoding(tiling, *self._known[tiling.grid])
 
     def _settle(self, tiling: Tiling) -> None:
-        tiles = self._half.tiles(tiling, self._plane)
+        tiles = self._half.tiles(tiling, self.plane)
         sizes = [packed_size(tile_memories(tile, self._shapes), self.dtype) for tile in tiles]
         scratch = self.tile_scratch(tiles[sizes.index(max(sizes))])
         self._known[tiling.grid] = max(sizes), sum(sizes), scratch
@@ -179,7 +184,7 @@ class Codings(ABC):
             slab=self.rounding(everything if tiling.kept else max(largest, self._middle_history)),
             scratch=max(self._middle_scratch, tile_scratch),
             shelf=everything if away else 0,
-            waiting=tiling.visit * self._half.channels * numel(self._plane) * self.dtype.itemsize,
+            waiting=tiling.visit * self._half.channels * numel(self.plane) * self.dtype.itemsize,
             frames=self.frame * self.frames_held(tiling),
             moved=everything * (visits - 1) if away else 0,
             work=total / self._whole,
@@ -198,8 +203,8 @@ class Codings(ABC):
         whole = self._whole_memories
         per_cell = np.array([m.frames * m.shape[0] * self.dtype.itemsize for m in whole], dtype=np.int64)
         visits = {ceil(frames / ceil(frames / VISIT)), frames}
-        across = self._cells(self._plane[1])
-        for rows, vertical in self._cells(self._plane[0]).items():
+        across = self._cells(self.plane[1])
+        for rows, vertical in self._cells(self.plane[0]).items():
             for columns, horizontal in across.items():
                 sizes = (vertical * per_cell) @ horizontal.T
                 largest, total = int(sizes.max()), int(sizes.sum())
@@ -229,12 +234,13 @@ class Codings(ABC):
         return self.spec.shapes()
 
     @property
-    def _plane(self) -> tuple[int, int]:
+    def plane(self) -> tuple[int, int]:
+        """Rows and columns of latents."""
         return self.latent[2], self.latent[3]
 
     @cached_property
     def _whole_memories(self) -> list[Memory]:
-        (whole,) = self._half.tiles(Tiling(), self._plane)
+        (whole,) = self._half.tiles(Tiling(), self.plane)
         return tile_memories(whole, self._shapes)
 
     @cached_property
@@ -243,7 +249,7 @@ class Codings(ABC):
 
     @cached_property
     def _middle_history(self) -> int:
-        return packed_size(memories(self._half.middle, self._plane, self._shapes), self.dtype)
+        return packed_size(memories(self._half.middle, self.plane, self._shapes), self.dtype)
 
     @cached_property
     def _middle_scratch(self) -> int:
@@ -261,7 +267,7 @@ class Decodings(Codings):
         return footprint.decode_scratch(self.spec, self.weights, tile, self.dtype)
 
     def middle_scratch(self) -> int:
-        return footprint.decoder_middle_scratch(self.spec, self.weights, self._plane, self.dtype)
+        return footprint.decoder_middle_scratch(self.spec, self.weights, self.plane, self.dtype)
 
     def frames_held(self, tiling: Tiling) -> int:
         return FRAMES * tiling.visit if tiling.rows * tiling.columns > 1 else 1
@@ -278,7 +284,7 @@ class Encodings(Codings):
         return footprint.encode_scratch(self.spec, self.weights, tile, self.dtype)
 
     def middle_scratch(self) -> int:
-        return footprint.encoder_middle_scratch(self.spec, self.weights, self._plane, self.dtype)
+        return footprint.encoder_middle_scratch(self.spec, self.weights, self.plane, self.dtype)
 
     def frames_held(self, tiling: Tiling) -> int:
         return FRAMES * tiling.visit
@@ -307,6 +313,22 @@ class EncodePlan:
     """The tiling and its reason, in words."""
 
 
+def encodings(model: Model, shape: tuple[int, int, int], dtype: torch.dtype, rounding: Rounding) -> Encodings:
+    """The ways to encode a clip of `shape`: frames, rows and columns of pixels."""
+    frames, height, width = shape
+    latent = model.spec.latent_shape(width, height, frames)
+    group = vae_group(model, ENCODER)
+    return Encodings(model.spec.vae, group, latent, 12 * height * width, dtype, rounding)
+
+
+def decodings(model: Model, shape: tuple[int, int, int], dtype: torch.dtype, rounding: Rounding) -> Decodings:
+    """The ways to decode a clip of `shape`: frames, rows and columns of pixels."""
+    frames, height, width = shape
+    latent = model.spec.latent_shape(width, height, frames)
+    group = vae_group(model, DECODER)
+    return Decodings(model.spec.vae, group, latent, 3 * height * width, dtype, rounding)
+
+
 def plan_encode(
     model: Model,
     shape: tuple[int, int, int],
@@ -321,12 +343,10 @@ def plan_encode(
     A stage that encodes several clips one after the other claims the most of each name. bf16 loses detail that an
     encoder cannot do without; float32 is what the authors compute in.
     """
-    spec, (frames, height, width) = model.spec.vae, shape
-    group = vae_group(model, ENCODER)
-    stored = build_layout(group.refs).nbytes
+    spec = model.spec.vae
     rounding = segment_size if machine.kind == "cuda" else exact_size
-    latent = model.spec.latent_shape(width, height, frames)
-    ways = Encodings(spec, group, latent, 12 * height * width, dtype, rounding)
+    ways = encodings(model, shape, dtype, rounding)
+    stored, latent = build_layout(ways.weights.refs).nbytes, ways.latent
     # 2.1: 18 TFLOP per latent at 1280x720 (wan-models 6.5), in the format that `matmul` was measured in
     native = 2 if machine.kind == "cuda" else 4
     flops = 18e12 * numel(latent[1:]) / (90 * 160) * (spec.base / 96) ** 2 * dtype.itemsize / native

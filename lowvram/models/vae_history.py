@@ -78,13 +78,13 @@ class PackedHistory(History):
     places: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """By layer name, a place per frame; oldest first, those not used yet before them."""
 
-    def keep(self, name: str, x: Tensor, count: int) -> None:
-        fresh = min(x.shape[2], count)
-        places = self.places[name][fresh:] + self.places[name][:fresh]
-        for place, frame in zip(places[-fresh:], x[:, :, -fresh:].split(1, dim=2), strict=True):
-            place.copy_(frame)
-        known = min(count, len(self.frames.get(name, ())) + fresh)
-        self.places[name], self.frames[name] = places, places[-known:]
+    def place(self, name: str) -> Tensor:
+        return self.places[name][0]
+
+    def push(self, name: str, frame: Tensor, count: int) -> None:
+        History.push(self, name, frame, count)
+        oldest, *others = self.places[name]
+        self.places[name] = (*others, oldest)
 
 
 def packed_size(found: Sequence[Memory], dtype: torch.dtype) -> int:
@@ -100,7 +100,8 @@ def pack(found: Sequence[Memory], slab: Tensor, dtype: torch.dtype) -> PackedHis
         for _ in range(memory.frames):
             nbytes = prod(memory.shape) * dtype.itemsize
             channels, rows, columns = memory.shape
-            places.append(slab[offset : offset + nbytes].view(dtype).view(1, channels, 1, rows, columns))
+            place = slab[offset : offset + nbytes].view(dtype).view(1, 1, rows, columns, channels)
+            places.append(place.permute(0, 4, 1, 2, 3))
             offset += _frame_size(memory, dtype)
         history.places[memory.name] = tuple(places)
     return history

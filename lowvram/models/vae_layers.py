@@ -11,7 +11,7 @@ returns what the history refers to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,13 +35,21 @@ class History:
         self.begun.add(name)
         return not asked
 
-    def keep(self, name: str, x: Tensor, count: int) -> None:
-        """Remember the last `count` frames of all that `name` was given, the end of which is x [B, C, T, H, W].
+    def place(self, name: str) -> Tensor | None:
+        """Where the next frame that `name` remembers has to lie; None if anywhere. The oldest frame may lie there."""
+        return None
 
-        What was remembered before may be overwritten.
-        """
-        frames = (*self.frames.get(name, ()), *x.split(1, dim=2))
-        self.frames[name] = tuple(own(frame) for frame in frames[-count:])
+    def push(self, name: str, frame: Tensor, count: int) -> None:
+        """Remember `frame` [B, C, 1, H, W], which lies in `place` if there is one, and of the others the last of
+        `count` in all."""
+        self.frames[name] = (*self.frames.get(name, ()), frame)[-count:]
+
+    def keep(self, name: str, frame: Tensor, count: int) -> Tensor:
+        """`push` a frame that may lie anywhere; where it is remembered."""
+        place = self.place(name)
+        kept = own(frame) if place is None else place.copy_(frame)
+        self.push(name, kept, count)
+        return kept
 
 
 def own(x: Tensor) -> Tensor:
@@ -52,12 +60,17 @@ def own(x: Tensor) -> Tensor:
 # ---- elementary operations
 
 
-def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """x / ||x|| * sqrt(C) * gamma over the channels (dim 1), statistics in float32 at least."""
+def rms_norm(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
+    """x / ||x|| * sqrt(C) * gamma over the channels (dim 1), statistics in float32 at least; into `out` if given."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     scale = (x.shape[1] ** 0.5 / norm.clamp_min(1e-12)).to(x.dtype)
     gamma = gamma.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
-    return x * scale * gamma if torch.is_grad_enabled() else (x * scale).mul_(gamma)
+    return x * scale * gamma if torch.is_grad_enabled() else torch.mul(x, scale, out=out).mul_(gamma)
+
+
+def rms_silu(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
+    """SiLU of `rms_norm`, into `out` if given."""
+    return functional.silu(rms_norm(x, gamma, out), inplace=not torch.is_grad_enabled())
 
 
 def add(fresh: Tensor, x: Tensor) -> Tensor:
@@ -65,39 +78,65 @@ def add(fresh: Tensor, x: Tensor) -> Tensor:
     return x + fresh if torch.is_grad_enabled() else fresh.add_(x)
 
 
-def causal_conv(x: Tensor, name: str, w: Weights, history: History, norm: str = "") -> Tensor:
+def planes(x: Tensor) -> Tensor:
+    """Frames as a batch of planes, channels last in memory: [B, C, T, H, W] -> [B * T, C, H, W].
+
+    What a convolution is given, dense, so that it makes no copy of its own that no plan knows of.
+    """
+    return x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def plane_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int | None = None
+) -> Tensor:
+    """2-D convolution of every frame: [B, C, T, H, W] -> [B, C', T, H', W']; keeps the size if nothing is said."""
+    padding = weight.shape[-1] // 2 if padding is None else padding
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    y = functional.conv2d(planes(x), weight, bias, stride=stride, padding=padding)
+    return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+def tap_conv(frames: Sequence[Tensor], weight: Tensor, bias: Tensor, sum_: Tensor | None = None) -> Tensor:
+    """3-D convolution of `frames`, each [B, C, 1, H, W], to one: a sum of 2-D ones, a frame under each tap.
+
+    The last frame lies under the last tap; where there are fewer frames than taps there are zeros before them.
+    `sum_` is what earlier frames gave, bias included, and may be overwritten. Nothing is joined, and what the library
+    would make of a 3-D convolution (three times the memory with cuDNN of torch 2.9, a slow loop on a CPU) does not
+    matter.
+    """
+    for frame, tap in zip(frames, weight.unbind(2)[-len(frames) :], strict=True):
+        sum_ = plane_conv(frame, tap, bias) if sum_ is None else add(sum_, plane_conv(frame, tap, None))
+    assert sum_ is not None
+    return sum_
+
+
+def causal_conv(x: Tensor, name: str, w: Weights, history: History, norm: str = "", parts: int = 1) -> Tensor:
     """3-D convolution whose time padding is the end of the previous chunk (zeros before the first frame).
 
-    Spatial padding keeps the size; time stride 1. A time kernel of 1 needs no history. With `norm`, the name of
-    an RMS norm, that and SiLU come before it.
+    Spatial padding keeps the size; time stride 1. With `norm`, the name of an RMS norm, that and SiLU come before it.
+    Of every frame, `parts` equal parts of the channels become frames in a row.
     """
-    if norm:
-        x = functional.silu(rms_norm(x, w[f"{norm}.gamma"]), inplace=not torch.is_grad_enabled())
-    weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
-    kt, kh, kw = weight.shape[2:]
-    if kt == 1:
-        x = own(x)
-    else:
-        past = history.frames.get(name, ())
-        nothing = x.new_zeros(()).expand(*x.shape[:2], kt - 1 - len(past), *x.shape[3:])
-        joined = torch.cat([nothing, *past, x], dim=2)
-        history.keep(name, x, kt - 1)
-        x, past = joined, ()
-        del joined
-    return functional.conv3d(x, weight, bias, padding=(0, kh // 2, kw // 2))
-
-
-def plane_conv(x: Tensor, name: str, w: Weights, stride: int = 1, padding: int = 1) -> Tensor:
-    """2-D convolution of every frame: [B, C, T, H, W] -> [B, C', T, H', W']."""
-    b, _, t = x.shape[:3]
-    y = functional.conv2d(
-        x.transpose(1, 2).flatten(0, 1),
-        w[f"{name}.weight"],
-        w[f"{name}.bias"],
-        stride=stride,
-        padding=padding,
-    )
-    return y.unflatten(0, (b, t)).transpose(1, 2)
+    weights, biases = w[f"{name}.weight"].chunk(parts), w[f"{name}.bias"].chunk(parts)
+    taps, frames, made = weights[0].shape[2], list(x.split(1, dim=2)), []
+    del x
+    while frames:
+        frame, past = frames.pop(0), history.frames.get(name, ())
+        sums: list[Tensor | None] = [None] * parts
+        if 0 < len(past) == taps - 1:  # the oldest has its turn first: the new frame may take its place
+            sums = [tap_conv(past[:1], v[:, :, :1], b) for v, b in zip(weights, biases, strict=True)]
+            past = past[1:]
+        if norm:
+            frame = rms_silu(frame, w[f"{norm}.gamma"], history.place(name))
+            history.push(name, frame, taps - 1)
+        elif taps > 1:
+            frame = history.keep(name, frame, taps - 1)
+        given = (*past, frame)
+        made += [
+            tap_conv(given, v[:, :, 1:] if y is not None else v, b, y)
+            for v, b, y in zip(weights, biases, sums, strict=True)
+        ]
+        del frame, given, past, sums
+    return made[0] if len(made) == 1 else torch.cat(made, dim=2)
 
 
 def frame_by_frame(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -152,12 +191,7 @@ class Double:
             if x.shape[2] == 0:
                 return first
         # the first half of the channels is the earlier frame
-        y = (
-            causal_conv(x, f"{self.name}.time_conv", w, history)
-            .unflatten(1, (2, -1))
-            .movedim(1, 3)
-            .flatten(2, 3)
-        )
+        y = causal_conv(x, f"{self.name}.time_conv", w, history, parts=2)
         return torch.cat([first, y], dim=2) if first.shape[2] else y
 
 
@@ -171,14 +205,32 @@ class Up:
     def __call__(self, x: Tensor, w: Weights, history: History) -> Tensor:
         if self.time:
             x = Double(self.name)(x, w, history)
-        return frame_by_frame(lambda x: plane_conv(_widen(x), f"{self.name}.resample.1", w), x)
+        conv = f"{self.name}.resample.1"
+        return frame_by_frame(lambda x: _widened_conv(x, w[f"{conv}.weight"], w[f"{conv}.bias"]), x)
 
 
-def _widen(x: Tensor) -> Tensor:
-    """Nearest x2: [B, C, T, H, W] -> [B, C, T, 2H, 2W]."""
-    b, c, t, height, width = x.shape
-    x = x[:, :, :, :, None, :, None].expand(b, c, t, height, 2, width, 2)
-    return x.reshape(b, c, t, 2 * height, 2 * width)
+def _widened_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Nearest x2, then a 3x3 convolution, without making what lies between: [B, C, T, H, W] -> [B, C', T, 2H, 2W].
+
+    A pixel of the wide plane and its neighbours are copies of 2x2 pixels: for each of the four places that it can
+    have above its source, a 2x2 convolution with sums of the kernel's weights. Less than half of the multiplications.
+    """
+    b, _, t, height, width = x.shape
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    y = x.new_empty(b, t, 2 * height, 2 * width, weight.shape[0]).permute(0, 4, 1, 2, 3)
+    x = planes(x).unflatten(0, (b, t)).transpose(1, 2)
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        kernel = _folded(_folded(weight.to(wide), 2, down), 3, right).to(weight.dtype)
+        z = plane_conv(x, kernel, bias, padding=1)
+        y[..., down::2, right::2] = z[..., down : down + height, right : right + width]
+        del z
+    return y
+
+
+def _folded(kernel: Tensor, axis: int, odd: int) -> Tensor:
+    """Three taps along `axis` on a doubled axis as two on the original: for its even cells, or its odd ones."""
+    first, middle, last = kernel.split(1, dim=axis)
+    return torch.cat([first + middle, last] if odd else [first, middle + last], dim=axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,17 +245,18 @@ class Down:
         if not self.time:
             return x
         conv = f"{self.name}.time_conv"
-        past = history.frames.get(conv, ())
-        first = x[:, :, :0] if past else x[:, :, :1]
-        joined = torch.cat([*past, x], dim=2) if past else x
-        history.keep(conv, x, 1)
-        if joined.shape[2] == 1:
-            return first.clone()  # the history refers to the first frame, and a result is the receiver's own
-        y = functional.conv3d(joined, w[f"{conv}.weight"], w[f"{conv}.bias"], stride=(2, 1, 1))
-        return torch.cat([first, y], dim=2) if first.shape[2] else y
+        frames = (*history.frames.get(conv, ()), *x.split(1, dim=2))
+        first = x[:, :, : 0 if conv in history.frames else 1]
+        weight, bias = w[f"{conv}.weight"], w[f"{conv}.bias"]
+        made = [tap_conv(frames[i : i + 3], weight, bias) for i in range(0, len(frames) - 2, 2)]
+        history.keep(conv, frames[-1], 1)
+        # the history refers to the first frame, and a result is the receiver's own
+        return torch.cat([first, *made], dim=2) if first.shape[2] or len(made) > 1 else made[0]
 
     def _narrow(self, x: Tensor, w: Weights) -> Tensor:
-        return plane_conv(functional.pad(x, (0, 1, 0, 1)), f"{self.name}.resample.1", w, stride=2, padding=0)
+        conv = f"{self.name}.resample.1"
+        x = functional.pad(x, (0, 1, 0, 1))
+        return plane_conv(x, w[f"{conv}.weight"], w[f"{conv}.bias"], stride=2, padding=0)
 
 
 @dataclass(frozen=True, slots=True)

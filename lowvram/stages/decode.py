@@ -13,12 +13,12 @@ from torch import Tensor
 from lowvram.job import Job
 from lowvram.model import Model
 from lowvram.models import vae, vae_clip
-from lowvram.models.vae_clip import Piece
+from lowvram.models.vae_clip import FRAMES, Piece
 from lowvram.models.vae_tiles import Span, Tiling
-from lowvram.planning.decode import decoder_group
 from lowvram.stages.run import Run
-from lowvram.stages.shelf import Shelf
+from lowvram.stages.tiles import Shelf, in_tiles
 from lowvram.stages.weights import Dense
+from lowvram.tiling import decodings
 
 Pixels = NDArray[np.uint8]
 
@@ -34,7 +34,10 @@ def to_floats(frame: Tensor) -> NDArray[np.float32]:
 
 
 def decode(run: Run, model: Model, job: Job, latent: Tensor) -> Iterator[Pixels]:
-    """Frames [1, H, W, 3] uint8 RGB in order, from a latent [C, F, H, W] float32 on the host."""
+    """Frames [1, H, W, 3] uint8 RGB in order, from a latent [C, F, H, W] float32 on the host.
+
+    Memory that runs out in spite of the plan is met with smaller tiles, from the same frame on.
+    """
     return _decode(run, model, job, latent, lambda frame: to_pixels(frame))
 
 
@@ -46,44 +49,54 @@ def decode_floats(run: Run, model: Model, job: Job, latent: Tensor) -> Iterator[
 def _decode(
     run: Run, model: Model, job: Job, latent: Tensor, convert: Callable[[Tensor], NDArray[Any]]
 ) -> Iterator[NDArray[Any]]:
-    spec, dtype = model.spec.vae, run.plan.dtype
-    tiling = run.plan.stage("decode").tiling or Tiling()
-    plane, tiles = (latent.shape[2], latent.shape[3]), tiling.rows * tiling.columns
+    spec, dtype, device = model.spec.vae, run.plan.dtype, run.device
+    shape = (FRAMES * (latent.shape[1] - 1) + 1, job.height, job.width)
+    ways = decodings(model, shape, dtype, device.footprint)
     with run.stage("decode") as (stack, traffic):
-        params = stack.enter_context(run.loaded("vae", decoder_group(model), traffic))
-        memories = vae_clip.decoder(spec).memories(tiling, plane, spec.shapes())
-        visits = -(-latent.shape[1] // tiling.visit)
-        shelf = Shelf(run.device, memories, dtype, visits, kept=tiling.kept)
-        stack.callback(shelf.close)
-        pieces = vae_clip.decode(
-            spec, Dense(params, dtype), latent[None], tiling, shelf, run.device.torch_device, dtype
-        )
-        unfinished: dict[int, tuple[NDArray[Any], int]] = {}
-        for done, (number, rows, columns, pixels) in enumerate(_converted(pieces, convert), 1):
-            if done % tiles == 0:
-                run.listener.step(run.device.ledger.used)
-            if tiles == 1:
-                yield pixels
-                continue
-            if number not in unfinished:
-                unfinished[number] = np.empty((1, job.height, job.width, 3), pixels.dtype), tiles
-            frame, missing = unfinished.pop(number)
-            frame[:, slice(*rows), slice(*columns)] = pixels
-            if missing == 1:
-                yield frame
-            else:
-                unfinished[number] = frame, missing - 1
+        w = Dense(stack.enter_context(run.loaded("vae", ways.weights, traffic)), dtype)
+
+        def attempt(tiling: Tiling, first: int) -> Iterator[NDArray[Any]]:
+            memories = vae_clip.decoder(spec).memories(tiling, ways.plane, spec.shapes())
+            visits = -(-latent.shape[1] // tiling.visit)
+            with Shelf(device, memories, dtype, visits, kept=tiling.kept) as shelf:
+                pieces = vae_clip.decode(spec, w, latent[None], tiling, shelf, device.torch_device, dtype)
+                yield from _frames(_converted(pieces, convert, first), shape, tiling.rows * tiling.columns)
+
+        for frame in in_tiles(device, ways, run.plan.stage("decode").tiling or Tiling(), attempt):
+            run.listener.step(device.ledger.used)
+            yield frame
+
+
+def _frames(
+    pieces: Iterator[tuple[int, Span, Span, NDArray[Any]]], shape: tuple[int, int, int], tiles: int
+) -> Iterator[NDArray[Any]]:
+    """Whole frames of `shape` (frames, rows, columns), each of so many pieces."""
+    unfinished: dict[int, tuple[NDArray[Any], int]] = {}
+    for number, rows, columns, pixels in pieces:
+        if tiles == 1:
+            yield pixels
+            continue
+        if number not in unfinished:
+            unfinished[number] = np.empty((1, *shape[1:], 3), pixels.dtype), tiles
+        frame, missing = unfinished.pop(number)
+        frame[:, slice(*rows), slice(*columns)] = pixels
+        if missing == 1:
+            yield frame
+        else:
+            unfinished[number] = frame, missing - 1
 
 
 def _converted(
-    pieces: Iterator[Piece], convert: Callable[[Tensor], NDArray[Any]]
+    pieces: Iterator[Piece], convert: Callable[[Tensor], NDArray[Any]], first: int = 0
 ) -> Iterator[tuple[int, Span, Span, NDArray[Any]]]:
+    """Number, rows, columns and pixels on the host of the pieces of frame `first` and those after it."""
     while True:
         with torch.inference_mode():  # entered anew for every piece: it must not leak into who takes them
             piece = next(pieces, None)
             if piece is None:
                 return
             number, rows, columns, frame = piece
-            pixels = convert(frame)
+            pixels = convert(frame) if number >= first else None
             del piece, frame  # or they would live through the making of the next
-        yield number, rows, columns, pixels
+        if pixels is not None:
+            yield number, rows, columns, pixels

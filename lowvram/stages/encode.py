@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from lowvram.errors import InternalError
-from lowvram.model import Model, vae_group
+from lowvram.model import Model
 from lowvram.models import vae_clip
-from lowvram.models.vae import ENCODER
+from lowvram.models.vae_tiles import Tiling
+from lowvram.offload.device import exhausted
 from lowvram.stages.run import Run, Traffic
-from lowvram.stages.shelf import Shelf
+from lowvram.stages.tiles import Shelf, in_tiles
 from lowvram.stages.weights import Dense
-from lowvram.tiling import EncodePlan
+from lowvram.tiling import EncodePlan, encodings
 
 
 def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, traffic: Traffic) -> Tensor:
@@ -23,7 +24,8 @@ def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, t
 
     frames   each [3, H, W] in -1..1 of any float dtype, on the host, in order: as many and as large as
              `plan.shape` says. Asked for when their turn comes: one latent's frames at a time, or as many latents'
-             as pass a tile at once (`plan.tiling.visit`).
+             as pass a tile at once (`plan.tiling.visit`). If they can be iterated over again (a list, not an
+             iterator), memory that runs out in spite of the plan is met with smaller tiles.
     plan     of `lowvram.tiling.plan_encode`. The caller's stage must hold its claims, as `Run.stage` does for the
              claims that the stage's plan names alike; "vae weights" and "ring 0" are taken here.
     traffic  of the caller's stage
@@ -31,36 +33,33 @@ def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, t
     The posterior mean, as upstream. Equal to the whole clip at once: no tile and no chunk shows. InternalError if the
     frames are not those of the plan.
     """
-    spec, (count, height, width) = model.spec.vae, plan.shape
+    spec, device, dtype, (count, height, width) = model.spec.vae, run.device, plan.dtype, plan.shape
     _, rows, columns = spec.stride
-    plane = height // rows, width // columns
     if count % vae_clip.FRAMES != 1 or height % rows or width % columns:
         raise _unexpected(
             f"{count} frames of {width}x{height}", f"1 + 4k frames of a multiple of {rows} pixels"
         )
-    shape = model.spec.latent_shape(width, height, count)
-    memories = vae_clip.encoder(spec).memories(plan.tiling, plane, spec.shapes())
-    visits = -(-shape[1] // plan.tiling.visit)
-    latent = torch.empty(shape)
-    with ExitStack() as stack:
-        params = stack.enter_context(run.loaded("vae", vae_group(model, ENCODER), traffic))
-        shelf = Shelf(run.device, memories, plan.dtype, visits, kept=plan.tiling.kept)
-        stack.callback(shelf.close)
-        latents = vae_clip.encode(
-            spec,
-            Dense(params, plan.dtype),
-            _checked(frames, plan.shape),
-            plane,
-            plan.tiling,
-            shelf,
-            run.device.torch_device,
-            plan.dtype,
-        )
-        with torch.inference_mode():
-            for n, made in enumerate(latents):
-                latent[:, n] = made[0, :, 0]
-                del made  # or it would live through the making of the next
-                run.listener.step(run.device.ledger.used)
+    ways = encodings(model, plan.shape, dtype, device.footprint)
+    latent = torch.empty(ways.latent)
+    with run.loaded("vae", ways.weights, traffic) as params:
+        w = Dense(params, dtype)
+
+        def attempt(tiling: Tiling, first: int) -> Iterator[Tensor]:
+            if tiling != plan.tiling and iter(frames) is frames:  # asked for already
+                raise exhausted(device.ledger.what, "the autoencoder", ways.exactly(tiling).vram)
+            memories = vae_clip.encoder(spec).memories(tiling, ways.plane, spec.shapes())
+            visits = -(-latent.shape[1] // tiling.visit)
+            with Shelf(device, memories, dtype, visits, kept=tiling.kept) as shelf, torch.inference_mode():
+                clip = _checked(frames, plan.shape)
+                latents = vae_clip.encode(
+                    spec, w, clip, ways.plane, tiling, shelf, device.torch_device, dtype
+                )
+                yield from (z.to("cpu") for z in islice(latents, first, None))
+
+        for n, z in enumerate(in_tiles(device, ways, plan.tiling, attempt)):
+            latent[:, n] = z[0, :, 0]
+            del z  # or it would live through the making of the next
+            run.listener.step(device.ledger.used)
     return latent
 
 

@@ -25,7 +25,7 @@ from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, VaeSpec
 from lowvram.sampling.presets import model_preset
 from lowvram.stages.encode import encode
 from lowvram.stages.run import Run, Traffic
-from lowvram.stages.shelf import Shelf
+from lowvram.stages.tiles import Shelf
 from lowvram.stages.weights import Dense, to_params
 from lowvram.tiling import EncodePlan, Encodings, plan_encode
 

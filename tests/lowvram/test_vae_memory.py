@@ -25,7 +25,7 @@ from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, VaeSpec
 from lowvram.sampling.presets import model_preset
 from lowvram.stages import decode
 from lowvram.stages.run import Run
-from lowvram.stages.shelf import Shelf
+from lowvram.stages.tiles import Shelf
 from lowvram.stages.weights import Dense, to_params
 from lowvram.tiling import VISIT, Decoding, Decodings
 

@@ -17,8 +17,9 @@ from lowvram.models.vae_tiles import Tiling
 Error = Callable[[Tensor, Tensor], float]
 Noise = Callable[..., Tensor]
 
-EXACT = 1e-5
-"""Float32 against float32 in another order of summation: measured 1e-6 to 2e-6."""
+EXACT = 2e-5
+"""Float32 against float32 in another order of summation. Either is up to 1e-5 from float64: measured at most 6e-6 to
+1e-5 here and 8e-6 there, for random weights that make the signal grow."""
 VERSIONS = ["2.1", "2.1-small", "2.2"]
 CLIPS = [(1, 3, 5), (1, 1, 1), (5, 5, 3), (9, 3, 5), (13, 2, 3)]
 """Pixel frames, rows and columns of latents."""

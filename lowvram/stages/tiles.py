@@ -1,0 +1,114 @@
+"""Running an autoencoder in tiles: where their histories are, and what to do when memory runs out after all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from typing import Self, TypeVar
+
+import torch
+
+from lowvram.errors import OutOfMemoryError
+from lowvram.models.vae_history import Memory, pack, packed_size
+from lowvram.models.vae_layers import History
+from lowvram.models.vae_tiles import Tiling
+from lowvram.offload.device import Device, exhausted
+from lowvram.tiling import Codings, Decoding
+
+Result = TypeVar("Result")
+
+ENDLESS = 1 << 62
+"""Bytes of host memory where nobody set a cap."""
+
+
+class Shelf:
+    """Where the histories of the middle block and of the tiles are between visits.
+
+    All on the device (`kept`), or there in turn: then they are on the host from the first to the last visit.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        memories: Sequence[Sequence[Memory]],
+        dtype: torch.dtype,
+        visits: int,
+        *,
+        kept: bool,
+    ) -> None:
+        sizes = [packed_size(found, dtype) for found in memories]
+        starts = list(accumulate(sizes, initial=0))
+        slab = torch.empty(starts[-1] if kept else max(sizes), dtype=torch.uint8, device=device.torch_device)
+        offsets = starts if kept else [0] * len(sizes)
+        self._slabs = [slab[a : a + size] for a, size in zip(offsets, sizes, strict=False)]
+        self._histories = [pack(*of, dtype) for of in zip(memories, self._slabs, strict=True)]
+        self._device, self._visits, self._seen = device, visits, [0] * len(sizes)
+        self._host = None if kept or visits == 1 else device.host_alloc("ram histories", starts[-1])
+        self._homes = [slice(a, a + size) for a, size in zip(starts, sizes, strict=False)]
+
+    @contextmanager
+    def visit(self, number: int) -> Iterator[History]:
+        """The history of tile `number`, or of the middle block, 0, on the device."""
+        if self._seen[number]:
+            self._move(number, to_host=False)
+        yield self._histories[number]
+        self._seen[number] += 1
+        if self._seen[number] < self._visits:
+            self._move(number, to_host=True)
+
+    def _move(self, number: int, *, to_host: bool) -> None:
+        if self._host is None:
+            return
+        ends = self._host.tensor[self._homes[number]], self._slabs[number]
+        target, source = ends if to_host else ends[::-1]
+        event = self._device.copy_async(target, source, after=self._device.record_compute())
+        self._device.wait(event)  # the next tile writes to the same place
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._device.synchronize()
+        self._histories, self._slabs = [], []
+        if self._host is not None:
+            self._host.free()
+
+
+def in_tiles(
+    device: Device, ways: Codings, tiling: Tiling, attempt: Callable[[Tiling, int], Iterator[Result]]
+) -> Iterator[Result]:
+    """The results of `attempt(tiling, 0)`. If memory runs out, those of `attempt(smaller, n)` after the first n.
+
+    attempt  gives the results from the nth on; histories begin with the clip, so what was given is computed again
+
+    Each time the tiling takes at most half of what the one before took on the device, or the least there is. What it
+    needs more on the host is claimed. OutOfMemoryError if there is no smaller one.
+    """
+    given, planned = 0, None
+    with ExitStack() as more:
+        while True:
+            try:
+                for result in attempt(tiling, given):
+                    yield result
+                    del result
+                    given += 1
+                return
+            except (torch.OutOfMemoryError, OutOfMemoryError) as error:
+                problem = error.with_traceback(None)  # its frames hold the tensors of the attempt
+            last = ways.exactly(tiling)
+            planned = planned or last
+            more.close()
+            room = ENDLESS if device.ram.room is None else device.ram.room
+            smaller = ways.choose(last.vram // 2, room + planned.resting, lambda coding: coding.work)
+            if smaller.vram >= last.vram:
+                raise _told(problem, device, last) from None
+            tiling = smaller.tiling
+            more.enter_context(device.ram.claim("smaller tiles", max(0, smaller.resting - planned.resting)))
+
+
+def _told(problem: Exception, device: Device, last: Decoding) -> Exception:
+    """What people are told when no tile is small enough."""
+    if isinstance(problem, OutOfMemoryError):
+        return problem
+    return exhausted(device.ledger.what, "the smallest tile of the autoencoder", last.vram)

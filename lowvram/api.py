@@ -31,7 +31,7 @@ from lowvram.errors import BudgetError, NonFiniteError, UsageError
 from lowvram.job import Job, LoraChoice, check_complete, check_driven, describe, make_job
 from lowvram.machine import Machine, machine_profile, this_machine
 from lowvram.media.picture import open_picture
-from lowvram.media.video import VideoWriter, check_size, check_target
+from lowvram.media.video import VideoWriter, check_size, check_target, write_behind
 from lowvram.model import Model, imagined_model, open_model, with_loras
 from lowvram.offload.budget import Budget, Ledger, parse_bytes
 from lowvram.offload.device import CpuDevice, Device
@@ -252,8 +252,7 @@ class Video:
         with VideoWriter(
             target, self.job.width, self.job.height, self.job.fps, facts, overwrite=overwrite
         ) as writer:
-            for frame in self.frames():
-                writer.write(frame[None])
+            write_behind(writer, (frame[None] for frame in self.frames()))
         return Report(tuple(self.reports), tuple(self.notes))
 
 

@@ -1,25 +1,40 @@
-"""lowvram decode: a finished latent becomes a video."""
+"""lowvram decode: a finished latent, of a job or in a file, becomes a video."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowvram.cli import options as o
 
+if TYPE_CHECKING:
+    from lowvram.api import Runtime
+
 
 def decode(
     job_name: Annotated[
-        str, typer.Argument(metavar="JOB", help="A job whose denoise is finished, or `last`.")
+        str,
+        typer.Argument(
+            metavar="JOB|FILE",
+            help="A job whose denoise is finished, `last`, or a latent file that ends in .safetensors.",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path("out.mp4"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    model: Annotated[str, typer.Option("--model", "-m", help="Whose VAE decodes a latent file.")] = "nano",
+    vae: Annotated[str | None, typer.Option("--vae", help="The VAE that decodes a latent file.")] = None,
+    fps: Annotated[
+        float | None, typer.Option("--fps", help="Frames a second of a latent file's video.")
+    ] = None,
+    vram: o.Vram = None,
+    ram: o.Ram = None,
+    device: o.Device = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Decode the finished latent of a job once more."""
+    """Decode the finished latent of a job once more, or a latent file."""
     import time
 
     from lowvram.api import Pipeline, Runtime
@@ -30,6 +45,19 @@ def decode(
     from lowvram.state import find_latent, jobs_root
 
     check_output(output, overwrite)
+    if job_name.endswith(".safetensors"):
+        _decode_file(
+            Path(job_name), output, overwrite, model, vae, fps, Runtime(vram, ram, device), as_json, quiet
+        )
+        return
+    given = {"--model": model != "nano", "--vae": vae, "--fps": fps, "--vram": vram, "--ram": ram}
+    if wrong := [flag for flag, value in (given | {"--device": device}).items() if value]:
+        raise UsageError(
+            f"{wrong[0]} beside a job",
+            where=job_name,
+            expected="only a latent file takes it; a job brings its own",
+            advice=f"leave {wrong[0]} out",
+        )
     folder = find_latent(job_name, jobs_root())
     saved, latent = folder.load(), load_latent(folder)
     if latent is None:
@@ -46,3 +74,32 @@ def decode(
     with Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:
         report = pipe.video(job, latent, plan, progress).save(output, overwrite=overwrite)
     tell(output, job, report, as_json, quiet)
+
+
+def _decode_file(
+    file: Path,
+    output: Path,
+    overwrite: bool,
+    model: str,
+    vae: str | None,
+    fps: float | None,
+    runtime: Runtime,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    import time
+
+    from lowvram.autoencoder import Autoencoder, load_latent_file, open_vae
+    from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode
+
+    latent, rate = load_latent_file(file)
+    found = open_vae(vae) if vae else runtime.load(model).model
+    plan = Autoencoder(runtime, found).plan_decode(latent)
+    forecast = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages]
+    with Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:
+        vae_alone = Autoencoder(runtime, found, progress)
+        vae_alone.save(latent, plan, output, fps or rate or found.spec.fps, overwrite=overwrite)
+    if as_json:
+        emit_json({"schema": "lowvram.result/1", "output": str(output)})
+    else:
+        emit(str(output))

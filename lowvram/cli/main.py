@@ -17,6 +17,7 @@ from lowvram.cli import (
     decode,
     demo,
     doctor,
+    encode,
     generate,
     inspect,
     models,
@@ -76,6 +77,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     inspect.inspect,
     quantize.quantize,
     resume.resume,
+    encode.encode,
     decode.decode,
     bench.bench,
 )

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -233,6 +235,40 @@ class VideoWriter:
                 where=str(self.path),
                 advice=f"free space or choose another folder, and run again{kept}",
             ) from error
+
+
+AHEAD = 4
+"""Frames that may wait for the encoder while the next are made."""
+
+
+def write_behind(writer: VideoWriter, chunks: Iterable[Frames]) -> None:
+    """Write `chunks`, each [T, H, W, 3], from a thread of its own, while the next are made in this one.
+
+    The same bytes as writing them in turn. An error of either side is raised here, and the thread is over then.
+    """
+    waiting: Queue[Frames | None] = Queue(AHEAD)
+    errors: list[BaseException] = []
+
+    def write() -> None:
+        while (chunk := waiting.get()) is not None:
+            if not errors:  # after an error only so that nobody waits for room
+                try:
+                    writer.write(chunk)
+                except BaseException as error:  # noqa: BLE001 raised again by the caller
+                    errors.append(error)
+
+    thread = Thread(target=write, name="video writer", daemon=True)
+    thread.start()
+    try:
+        for chunk in chunks:
+            if errors:
+                break
+            waiting.put(chunk)
+    finally:
+        waiting.put(None)
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def read_frames(path: Path) -> Iterator[Frames]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowvram.media.video import AHEAD
 from lowvram.model import Group, Model
 from lowvram.models import vae
 from lowvram.offload.budget import Budget
@@ -11,8 +12,8 @@ from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
 from lowvram.tiling import Decoding, Decodings
 
-WRITER_FRAMES = 16
-"""Frames the video encoder may hold."""
+WRITER_FRAMES = 16 + AHEAD
+"""Frames the video encoder may hold, and those that wait for it."""
 
 
 def decoder_group(model: Model) -> Group:

@@ -1,0 +1,59 @@
+"""lowvram encode: a video becomes a latent file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowvram.cli import options as o
+
+
+def encode(
+    video: Annotated[Path, typer.Argument(help="The video to read.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The latent file to write.")] = Path(
+        "latents.safetensors"
+    ),
+    model: o.Model = "nano",
+    vae: o.Vae = None,
+    frames: Annotated[
+        int | None, typer.Option("--frames", help="Take the first so many frames, 4n+1; all if left out.")
+    ] = None,
+    vram: o.Vram = None,
+    ram: o.Ram = None,
+    device: o.Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Encode a video with the VAE of a model, in float32, into a file that `decode` reads."""
+    import time
+
+    from lowvram.api import Runtime
+    from lowvram.autoencoder import Autoencoder, open_vae, open_video, save_latent_file
+    from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode
+    from lowvram.errors import UsageError
+
+    if output.suffix != ".safetensors":
+        raise UsageError(
+            "the output is not a safetensors file",
+            where=str(output),
+            advice="give a name that ends in .safetensors",
+        )
+    if output.exists() and not overwrite:
+        raise UsageError(
+            "the output exists already", where=str(output), advice="choose another name, or add --overwrite"
+        )
+    runtime = Runtime(vram, ram, device)
+    found = open_vae(vae) if vae else runtime.load(model).model
+    clip, shape, fps = open_video(video, found.spec.vae, frames)
+    plan = Autoencoder(runtime, found).plan_encode(shape)
+    forecast = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages]
+    with Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:
+        latent = Autoencoder(runtime, found, progress).encode(clip, plan)
+    save_latent_file(output, latent, {"model": found.name, "fps": fps})
+    if as_json:
+        emit_json({"schema": "lowvram.latent/1", "output": str(output), "shape": list(latent.shape)})
+    else:
+        emit(str(output))

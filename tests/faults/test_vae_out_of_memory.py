@@ -28,11 +28,12 @@ GB = 10**9
 
 
 class Scarce(TorchDispatchMode):
-    """Counts the tensors that the autoencoder makes; making the Nth fails, as on a GPU that is full."""
+    """Counts the tensors that the autoencoder makes; making the Nth fails, as on a GPU that is full; `forever`
+    from then on."""
 
     def __init__(self, nth: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.nth, self.made = nth, 0
+        self.nth, self.made, self.forever = nth, 0, False
         self.tilings: list[Tiling] = []
 
     def __torch_dispatch__(
@@ -44,7 +45,7 @@ class Scarce(TorchDispatchMode):
             given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
             self.made += result.untyped_storage()._cdata not in given
             if self.made == self.nth:
-                self.made += 1
+                self.made += not self.forever
                 raise torch.OutOfMemoryError("made to fail")
         return result
 
@@ -110,7 +111,7 @@ def test_where_no_tile_is_smaller_the_error_says_so(
     pipe: Pipeline, job: Job, run: Run, scarce: Scarce
 ) -> None:
     small = replace(job, width=64, height=64)
-    scarce.nth = 50
+    scarce.nth, scarce.forever = 50, True
     with pytest.raises(OutOfMemoryError, match="smallest tile"):
         decoded(pipe, small, run)
     assert run.device.ledger.used == run.device.ram.used == 0

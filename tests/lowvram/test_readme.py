@@ -57,6 +57,7 @@ def test_the_readme_shows_every_verb() -> None:
         "models",
         "quantize",
         "resume",
+        "encode",
         "decode",
     }
 

@@ -44,8 +44,8 @@ class Scarce(TorchDispatchMode):
         if real and not isinstance(result, FakeTensor):
             given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
             self.made += result.untyped_storage()._cdata not in given
-            if self.made == self.nth:
-                self.made += not self.forever
+            if self.made == self.nth or (self.forever and self.made > self.nth):
+                self.made += 1
                 raise torch.OutOfMemoryError("made to fail")
         return result
 

@@ -85,7 +85,7 @@ def test_the_planned_peak_is_the_measured_one(version: str, tiling: Tiling) -> N
         memories = vae_clip.decoder(spec).memories(tiling, plane, spec.shapes())
         shelf = Shelf(CpuDevice(), memories, torch.float32, math.ceil(2 / tiling.visit), kept=tiling.kept)
         pieces = vae_clip.decode(spec, w, latent, tiling, shelf, torch.device("cpu"), torch.float32)
-        assert sum(1 for _ in decode._as_bytes(pieces)) == 5 * tiling.rows * tiling.columns
+        assert sum(1 for _ in decode._converted(pieces, decode.to_pixels)) == 5 * tiling.rows * tiling.columns
         del shelf
     piece = 3 * math.ceil(16 / tiling.rows) * math.ceil(10 / tiling.columns) * spec.stride[1] ** 2
     measured, expected = tracker.peak().peak_bytes, planned.vram + planned.waiting + allocated_size(piece)

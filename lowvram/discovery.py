@@ -141,6 +141,9 @@ def _in_folder(
 ) -> ModelFiles:
     """The parts in a folder: by the names of the known layouts, the rest by what the files hold."""
     paths = _parts_in(folder)
+    if not {"high", "low", "single"} & (paths.keys() | given.keys()):
+        # ComfyUI's folder `vae` holds everybody's: without a transformer in its place this is none of these layouts.
+        paths = {part: path for part, path in paths.items() if part == "tokenizer"}
     reasons: dict[str, str] = {}
     have = paths.keys() | given.keys()
     if not {"vae", "text"} <= have or not ("single" in have or {"high", "low"} <= have):

@@ -125,6 +125,7 @@ def test_transformers_that_are_not_plain_are_named_and_taken_only_when_asked_for
 def test_a_folder_of_loose_comfy_files_is_a_model(owned: Any) -> None:
     found = find(str(owned.comfy))
     assert Path(found.paths["high"]).name == "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors"
+    assert Path(found.paths["vae"]).name == "wan_2.1_vae.safetensors"
     assert {"high", "low", "vae", "text"} == found.paths.keys()
 
 

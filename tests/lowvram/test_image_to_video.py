@@ -32,9 +32,9 @@ def load(pictured_models: dict[str, Path]) -> Callable[..., Pipeline]:
 
 
 def job_of(pipe: Pipeline, kind: str, pictures: tuple[Path, Path], **more: Any) -> Job:
-    """Three steps that both experts have a part in; the last picture where the model needs it."""
+    """Two steps, one of each expert; the last picture where the model needs it."""
     last = {"last_image": pictures[1]} if "flf2v" in kind else {}
-    settings: dict[str, Any] = {"image": pictures[0], "width": 64, "height": 64, "steps": 3, "shift": 3.0}
+    settings: dict[str, Any] = {"image": pictures[0], "width": 64, "height": 64, "steps": 2, "shift": 3.0}
     return pipe.job(PROMPT, **settings | last | more)
 
 
@@ -56,7 +56,7 @@ class Peaks:
         self.peaks[self.name] = self.tracker.peak().peak_bytes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tiny-i2v-a14b", "tiny-flf2v-14b", "tiny-ti2v-5b"])
 def test_measured_is_at_most_planned_and_planned_at_most_3_percent_more(
     kind: str, load: Callable[..., Pipeline], picture_files: tuple[Path, Path]
 ) -> None:
@@ -92,10 +92,10 @@ def test_streamed_equals_resident_bit_for_bit(
     assert torch.equal(pipe.run(job, plan=replace(plan, denoise=placement)).latent, resident)
 
 
-@pytest.mark.parametrize("kind", ["tiny-i2v-a14b", "tiny-ti2v-5b"])
 def test_the_smallest_budget_is_kept_and_gives_the_same_video_within_rounding(
-    kind: str, load: Callable[..., Pipeline], picture_files: tuple[Path, Path]
+    load: Callable[..., Pipeline], picture_files: tuple[Path, Path]
 ) -> None:
+    kind = "tiny-ti2v-5b"
     pipe = load(kind)
     wide = pipe.run(job_of(pipe, kind, picture_files)).latent
     with pytest.raises(BudgetError) as refused:
@@ -122,8 +122,8 @@ def test_pictures_change_the_video_and_the_first_frame_of_5b_is_the_picture_s(
     other = pipe.run(job_of(pipe, "5b", picture_files, seed=9))
     assert torch.equal(pictured.latent[:, 0], other.latent[:, 0])
     assert not torch.equal(pictured.latent[:, 1], other.latent[:, 1])
-    text_alone = pipe.run(pipe.job(PROMPT, width=64, height=64, steps=3))
-    assert [s.name for s in text_alone.plan.stages] == ["text", "prepare", "denoise", "decode"]
+    text_alone = pipe.plan(PROMPT, width=64, height=64, steps=2)
+    assert [s.name for s in text_alone.stages] == ["text", "prepare", "denoise", "decode"]
 
 
 def test_the_size_follows_the_picture_and_size_says_otherwise(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,11 +13,12 @@ from lowvram.conditions.contract import resting
 from lowvram.model import Group, Model
 from lowvram.models import clip
 from lowvram.offload.budget import allocated_size
-from lowvram.offload.placement import Placement, plan_traffic
-from lowvram.offload.slab import build_layout
+from lowvram.offload.placement import BlockId, plan_traffic
+from lowvram.offload.slab import BlockLayout, build_layout
 from lowvram.offload.stream import BlockStream
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
+from lowvram.planning.visits import all_on_disk
 from lowvram.quant.spec import ClipSpec, numel
 from lowvram.stages.run import Run
 from lowvram.stages.weights import to_params
@@ -38,13 +39,17 @@ def clip_groups(model: Model, spec: ClipSpec) -> list[Group]:
     return groups
 
 
+def _layouts(groups: Sequence[Group]) -> dict[BlockId, BlockLayout]:
+    return {("clip", n): build_layout(group.refs) for n, group in enumerate(groups)}
+
+
 def plan_look(facts: Facts, pictures: int, ram: int) -> StagePlan:
     """The stage "clip": the tower streams past `pictures` pictures. `ram`: host bytes of the pictures themselves."""
     spec = facts.spec.clip
     assert spec is not None
     groups = clip_groups(facts.model, spec)
-    layouts = {("clip", n): build_layout(group.refs) for n, group in enumerate(groups)}
-    traffic = plan_traffic(layouts, Placement(dict.fromkeys(layouts, "disk")), list(layouts))
+    layouts = _layouts(groups)
+    traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
     rows = allocated_size(spec.tokens * spec.dim * facts.dtype.itemsize)
     claims = traffic.device_claims(facts.footprint) | {
         "clip rows": pictures * (rows + allocated_size(12 * spec.side**2)),
@@ -74,12 +79,13 @@ def look(run: Run, model: Model, pictures: Iterable[Tensor]) -> Tensor:
     spec, dtype, device = model.spec.clip, run.plan.dtype, run.device.torch_device
     assert spec is not None
     groups = clip_groups(model, spec)
-    layouts = {("clip", n): build_layout(group.refs) for n, group in enumerate(groups)}
-    placement = Placement(dict.fromkeys(layouts, "disk"))
+    layouts = _layouts(groups)
     with run.stage("clip") as (stack, traffic):
         rows = [clip.look(spec, picture).to(device) for picture in pictures]
         stream = stack.enter_context(
-            BlockStream(layouts, placement, run.device, run.open_reader, list(layouts), clock=run.clock)
+            BlockStream(
+                layouts, all_on_disk(layouts), run.device, run.open_reader, list(layouts), clock=run.clock
+            )
         )
         for (_, n), views in stream:
             p = to_params(groups[n], views)

@@ -227,3 +227,13 @@ def test_an_unwritable_place_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(LowvramError) as refused:
         new_job(saved(), tmp_path / "file" / "jobs", "20260101-000000")
     assert refused.value.exit_code == 6
+
+
+def test_21_image_to_video_has_another_shift_at_480p() -> None:
+    shifts = [
+        job("wan2.1-i2v-14b", **size).schedule for size in ({}, {"width": 480, "height": 832}, {"shift": 4.0})
+    ]
+    sigmas = [schedule.sigmas[20] for schedule in shifts]
+    assert sigmas == pytest.approx(
+        [shift * 0.4995 / (1 + (shift - 1) * 0.4995) for shift in (5, 3, 4)], abs=1e-4
+    )

@@ -124,11 +124,11 @@ def convert(encoding: Encoding, source: Tensor) -> tuple[dict[str, Tensor], floa
 def squares(old: Tensor, new: Tensor) -> tuple[float, float]:
     """Sums of squares of new - old and of old, in float64."""
     loss = size = 0.0
-    flat, other = old.flatten(), new.flatten()
-    for start in range(0, flat.numel(), CHUNK_ELEMENTS):
-        before = flat[start : start + CHUNK_ELEMENTS].to(torch.float64)
+    flat, other, step = old.flatten(), new.flatten(), CHUNK_ELEMENTS // 8
+    for start in range(0, flat.numel(), step):
+        before = flat[start : start + step].to(torch.float64)
         size += float(before.square().sum())
-        loss += float((other[start : start + CHUNK_ELEMENTS].to(torch.float64) - before).square_().sum())
+        loss += float((other[start : start + step].to(torch.float64) - before).square_().sum())
     return loss, size
 
 

@@ -107,7 +107,7 @@ def open_folder(
         raise FileError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing",
             where=str(folder),
-            expected=f"mode {mode} needs {', '.join(needed)}",
+            expected=f"{', '.join(needed)} for --mode {mode}",
             advice="run the preprocessing for this mode, or choose the other mode",
         )
     replaced = [open_clip(folder / name) for name in _REPLACED] if mode == "replace" else [None, None]

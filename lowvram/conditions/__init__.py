@@ -3,6 +3,8 @@
     contract   what a way has to say, and the tensors it makes
     pictures   channels beside the noise: image to video, first and last frame; CLIP
     first      TI2V-5B: the first latent frame is given
+    animate    a character driven by poses and faces, segment by segment
+    faces      face crops to the keys and values of its adapters
 
 The stage that runs them is `lowvram.stages.condition`.
 """

@@ -2,7 +2,8 @@
 
 The transformer sees 36 channels: 16 of noise, 4 of mask, 16 of what is given. The first latent frame is the reference
 picture's and is given whole. Behind it are the frames of the segment: in "animate" only those carried over from the
-segment before, in "replace" the scene without the person, with a mask of where it was.
+segment before, in "replace" the scene without the person, with a mask of where it was. A resumed job has the condition of
+the segment under way, but reads the videos again for those after it.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from lowvram.cli.options import JobFlags
 from lowvram.errors import UsageError
 from lowvram.framing import LONGEST, lay, size_for
 from lowvram.media.resize import to_frame
@@ -77,6 +78,13 @@ def test_a_frame_of_another_shape_is_covered_and_the_middle_kept() -> None:
     assert (laid.width, laid.height, laid.left, laid.top) == (960, 480, 240, 0)
     laid = lay(TI2V, (1000, 3000), (640, 640))
     assert (laid.width, laid.height, laid.left, laid.top) == (640, 1920, 0, 640)
+
+
+def test_480p_beside_a_picture_is_an_area_and_without_one_no_size() -> None:
+    assert JobFlags(image="a.png", size="480p").settings()["area"] == 832 * 480
+    assert JobFlags(image="a.png", size="832x480").settings()["width"] == 832
+    with pytest.raises(UsageError, match="WIDTHxHEIGHT"):
+        JobFlags(size="480p").settings()
 
 
 def test_a_sliver_is_refused() -> None:

@@ -55,7 +55,11 @@ class FileError(LowvramError):
 
 
 class BudgetError(LowvramError):
-    """The job does not fit the budget. `minimum_vram` / `minimum_ram` would (bytes, None if not the limit)."""
+    """The job does not fit the budget.
+
+    minimum_vram, minimum_ram    the least that would do (bytes), None for what is not the limit
+    nearest                      settings that fit the budget, by flag without its dashes; each fits by itself
+    """
 
     exit_code = 4
 
@@ -68,8 +72,10 @@ class BudgetError(LowvramError):
         advice: str,
         minimum_vram: int | None = None,
         minimum_ram: int | None = None,
+        nearest: dict[str, str] | None = None,
     ) -> None:
         self.minimum_vram, self.minimum_ram = minimum_vram, minimum_ram
+        self.nearest = dict(nearest or {})
         super().__init__(found, where=where, expected=expected, advice=advice)
 
 

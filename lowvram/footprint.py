@@ -6,6 +6,8 @@ Every function returns bytes above what its inputs take. Buffers that are alloca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,23 +21,53 @@ from lowvram.models.vae_layers import History, Weights
 from lowvram.models.vae_tiles import Tile
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import peak_memory
-from lowvram.quant.encodings.base import TORCH_DTYPES
+from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
 from lowvram.quant.face_spec import FACE_PIXELS, FACE_SCOPE
-from lowvram.quant.linear import Params
-from lowvram.quant.spec import HEAD_DIM, ClipSpec, DitSpec, TextSpec, VaeSpec
+from lowvram.quant.linear import Encoded, Params
+from lowvram.quant.spec import HEAD_DIM, ClipSpec, DitSpec, TextSpec, VaeSpec, numel
 from lowvram.stages.weights import Dense, to_params
 from lowvram.triton_kernels.keys import carve, stored_bytes
 from lowvram.triton_kernels.modes import MODES, Mode
 from lowvram.triton_kernels.ops import TORCH, Ops
 
 
-def _fake_params(group: Group) -> Params:
-    """Parameters as `carve` would give them, each part a tensor of its own: fewer operations to imitate."""
+@dataclass(frozen=True, slots=True)
+class _Imitated(Encoded):
+    """A weight whose decoding is known: so many bytes come, and all but the result go."""
+
+    known: torch.dtype = torch.float32
+    peak: int = 0
+
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if dtype != self.known or out is not None:
+            return self.encoding.decode(self.parts, self.shape, dtype, out)
+        like = next(iter(self.parts.values()))
+        like.new_empty(self.peak, dtype=torch.uint8)
+        return like.new_empty(self.shape, dtype=dtype)
+
+
+def _fake_params(group: Group, dtype: torch.dtype = torch.float32) -> Params:
+    """Parameters as `carve` would give them, each part a tensor of its own: fewer operations to imitate.
+
+    Weights of one encoding and shape are decoded to `dtype` once, and from then on imitated. To be called inside a
+    fake mode.
+    """
     views = {
         ref.name: {p.role: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]) for p in ref.parts}
         for ref in group.refs
     }
-    return to_params(group, views)
+    params = to_params(group, views)
+    peaks: dict[tuple[Encoding, tuple[int, ...]], int] = {}
+    tensors: dict[str, Tensor | Encoded] = {}
+    for name, value in params.tensors.items():
+        if isinstance(value, Encoded):
+            key = value.encoding, value.shape
+            if key not in peaks:
+                decode = partial(value.encoding.decode, shape=value.shape, dtype=dtype)
+                peaks[key] = peak_memory(decode, value.parts, rounding=allocated_size).peak_bytes
+            value = _Imitated(value.encoding, value.shape, value.parts, dtype, peaks[key])
+        tensors[name] = value
+    return replace(params, tensors=tensors)
 
 
 def _peak(run: Callable[[Tensor], object], x: Tensor) -> int:
@@ -65,7 +97,7 @@ def block_scratch(
     n = min(tokens, 2 * chunk)
     mode = FakeTensorMode()
     with mode:
-        p = _fake_params(block)
+        p = _fake_params(block, dtype)
         rows = 2 if per_frame else 1
         # some chunk holds tokens of both rows
         first = min(per_frame, n // 2) or n
@@ -83,9 +115,7 @@ def block_scratch(
         work = Workspace(keys, dtype, torch.empty_like(x) if group else None, chunk, ops)
         finite = torch.ones(2, dtype=torch.bool)
         scratch = torch.empty(p.unpacked_nbytes(dtype), dtype=torch.uint8)
-    factors = (
-        2 * (allocated_size(4 * tokens) - allocated_size(4 * n)) if group else 0
-    )  # one a token, not a chunk
+    factors = factor_bytes(tokens) - factor_bytes(n) if group else 0
 
     def run(x: Tensor) -> None:
         ready = p.unpacked(dtype, scratch) if unpacked else p
@@ -94,10 +124,20 @@ def block_scratch(
     return factors + _peak(run, x)
 
 
+def factor_bytes(tokens: int) -> int:
+    """The norm factors of q and k where heads are processed in groups: float32, one a token."""
+    return 2 * allocated_size(4 * tokens)
+
+
+def time_bytes(spec: DitSpec, time_rows: int) -> int:
+    """Bytes of one step's `dit.Time`: a row of the head and six of the blocks, float32."""
+    return allocated_size(4 * spec.dim * time_rows) + allocated_size(24 * spec.dim * time_rows)
+
+
 def unpacked_nbytes(block: Group, dtype: torch.dtype) -> int:
     """Bytes of the buffer for the matrices of a block in `dtype`; 0 if they are stored in it."""
     with FakeTensorMode():
-        return _fake_params(block).unpacked_nbytes(dtype)
+        return _fake_params(block, dtype).unpacked_nbytes(dtype)
 
 
 def context_rows(spec: DitSpec, words: int) -> int:
@@ -106,15 +146,15 @@ def context_rows(spec: DitSpec, words: int) -> int:
 
 
 def embed_scratch(spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """Transient bytes of `dit.embed_framewise`, its result not counted."""
+    """Transient bytes of `dit.embed_framewise_`."""
     _, rows, columns = grid
     with FakeTensorMode():
-        p = _fake_params(outer)
+        p = _fake_params(outer, dtype)
         latent = torch.empty(spec.out_channels, 1, 2 * rows, 2 * columns)
         beside = spec.in_channels - spec.out_channels
         given = torch.empty(beside, *latent.shape[1:]) if beside else None
-    result = allocated_size(rows * columns * spec.dim * dtype.itemsize)
-    return _peak(lambda latent: dit.embed_framewise(p, spec, latent, given, dtype), latent) - result
+        x = torch.empty(rows * columns, spec.dim, dtype=dtype)
+    return _peak(lambda latent: dit.embed_framewise_(p, spec, latent, given, x), latent)
 
 
 def prepare_scratch(
@@ -123,16 +163,16 @@ def prepare_scratch(
     """Bytes at the peak of using one transformer's outer weights: what is kept of them included."""
     mode = FakeTensorMode()
     with mode:
-        p = _fake_params(outer)
+        p = _fake_params(outer, dtype)
         text = torch.empty(max(lengths), spec.text_dim, dtype=dtype)
         tokens = torch.empty(spec.image_tokens, spec.image_dim, dtype=dtype)
 
     def run(text: Tensor) -> None:
         kept: list[object] = [dit.embed_image(p, tokens.clone())] if spec.image_tokens else []
         kept += [dit.embed_text(p, spec, text[:n]) for n in lengths]
-        kept += [
-            dit.embed_time(p, spec, torch.zeros(time_rows, dtype=torch.float64), 1) for _ in range(steps)
-        ]
+        t = torch.zeros(time_rows, dtype=torch.float64)
+        kept += [dit.embed_time(p, spec, t, 1) for _ in range(min(steps, 2))]
+        kept += [t.new_empty(rows, dtype=torch.uint8) for rows in [time_bytes(spec, time_rows)] * (steps - 2)]
         kept.append(p.copied(dit.ENDS))
 
     return _peak(run, text)
@@ -145,7 +185,7 @@ def attend_scratch(
     if spec.face is None or not any(ref.name.startswith(FACE_SCOPE) for ref in block.refs):
         return 0
     with FakeTensorMode():
-        p = _fake_params(block).scope(FACE_SCOPE)
+        p = _fake_params(block, dtype).scope(FACE_SCOPE)
         per_slot = tokens // slots
         x = torch.empty(-(-min(tokens, 2 * chunk) // per_slot) * per_slot, spec.dim, dtype=dtype)
         kv = torch.empty(2, x.shape[0] // per_slot, spec.heads, spec.face.tokens, HEAD_DIM, dtype=dtype)
@@ -171,21 +211,25 @@ def faces_scratch(spec: DitSpec, encoders: Group, adapter: Group, frames: int, d
 def head_scratch(
     spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype, *, chunk: int = CHUNK
 ) -> int:
-    """Transient bytes of `dit.head`, its result included."""
-    mode = FakeTensorMode()
-    with mode:
-        p = _fake_params(outer)
-        n = grid[0] * grid[1] * grid[2]
+    """Transient bytes of `dit.head`, its result included. Two chunks tell: later ones repeat the second."""
+    tokens = numel(grid)
+    n = min(tokens, 2 * chunk)
+    with FakeTensorMode():
+        p = _fake_params(outer, dtype)
         time = dit.Time(torch.empty(1, spec.dim), torch.empty(1, 6, spec.dim), n)
         x = torch.empty(n, spec.dim, dtype=dtype)
-    return _peak(lambda x: dit.head(p, spec, x, time, grid, chunk), x)
+        out, whole = (torch.empty(rows, 4 * spec.out_channels) for rows in (n, tokens))
+    project = _peak(lambda x: dit.head_rows(p, x, time, out, chunk), x)
+    return allocated_size(whole.nbytes) + max(
+        project, _peak(lambda y: dit.from_patches(y, spec, grid), whole)
+    )
 
 
 def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) -> int:
     """Transient bytes of one text layer on `rows` tokens."""
     mode = FakeTensorMode()
     with mode:
-        p = _fake_params(layer)
+        p = _fake_params(layer, dtype)
         x, buckets = torch.empty(rows, spec.dim, dtype=dtype), umt5.relative_buckets(rows)
     return _peak(lambda x: umt5.layer(p, spec, x, buckets), x)
 
@@ -193,7 +237,7 @@ def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) ->
 def clip_scratch(spec: ClipSpec, outer: Group, layer: Group, dtype: torch.dtype) -> int:
     """Transient bytes of the embedding or of one layer of the CLIP vision tower on one picture."""
     with FakeTensorMode():
-        first, p = _fake_params(outer), _fake_params(layer)
+        first, p = _fake_params(outer, dtype), _fake_params(layer, dtype)
         picture = torch.empty(3, spec.side, spec.side)
         x = torch.empty(spec.tokens, spec.dim, dtype=dtype)
     return max(

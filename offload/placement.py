@@ -77,14 +77,11 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """Everything a stream allocates and reads for one order of visits."""
+class Buffers:
+    """Everything a stream allocates."""
 
-    order: tuple[BlockId, ...]
     residents: tuple[Seat, ...]
     rams: tuple[Seat, ...]
-    loads: tuple[Load, ...]
-    """In the order in which they are read."""
     slots: int
     slot_bytes: int
     ring: int
@@ -101,6 +98,48 @@ class Traffic:
         return claims | {seat.name: seat.nbytes for seat in self.rams}
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic(Buffers):
+    """Everything a stream allocates and reads for one order of visits."""
+
+    order: tuple[BlockId, ...]
+    loads: tuple[Load, ...]
+    """In the order in which they are read."""
+
+
+def visits_of(order: Sequence[BlockId]) -> dict[BlockId, list[int]]:
+    """When each block is visited."""
+    visits: dict[BlockId, list[int]] = {}
+    for visit, block in enumerate(order):
+        visits.setdefault(block, []).append(visit)
+    return visits
+
+
+def plan_buffers(
+    layouts: Mapping[BlockId, BlockLayout], placement: Placement, visits: Mapping[BlockId, Sequence[int]]
+) -> Buffers:
+    """What a stream allocates for visits known by block."""
+    where = {block: placement.where[block] for block in visits}
+    spans = {block: (at[0], at[-1]) for block, at in visits.items()}
+    # A seat is handed on only if enough visits lie between its blocks to refill it without a stall.
+    gap = placement.slots + placement.ring
+    moving = [layouts[block].nbytes for block in visits if where[block] != "resident"]
+    by_ring = [layouts[block].nbytes for block in visits if where[block] != "ram"]
+    n_by_ring = sum(
+        len(at) if where[block] == "disk" else where[block] == "resident" for block, at in visits.items()
+    )
+    return Buffers(
+        residents=_seats("resident", spans, where, layouts, gap),
+        rams=_seats("ram", spans, where, layouts, gap),
+        slots=min(
+            placement.slots, sum(len(at) for block, at in visits.items() if where[block] != "resident")
+        ),
+        slot_bytes=max(moving, default=0),
+        ring=min(placement.ring, n_by_ring),
+        ring_bytes=max(by_ring, default=0),
+    )
+
+
 def plan_traffic(
     layouts: Mapping[BlockId, BlockLayout], placement: Placement, order: Sequence[BlockId]
 ) -> Traffic:
@@ -110,28 +149,20 @@ def plan_traffic(
     that far ahead cannot find the seat still occupied. Reading strictly in the order of `loads` never
     deadlocks: whatever has to happen before a read needs only reads before it.
     """
-    visits: dict[BlockId, list[int]] = {}
-    for visit, block in enumerate(order):
-        visits.setdefault(block, []).append(visit)
-    where = {block: placement.where[block] for block in visits}
-    spans = {block: (at[0], at[-1]) for block, at in visits.items()}
-    # A seat is handed on only if enough visits lie between its blocks to refill it without a stall.
-    gap = placement.slots + placement.ring
-    residents = _seats("resident", spans, where, layouts, gap)
-    rams = _seats("ram", spans, where, layouts, gap)
-    moving = [layouts[block].nbytes for block in visits if where[block] != "resident"]
-    n_moving = sum(where[block] != "resident" for block in order)
-    loads = _loads(visits, where, (*residents, *rams), spans, ahead=gap)
-    by_ring = [layouts[load.block].nbytes for load in loads if load.to != "ram"]
+    visits = visits_of(order)
+    made = plan_buffers(layouts, placement, visits)
+    loads = _loads(
+        visits, placement.where, (*made.residents, *made.rams), ahead=placement.slots + placement.ring
+    )
     return Traffic(
+        made.residents,
+        made.rams,
+        made.slots,
+        made.slot_bytes,
+        made.ring,
+        made.ring_bytes,
         order=tuple(order),
-        residents=residents,
-        rams=rams,
         loads=loads,
-        slots=min(placement.slots, n_moving),
-        slot_bytes=max(moving, default=0),
-        ring=min(placement.ring, len(by_ring)),
-        ring_bytes=max(by_ring, default=0),
     )
 
 
@@ -165,7 +196,6 @@ def _loads(
     visits: Mapping[BlockId, Sequence[int]],
     where: Mapping[BlockId, Where],
     seats: Sequence[Seat],
-    spans: Mapping[BlockId, tuple[int, int]],
     ahead: int,
 ) -> tuple[Load, ...]:
     """Every read of the job, in reading order.
@@ -183,11 +213,11 @@ def _loads(
     for seat in seats:
         old: BlockId | None = None
         for block in seat.blocks:
-            first = spans[block][0]
+            first = visits[block][0]
             key = (first, 0, 0)
             after = -1
             if old is not None:
-                after = spans[old][1]
+                after = visits[old][-1]
                 begin, end = bisect_right(from_disk, after), bisect_left(from_disk, first)
                 key = (from_disk[min(begin + ahead, end) - 1] if end > begin else after, 1, first)
             keyed.append((key, Load(block, first, where[block], after)))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowvram.models.rows import Rows
 from lowvram.quant.face_spec import FACE_STAGES, MOTION_LAYERS
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM
@@ -144,7 +145,7 @@ def keys_values(p: Params, tokens: Tensor) -> FaceKV:
     return FaceKV(_head_norm(_heads(k), p["k_norm.weight"]), _heads(v).contiguous())
 
 
-def add_pose_(x: Tensor, frames: Iterable[Tensor]) -> None:
+def add_pose_(x: Rows, frames: Iterable[Tensor]) -> None:
     """Add the tokens of each pose frame [L / F, dim] to x [L, dim]; the first slot, the reference picture's, has none."""
     start = 0
     for tokens in frames:
@@ -152,7 +153,7 @@ def add_pose_(x: Tensor, frames: Iterable[Tensor]) -> None:
         x[start : start + tokens.shape[0]] += tokens
 
 
-def attend_(p: Params, x: Tensor, kv: FaceKV, chunk: int) -> None:
+def attend_(p: Params, x: Rows, kv: FaceKV, chunk: int) -> None:
     """x [L, dim] += what its tokens hear of the face, `chunk` tokens at a time; tokens are ordered by slot.
 
     Each token attends to the tokens of its own latent slot alone: no positions, no gate.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowvram.models import animate
+from lowvram.models.rows import Rows
 from lowvram.models.self_attention import CHUNK, SelfAttention, Workspace, chunks
 from lowvram.quant.face_spec import FACE_SCOPE
 from lowvram.quant.linear import Params
@@ -91,18 +92,18 @@ def embed_latent(
     return outer.linear(name, patches.flatten(-4, -2).to(dtype))
 
 
-def embed_framewise(
-    outer: Params, spec: DitSpec, latent: Tensor, given: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """`embed_latent` of latent [C, F, H, W] and the channels given beside it, a latent frame at a time."""
+def embed_framewise_(
+    outer: Params, spec: DitSpec, latent: Tensor, given: Tensor | None, x: Rows, chunk: int = CHUNK
+) -> None:
+    """`embed_latent` of latent [C, F, H, W] and the channels given beside it into x, a latent frame at a time."""
     f, h, w = latent.shape[1], latent.shape[2] // 2, latent.shape[3] // 2
-    tokens = torch.empty(f * h * w, spec.dim, dtype=dtype, device=latent.device)
     for n in range(f):
         frame = latent[:, n : n + 1]
         if given is not None:
             frame = torch.cat([frame, given[:, n : n + 1]])
-        tokens[n * h * w : (n + 1) * h * w] = embed_latent(outer, spec, frame, dtype)
-    return tokens
+        tokens = embed_latent(outer, spec, frame, x.dtype)
+        for i, j in chunks(h * w, chunk):
+            x[n * h * w + i : n * h * w + j] = tokens[i:j]
 
 
 def embed_text(outer: Params, spec: DitSpec, text: Tensor, image: Tensor | None = None) -> Context:
@@ -258,7 +259,7 @@ def block(p: Params, x: Tensor, time: Time, context: Context, rope: Tensor) -> T
 
 def block_(
     p: Params,
-    x: Tensor,
+    x: Rows,
     time: Time,
     context: Context,
     rope: Tensor,
@@ -293,6 +294,8 @@ def block_(
         ops.gated_(c, p.linear("ffn.2", ops.gelu(p.linear("ffn.0", h))), mod(5, i, j))
         if finite is not None:
             _watch(finite[1], c)
+        if not isinstance(x, Tensor):  # what was worked on is a copy
+            x[i:j] = c
 
 
 def _watch(flag: Tensor, x: Tensor) -> None:
@@ -305,19 +308,29 @@ def _watch(flag: Tensor, x: Tensor) -> None:
 
 
 def head(
-    outer: Params, spec: DitSpec, x: Tensor, time: Time, grid: tuple[int, int, int], chunk: int = CHUNK
+    outer: Params, spec: DitSpec, x: Tensor | Rows, time: Time, grid: tuple[int, int, int], chunk: int = CHUNK
 ) -> Tensor:
     """x [..., L, dim] -> velocity [..., C_out, F, H, W] float32. Modulated by e, not e0; all in float32.
 
     grid: latent frames, and rows and columns of tokens. A token's vector is ordered (p_h, p_w, channel).
     """
+    out = torch.empty(*x.shape[:-1], 4 * spec.out_channels, device=x.device)
+    head_rows(outer, x, time, out, chunk)
+    return from_patches(out, spec, grid)
+
+
+def head_rows(outer: Params, x: Tensor | Rows, time: Time, out: Tensor, chunk: int) -> None:
+    """The head of every token of x [..., L, dim] into out [..., L, 4 * C_out] float32."""
     shift, scale = (outer["head.modulation"].float() + time.head.unsqueeze(-2)).unbind(-2)
-    pieces = []
     for i, j in chunks(x.shape[-2], chunk):
         s, g = time.rows(shift, i, j), time.rows(scale, i, j)
-        pieces.append(outer.linear("head.head", _layer_norm(x[..., i:j, :]) * (1 + g) + s))
-    f, h, w = grid
-    out = torch.cat(pieces, dim=-2).unflatten(-1, (2, 2, spec.out_channels)).unflatten(-4, (f, h, w))
+        c = x[..., i:j, :] if isinstance(x, Tensor) else x[i:j]
+        out[..., i:j, :] = outer.linear("head.head", _layer_norm(c) * (1 + g) + s)
+
+
+def from_patches(out: Tensor, spec: DitSpec, grid: tuple[int, int, int]) -> Tensor:
+    """[..., L, 4 * C_out] -> [..., C_out, F, H, W]."""
+    out = out.unflatten(-1, (2, 2, spec.out_channels)).unflatten(-4, grid)
     # [..., F, h, w, p_h, p_w, C] -> [..., C, F, h, p_h, w, p_w]
     return out.movedim((-1, -3), (-6, -3)).flatten(-2).flatten(-3, -2)
 
@@ -343,12 +356,17 @@ def forward(
     Each block is used for all contexts before the next is asked for, so guidance costs no second weight pass.
     The residual streams are in the dtype of the workspace.
     """
-    streams = [embed_framewise(outer, spec, latent, given, work.dtype) for _ in contexts]
+    _, f, height, width = latent.shape
+    grid = (f, height // 2, width // 2)
+    shape = math.prod(grid), spec.dim
+    streams: Sequence[Rows] = work.residuals or [latent.new_empty(shape, dtype=work.dtype) for _ in contexts]
+    streams = streams[: len(contexts)]
     for x, context in zip(streams, contexts, strict=True):
+        embed_framewise_(outer, spec, latent, given, x, work.chunk)
         if context.driving is not None:
-            frames = context.driving.pose.split(1, dim=1)
+            poses = context.driving.pose.split(1, dim=1)
             animate.add_pose_(
-                x, (embed_latent(outer, spec, f, x.dtype, "pose_patch_embedding") for f in frames)
+                x, (embed_latent(outer, spec, pose, x.dtype, "pose_patch_embedding") for pose in poses)
             )
     for n, stored in enumerate(blocks):
         p = stored if work.unpacked is None else stored.unpacked(work.dtype, work.unpacked)
@@ -357,6 +375,4 @@ def forward(
             block_(p, x, time, context, rope, here, None if finite is None else finite[n])
             if context.driving is not None and n in spec.face_blocks:
                 animate.attend_(p.scope(FACE_SCOPE), x, context.driving.kv[n], work.chunk)
-    _, f, height, width = latent.shape
-    grid = (f, height // 2, width // 2)
     return [head(outer, spec, x, time, grid, work.chunk) for x in streams]

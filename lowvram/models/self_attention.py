@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowvram.models.rows import Rows
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM
 from lowvram.triton_kernels.keys import Keys, attend, finish_, sampled_centre, write_keys_, write_values_
@@ -36,6 +37,8 @@ class Workspace:
     ops: Ops = TORCH
     unpacked: Tensor | None = None
     """uint8, `Params.unpacked_nbytes`: a block's matrices in the compute dtype; without it each is decoded at every use"""
+    residuals: tuple[Rows, ...] = ()
+    """[L, dim] for every context at once; made anew for each forward where there are none"""
 
 
 def plain_workspace(k: Tensor, v: Tensor, out: Tensor | None = None, chunk: int = CHUNK) -> Workspace:
@@ -62,7 +65,7 @@ class SelfAttention:
     in groups, a first sweep finds those; then q, k and v are projected again, group by group.
     """
 
-    def __init__(self, p: Params, x: Tensor, mod: Modulation, rope: Tensor, work: Workspace) -> None:
+    def __init__(self, p: Params, x: Rows, mod: Modulation, rope: Tensor, work: Workspace) -> None:
         self._p, self._x, self._mod, self._rope, self._work = p, x, mod, rope, work
         self._group = p  # holds the projections of the heads at hand
         self._factors: tuple[Tensor, Tensor] | None = None

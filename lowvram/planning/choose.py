@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from lowvram.job import Job
@@ -11,12 +11,24 @@ from lowvram.model import Model
 from lowvram.offload.budget import Budget
 from lowvram.planning import words
 from lowvram.planning.decode import plan_decode
-from lowvram.planning.denoise import Room, Rung, ladder, place, plan_denoise
+from lowvram.planning.denoise import Room, Way, place, stage_plan, ways
 from lowvram.planning.facts import Facts, gather
-from lowvram.planning.plan import Plan
+from lowvram.planning.plan import Plan, StagePlan
 from lowvram.planning.prepare import plan_prepare
+from lowvram.planning.refuse import refusal
 from lowvram.planning.text import plan_text
 from lowvram.stages.condition import plan_condition
+
+Planner = Callable[[Facts, Budget], Sequence[StagePlan]]
+"""Plans stages, none if the job has no such: each the fastest inside the budget. If nothing fits: the least VRAM inside
+the RAM, or else the least RAM inside the VRAM, or else the least VRAM."""
+
+BEFORE: tuple[Planner, ...] = (plan_text, plan_condition, plan_prepare)
+"""Stages before the denoise, in the order in which they run."""
+AFTER: tuple[Planner, ...] = (plan_decode,)
+
+STEP = 10**9
+"""Bytes more whose use a plan looks up."""
 
 
 def make_plan(job: Job, model: Model, budget: Budget, machine: Machine) -> Plan:
@@ -26,57 +38,62 @@ def make_plan(job: Job, model: Model, budget: Budget, machine: Machine) -> Plan:
 
 def choose(facts: Facts, budget: Budget) -> Plan:
     """As `make_plan`, of facts already gathered."""
-    before = (plan_text(facts, budget), *plan_condition(facts, budget), plan_prepare(facts, budget))
-    after = (plan_decode(facts, budget),)
-    tried, room = _descend(facts, budget, ladder(facts))
-    rung = tried[-1]
-    words.check(facts, budget, (*before, plan_denoise(facts, rung, room), *after))
-    room = _fill(facts, budget, rung, room)
-    denoise = plan_denoise(facts, rung, room)
-    more = replace(budget, vram=budget.vram + 10**9)
-    higher, wider = _descend(facts, more, tried)
-    wider = _fill(facts, more, higher[-1], wider)
+    before, after = list(_planned(BEFORE, facts, budget)), list(_planned(AFTER, facts, budget))
+    way, tried = _fastest(facts, budget, ways(facts))
+    if not all(stage.inside(budget) for stage in (*before, stage_plan(facts, way, Room()), *after)):
+        raise refusal(facts, budget, _least)
+    room = _fill(facts, budget, way)
+    denoise = stage_plan(facts, way, room)
+    more = replace(budget, vram=budget.vram + STEP)
+    better, _ = _fastest(facts, more, tried)
+    wider = _fill(facts, more, better)
     return Plan(
         budget,
         facts.machine,
         facts.dtype,
-        (*before, replace(denoise, choices=words.choices(facts, budget, denoise, rung, room)), *after),
-        place(facts, room),
-        rung.lean,
-        words.advice(facts, denoise, room, plan_denoise(facts, higher[-1], wider), wider),
+        (*before, replace(denoise, choices=words.choices(facts, budget, denoise, way, room)), *after),
+        place(facts, way, room),
+        way.lean,
+        words.advice(facts, (way, room, denoise), (better, wider, stage_plan(facts, better, wider))),
     )
 
 
-def _descend(facts: Facts, budget: Budget, rungs: Iterable[Rung]) -> tuple[list[Rung], Room]:
-    """The rungs down to the first that fits, and the least room for blocks there; all rungs if none fits.
-
-    Every rung with two slots comes before any with one, which leaves no copy to overlap with.
-    """
-    tried: list[Rung] = []
-    for rung in rungs:
-        tried.append(rung)
-        if _fits(facts, budget, rung, Room(slots=2)):
-            return tried, Room(slots=2)
-    for n, rung in enumerate(tried, 1):
-        if _fits(facts, budget, rung, Room(slots=1)):
-            return tried[:n], Room(slots=1)
-    return tried, Room(slots=1)
+def _planned(planners: Iterable[Planner], facts: Facts, budget: Budget) -> Iterator[StagePlan]:
+    return (stage for plan in planners for stage in plan(facts, budget))
 
 
-def _fill(facts: Facts, budget: Budget, rung: Rung, room: Room) -> Room:
+def _least(facts: Facts, budget: Budget) -> Iterator[StagePlan]:
+    """Every stage, the denoise with no more room for blocks than it needs; what is planned in no time comes first."""
+    yield from _planned(BEFORE, facts, budget)
+    yield stage_plan(facts, _fastest(facts, budget, ways(facts))[0], Room())
+    yield from _planned(AFTER, facts, budget)
+
+
+def _fastest(facts: Facts, budget: Budget, found: Iterable[Way]) -> tuple[Way, list[Way]]:
+    """The first that fits, as a `Planner` chooses, and all that were looked at."""
+    tried: list[Way] = []
+    for way in found:
+        tried.append(way)
+        if stage_plan(facts, way, Room()).inside(budget):
+            return way, tried
+    least = [(stage_plan(facts, way, Room()), way) for way in tried]
+    in_ram = [pair for pair in least if pair[0].ram <= budget.ram]
+    in_vram = [pair for pair in least if pair[0].vram <= budget.vram]
+    if in_vram and not in_ram:
+        return min(in_vram, key=lambda pair: pair[0].ram)[1], tried
+    return min(in_ram or least, key=lambda pair: pair[0].vram)[1], tried
+
+
+def _fill(facts: Facts, budget: Budget, way: Way) -> Room:
     """The rest of the memory: a second ring buffer, then residents, then blocks in RAM."""
     depth = facts.spec.dit.layers
-    if _fits(facts, budget, rung, replace(room, ring=2)):
-        room = replace(room, ring=2)
-    residents = _most(depth, lambda n: _fits(facts, budget, rung, replace(room, residents=n)))
-    room = replace(room, residents=residents)
-    in_ram = _most(depth - residents, lambda n: _fits(facts, budget, rung, replace(room, in_ram=n)))
-    return replace(room, in_ram=in_ram)
 
+    def fits(room: Room) -> bool:
+        return stage_plan(facts, way, room).inside(budget)
 
-def _fits(facts: Facts, budget: Budget, rung: Rung, room: Room) -> bool:
-    stage = plan_denoise(facts, rung, room)
-    return stage.vram <= budget.vram and stage.ram <= budget.ram
+    room = Room(ring=2 if fits(Room(ring=2)) else 1)
+    room = replace(room, residents=_most(depth, lambda n: fits(replace(room, residents=n))))
+    return replace(room, in_ram=_most(depth - room.residents, lambda n: fits(replace(room, in_ram=n))))
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import partial
+
 from lowvram.media.video import AHEAD
 from lowvram.model import Group, Model
 from lowvram.models import vae
+from lowvram.models.vae_tiles import Tile
 from lowvram.offload.budget import Budget
 from lowvram.offload.slab import build_layout
-from lowvram.planning.facts import Facts
+from lowvram.planning.facts import Facts, kind_of
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
 from lowvram.tiling import Decoding, Decodings
@@ -21,7 +26,26 @@ def decoder_group(model: Model) -> Group:
     return Group(tuple(ref for name, ref in model.vae.items() if name.startswith(vae.DECODER)), {})
 
 
-def plan_decode(facts: Facts, budget: Budget) -> StagePlan:
+@dataclass
+class _Decodings(Decodings):
+    """As they are, but what was measured in an earlier search is not measured again."""
+
+    facts: Facts
+
+    def tile_scratch(self, tile: Tile) -> int:
+        return self.facts.measured(
+            partial(super().tile_scratch, tile), "tile", self._kind, tile.window, repr(tile)
+        )
+
+    def middle_scratch(self) -> int:
+        return self.facts.measured(super().middle_scratch, "middle", self._kind, self.latent[2:])
+
+    @property
+    def _kind(self) -> Hashable:
+        return self.spec, self.dtype, kind_of(self.weights)
+
+
+def plan_decode(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     """The fastest tiling that fits; the smallest, too large for the budget, if none does."""
     job, machine, spec = facts.job, facts.machine, facts.spec.vae
     group = decoder_group(facts.model)
@@ -37,17 +61,19 @@ def plan_decode(facts: Facts, budget: Budget) -> StagePlan:
     def seconds(decoding: Decoding) -> float:
         return decoding.work * flops / machine.matmul + 2 * decoding.moved / machine.link
 
-    ways = Decodings(spec, group, latent, frame, facts.dtype, facts.footprint)
+    ways = _Decodings(spec, group, latent, frame, facts.dtype, facts.footprint, facts)
     found = ways.choose(budget.vram - sum(device.values()), budget.ram - sum(host.values()), seconds)
     host["frames"] += found.frames
-    return StagePlan(
-        "decode",
-        job.frames,
-        device | {"vae histories": found.slab, "vae scratch": found.scratch},
-        host | {k: n for k, n in (("vae middle", found.waiting), ("ram histories", found.shelf)) if n},
-        nbytes,
-        nbytes + found.moved,
-        nbytes / machine.disk + seconds(found),
-        {"decode": found.explain()},
-        found.tiling,
+    return (
+        StagePlan(
+            "decode",
+            job.frames,
+            device | {"vae histories": found.slab, "vae scratch": found.scratch},
+            host | {k: n for k, n in (("vae middle", found.waiting), ("ram histories", found.shelf)) if n},
+            nbytes,
+            nbytes + found.moved,
+            nbytes / machine.disk + seconds(found),
+            {"decode": found.explain()},
+            found.tiling,
+        ),
     )

@@ -1,15 +1,17 @@
-"""The denoise stage: a ladder of ways to run the forward, and blocks placed in what memory a way leaves."""
+"""The denoise stage: ways to run the forward, and blocks placed in what memory a way leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lowvram import footprint
 from lowvram.model import kinds
+from lowvram.models.self_attention import CHUNK
 from lowvram.offload.budget import allocated_size
-from lowvram.offload.placement import BlockId, Placement, Where, plan_traffic, spread
-from lowvram.planning.facts import Facts
+from lowvram.offload.placement import BlockId, Placement, Where, plan_buffers, spread, visits_of
+from lowvram.planning.facts import Facts, kind_of
 from lowvram.planning.plan import Lean, StagePlan
 from lowvram.planning.prepare import kept_claims
 from lowvram.planning.visits import visiting_order
@@ -20,25 +22,30 @@ from lowvram.stages.condition import conditioning
 from lowvram.triton_kernels.keys import stored_bytes
 from lowvram.triton_kernels.ops import FUSED, TORCH
 
+CHUNKS = (CHUNK, CHUNK // 2, CHUNK // 4)
+"""Tokens at once. The first, wherever it fits, so that a budget does not change how a matmul is cut."""
+GROUPS = (8, 4, 2, 1)
+"""Heads at once, where not all are."""
+
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class Way:
     """One way to run the forward, and what it takes whatever the placement."""
 
     lean: Lean
-    claims: dict[str, int]
+    slots: int
+    """Device buffers for blocks that move; 1 leaves no copy to overlap with."""
+    claims: Mapping[str, int]
     """Device memory that does not move."""
-    order: tuple[BlockId, ...]
-    """Visits of the whole job."""
-    compute: float
-    """Seconds of all steps, if nothing is waited for."""
+    ram_claims: Mapping[str, int]
+    visits: Mapping[BlockId, Sequence[int]]
+    """When each block is visited in the whole job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
     """How much of the memory goes to blocks."""
 
-    slots: int
     ring: int = 1
     residents: int = 0
     """Of each expert."""
@@ -46,95 +53,148 @@ class Room:
     """Of each expert."""
 
 
-def ladder(facts: Facts) -> Iterator[Rung]:
-    """Ways to run the forward, each slower and smaller than the one before."""
-    known: dict[tuple[int, int, bool], int] = {}
-    unpacked = max(footprint.unpacked_nbytes(block, facts.dtype) for block in facts.block_kinds)
-    for lean in _leans(facts, packed=unpacked > 0):
-        key = lean.group, lean.chunk, lean.unpacked
-        if key not in known:
-            known[key] = _scratch(facts, lean)
-        order = visiting_order(facts.job, facts.spec, lean.together)
-        claims = _claims(facts, lean, known[key])
-        if lean.unpacked and unpacked:
-            claims["unpacked block"] = allocated_size(unpacked)
-        yield Rung(lean, claims, tuple(order), _compute(facts, lean))
+# ---- ways
 
 
-def _leans(facts: Facts, packed: bool) -> Iterator[Lean]:
+def ways(facts: Facts) -> Iterator[Way]:
+    """From the fastest to the slowest, by forecast; of equals, the one that moves less first.
+
+    Every way with chunks of full length comes before any with shorter ones.
+    """
+    packed = _unpacked_bytes(facts) > 0
+    visits = {
+        together: visits_of(visiting_order(facts.job, facts.spec, together)) for together in (True, False)
+    }
+    found = [(lean, slots) for lean in _leans(facts, packed) for slots in (2, 1)]
+    loads = {
+        together: sum(facts.layouts[b].nbytes * len(at) for b, at in visits[together].items())
+        for together in visits
+    }
+
+    def slowness(way: tuple[Lean, int]) -> tuple[int, float]:
+        lean, slots = way
+        return -lean.chunk, _seconds(facts, lean, slots, loads[lean.together])
+
+    for lean, slots in sorted(found, key=slowness):
+        yield Way(lean, slots, _claims(facts, lean), _ram_claims(facts, lean), visits[lean.together])
+
+
+def _leans(facts: Facts, packed: bool) -> list[Lean]:
     """packed: whether any weight has to be decoded before it is used."""
-    lean = Lean()
-    yield lean
-    if facts.passes == 2:
-        lean = replace(lean, together=False)
-        yield lean
-    if packed:
-        lean = replace(lean, unpacked=False)
-        yield lean
-    heads = facts.spec.dit.heads
-    groups = [g for g in (8, 4, 2, 1) if g < heads and heads % g == 0]
-    for group in groups:
-        yield replace(lean, group=group)
-    if groups:
-        yield from (replace(lean, group=groups[-1], chunk=chunk) for chunk in (2048, 1024))
+    heads, guided = facts.spec.dit.heads, facts.passes == 2
+    # A face is added to runs of tokens that are no chunks; quantised keys look at tokens all over the sequence.
+    may_pass = not facts.spec.dit.face_blocks and not any(m.quantised for m in facts.job.attention.modes())
+    groups = [g for g in GROUPS if g < heads and heads % g == 0]
+    found = []
+    for chunk in CHUNKS:
+        small = Lean(together=not guided, chunk=chunk, unpacked=not packed)
+        found += [Lean(chunk=chunk)] + ([Lean(together=False, chunk=chunk)] if guided else [])
+        found += [small] if packed else []
+        found += [replace(small, group=g) for g in groups]
+        if may_pass:
+            found += [replace(small, group=g, away=True) for g in (0, *groups)]
+    return found
+
+
+def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
+    spec, tokens, width = facts.spec.dit, facts.tokens, facts.dtype.itemsize
+    stream = allocated_size(tokens * spec.dim * width)
+    heads = lean.group or spec.heads
+    stored = [stored_bytes(mode, heads, tokens, facts.dtype) for mode in facts.job.attention.modes()]
+    latents = 3 + facts.passes + kept_tensors(facts.job.schedule.solver)
+    window = 2 * allocated_size(min(lean.chunk, tokens) * spec.dim * width)
+    claims = {
+        "residual": (facts.passes if lean.together else 1) * stream,
+        "residual window": window,
+        "keys": allocated_size(max(keys for keys, _ in stored)),
+        "values": allocated_size(max(values for _, values in stored)),
+        "attention output": stream,
+        "rotary table": allocated_size(4 * tokens * HEAD_DIM),
+        "latents": latents * _latent_bytes(facts),
+        "scratch": _scratch(facts, lean),
+    }
+    unpacked = _unpacked_bytes(facts) if lean.unpacked else 0
+    if unpacked:
+        claims["unpacked block"] = allocated_size(unpacked)
+    condition = conditioning(facts.spec, facts.job)
+    if condition is not None:
+        claims["condition"] = condition.kept(facts)
+    del claims["residual" if lean.away else "residual window"]
+    if not lean.group:
+        del claims["attention output"]
+    return kept_claims(facts) | claims
+
+
+def _ram_claims(facts: Facts, lean: Lean) -> dict[str, int]:
+    stream = facts.tokens * facts.spec.dit.dim * facts.dtype.itemsize
+    return {f"ram residual {n}": stream for n in range(_streams(facts, lean))} if lean.away else {}
+
+
+def _streams(facts: Facts, lean: Lean) -> int:
+    """Residual streams at once."""
+    return facts.passes if lean.together else 1
 
 
 def _scratch(facts: Facts, lean: Lean) -> int:
-    """Transient bytes of a block or of the head, whichever takes more."""
-    spec, tokens = facts.spec.dit, facts.tokens
+    """Transient bytes of a block or of the head, whichever takes more.
+
+    Groups of fewer heads take no more than the largest, so that one stands for all.
+    """
+    spec, tokens, n = facts.spec.dit, facts.tokens, min(facts.tokens, 2 * lean.chunk)
+    group = next(g for g in GROUPS if g < spec.heads and spec.heads % g == 0) if lean.group else 0
     per_frame = tokens // facts.latent[1] if facts.time_rows > 1 else 0
-    blocks = [
-        footprint.block_scratch(
-            spec,
-            block,
-            tokens,
-            per_frame,
-            max(facts.lengths),
-            facts.dtype,
-            group=lean.group,
-            chunk=lean.chunk,
-            unpacked=lean.unpacked,
-            attention=mode,
-            ops=TORCH if facts.machine.unfused else FUSED,
+    found, ops = [], TORCH if facts.machine.unfused else FUSED
+    for block in facts.block_kinds:
+        what = n, per_frame, max(facts.lengths), facts.dtype
+        for mode in facts.job.attention.modes():
+            measure = partial(
+                footprint.block_scratch, spec, block, *what, group=group, chunk=lean.chunk,
+                unpacked=lean.unpacked, attention=mode, ops=ops,
+            )  # fmt: skip
+            how = group, lean.chunk, lean.unpacked, mode.name, ops is FUSED
+            inside = facts.measured(measure, "block", kind_of(block), *what, *how)
+            factors = footprint.factor_bytes(tokens) - footprint.factor_bytes(n) if group else 0
+            found.append(inside + factors)
+        if spec.face_blocks:
+            face = spec, block, tokens, facts.latent[1], facts.dtype, lean.chunk
+            found.append(footprint.attend_scratch(*face))
+    for outer in kinds(groups["outer"] for groups in facts.groups.values()):
+        ends = spec, outer, facts.grid, facts.dtype
+        key = kind_of(outer), facts.grid, facts.dtype
+        head = facts.measured(
+            partial(footprint.head_scratch, *ends, chunk=lean.chunk), "head", *key, lean.chunk
+        )
+        embed = facts.measured(partial(footprint.embed_scratch, *ends), "embed", *key)
+        found += [head + _latent_bytes(facts), embed]
+    return max(found) + allocated_size(2 * spec.layers)  # two truths a block
+
+
+def _unpacked_bytes(facts: Facts) -> int:
+    """Of a block's matrices in the compute dtype; 0 if they are stored in it."""
+    return max(
+        facts.measured(
+            partial(footprint.unpacked_nbytes, block, facts.dtype), "unpacked", kind_of(block), facts.dtype
         )
         for block in facts.block_kinds
-        for mode in facts.job.attention.modes()
-    ]
-    outers = kinds(groups["outer"] for groups in facts.groups.values())
-    heads = [
-        footprint.head_scratch(spec, outer, facts.grid, facts.dtype, chunk=lean.chunk) for outer in outers
-    ]
-    embed = max(footprint.embed_scratch(spec, outer, facts.grid, facts.dtype) for outer in outers)
-    finite = allocated_size(2 * spec.layers)  # two truths a block
-    attend = max(
-        footprint.attend_scratch(spec, block, tokens, facts.latent[1], facts.dtype, lean.chunk)
-        for block in facts.block_kinds
     )
-    return max(*blocks, max(heads) + _latent_bytes(facts), embed, attend) + finite
 
 
 def _latent_bytes(facts: Facts) -> int:
     return allocated_size(4 * numel(facts.latent))
 
 
-def _claims(facts: Facts, lean: Lean, scratch: int) -> dict[str, int]:
-    spec, tokens, width = facts.spec.dit, facts.tokens, facts.dtype.itemsize
-    stream = allocated_size(tokens * spec.dim * width)
-    heads = lean.group or spec.heads
-    stored = [stored_bytes(mode, heads, tokens, facts.dtype) for mode in facts.job.attention.modes()]
-    latents = 3 + facts.passes + kept_tensors(facts.job.schedule.solver)
-    claims = {
-        "residual": (facts.passes if lean.together else 1) * stream,
-        "keys": allocated_size(max(keys for keys, _ in stored)),
-        "values": allocated_size(max(values for _, values in stored)),
-        "rotary table": allocated_size(4 * tokens * HEAD_DIM),
-        "latents": latents * _latent_bytes(facts),
-        "scratch": scratch,
-    }
-    way = conditioning(facts.spec, facts.job)
-    if way is not None:
-        claims["condition"] = way.kept(facts)
-    return kept_claims(facts) | claims | ({"attention output": stream} if lean.group else {})
+# ---- time
+
+
+def _seconds(facts: Facts, lean: Lean, slots: int, moved: int) -> float:
+    """A forecast, if `moved` bytes of blocks are copied to the device."""
+    compute, copies = _compute(facts, lean), (moved + _passing(facts, lean)) / facts.machine.link
+    return compute + copies if slots == 1 else max(compute, copies)
+
+
+def _evaluations(facts: Facts) -> int:
+    """Forwards of the whole job, one a prompt and step."""
+    return sum(1 + needs_uncond(g) for g in facts.job.schedule.guidance)
 
 
 def _compute(facts: Facts, lean: Lean) -> float:
@@ -154,7 +214,24 @@ def _compute(facts: Facts, lean: Lean) -> float:
     return seconds
 
 
-def place(facts: Facts, room: Room) -> Placement:
+def _passing(facts: Facts, lean: Lean) -> int:
+    """Bytes of the residual that go to the device and back in the whole job, if it does not live there.
+
+    A block reads it once for the norm factors and once a group, or once for all keys and values; then reads and
+    writes it once.
+    """
+    if not lean.away:
+        return 0
+    spec = facts.spec.dit
+    sweeps = 2 + (1 + spec.heads // lean.group if lean.group else 1)
+    stream = facts.tokens * spec.dim * facts.dtype.itemsize
+    return _evaluations(facts) * stream * (spec.layers * sweeps + 2)
+
+
+# ---- the stage
+
+
+def place(facts: Facts, way: Way, room: Room) -> Placement:
     """Residents, and of the others those held in RAM, spread evenly over the depth of every expert."""
     where: dict[BlockId, Where] = {}
     depth = facts.spec.dit.layers
@@ -164,27 +241,23 @@ def place(facts: Facts, room: Room) -> Placement:
     for expert in facts.groups:
         for n in range(depth):
             where[expert, n] = "resident" if n in fixed else "ram" if n in held else "disk"
-    return Placement(where, slots=room.slots, ring=room.ring)
+    return Placement(where, slots=way.slots, ring=room.ring)
 
 
-def plan_denoise(facts: Facts, rung: Rung, room: Room) -> StagePlan:
-    """The stage on this rung with blocks placed in this room."""
-    machine, layouts, placement = facts.machine, facts.layouts, place(facts, room)
-    traffic = plan_traffic(layouts, placement, rung.order)
-    disk = sum(layouts[load.block].nbytes for load in traffic.loads)
-    moved = [block for block in rung.order if placement.where[block] != "resident"]
-    h2d = sum(layouts[b].nbytes for b in moved) + sum(
-        layout.nbytes for b, layout in layouts.items() if placement.where[b] == "resident"
-    )
-    copies = h2d / machine.link
-    # one slot leaves nothing to overlap with
-    seconds = rung.compute + copies if room.slots == 1 else max(rung.compute, copies)
+def stage_plan(facts: Facts, way: Way, room: Room) -> StagePlan:
+    """The stage run this way, with blocks placed in this room."""
+    placement, layouts = place(facts, way, room), facts.layouts
+    buffers = plan_buffers(layouts, placement, way.visits)
+    where = placement.where
+    disk = sum(layouts[b].nbytes * (len(at) if where[b] == "disk" else 1) for b, at in way.visits.items())
+    h2d = sum(layouts[b].nbytes * (1 if where[b] == "resident" else len(at)) for b, at in way.visits.items())
+    seconds = max(_seconds(facts, way.lean, way.slots, h2d), disk / facts.machine.disk)
     return StagePlan(
         "denoise",
         len(facts.job.schedule),
-        facts.context | rung.claims | traffic.device_claims(facts.footprint),
-        facts.host(traffic.host_claims()),
+        facts.context | dict(way.claims) | buffers.device_claims(facts.footprint),
+        facts.host(dict(way.ram_claims) | buffers.host_claims()),
         disk,
-        h2d,
-        max(seconds, disk / machine.disk),
+        h2d + _passing(facts, way.lean),
+        seconds,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,6 +41,18 @@ class Facts:
     """Of all transformer blocks."""
     block_kinds: Sequence[Group]
     """One transformer block of every make."""
+    known: dict[Hashable, int]
+    """Footprints measured so far: a search asks for the same ones often, and each takes a tenth of a second."""
+
+    def with_job(self, job: Job) -> Facts:
+        """The same for another size or length of the video."""
+        return replace(self, job=job, latent=self.spec.denoised_shape(job.width, job.height, job.frames))
+
+    def measured(self, measure: Callable[[], int], *what: Hashable) -> int:
+        """The footprint of `what`."""
+        if what not in self.known:
+            self.known[what] = measure()
+        return self.known[what]
 
     @property
     def spec(self) -> ModelSpec:
@@ -88,8 +100,11 @@ class Facts:
         return own | dict(claims)
 
 
-def gather(job: Job, model: Model, machine: Machine) -> Facts:
-    """The facts of a job. Nothing is read but the tokenizer."""
+def gather(job: Job, model: Model, machine: Machine, known: dict[Hashable, int] | None = None) -> Facts:
+    """The facts of a job. Nothing is read but the tokenizer.
+
+    known: of an earlier plan, which spares this one the same measurements.
+    """
     groups = {e: t.groups() for e, t in model.transformers.items()}
     layouts: dict[BlockId, BlockLayout] = {}
     for expert, found in groups.items():
@@ -106,7 +121,13 @@ def gather(job: Job, model: Model, machine: Machine) -> Facts:
         kinds(
             group for found in groups.values() for key, group in found.items() if key.startswith("blocks.")
         ),
+        {} if known is None else known,
     )
+
+
+def kind_of(group: Group) -> Hashable:
+    """What a footprint depends on: names, shapes and encodings, but not where the bytes lie."""
+    return tuple((ref.name, ref.shape, ref.encoding) for ref in group.refs)
 
 
 def _prompt_lengths(job: Job, model: Model, passes: int) -> tuple[int, ...]:

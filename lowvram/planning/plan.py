@@ -30,6 +30,8 @@ class Lean:
     """Tokens processed at once."""
     unpacked: bool = True
     """Whether a block's weights are decoded once into a buffer; otherwise each at every use, once a chunk."""
+    away: bool = False
+    """The residual stream lies in host memory and passes through the device by chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,10 @@ class StagePlan:
     """How the picture plane is cut, where a VAE decodes."""
     encode: EncodePlan | None = None
     """How it is cut, where a VAE encodes."""
+
+    def inside(self, budget: Budget) -> bool:
+        """Whether the stage fits."""
+        return self.vram <= budget.vram and self.ram <= budget.ram
 
     @property
     def vram(self) -> int:

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lowvram import footprint
 from lowvram.model import kinds
 from lowvram.models import dit
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.slab import build_layout
-from lowvram.planning.facts import Facts
+from lowvram.planning.facts import Facts, kind_of
 from lowvram.planning.plan import StagePlan
 
 
-def plan_prepare(facts: Facts, budget: Budget) -> StagePlan:
+def plan_prepare(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     """Time rows and text contexts, made expert by expert."""
     sizes = [build_layout(groups["outer"].refs).nbytes for groups in facts.groups.values()]
     steps = max(facts.job.schedule.experts.count(e) for e in range(len(facts.groups)))
     one = sum(n for name, n in kept_claims(facts, experts=1, steps=steps).items() if name != "texts")
     outers = kinds(groups["outer"] for groups in facts.groups.values())
+    what = facts.lengths, steps, facts.time_rows, facts.dtype
     peak = max(
-        footprint.prepare_scratch(facts.spec.dit, outer, facts.lengths, steps, facts.time_rows, facts.dtype)
+        facts.measured(
+            partial(footprint.prepare_scratch, facts.spec.dit, outer, *what), "prepare", kind_of(outer), *what
+        )
         for outer in outers
     )
     claims = {"outer weights": facts.footprint(max(sizes)), "outer scratch": max(0, peak - one)}
     nbytes = sum(sizes)
-    return StagePlan(
-        "prepare",
-        len(facts.groups),
-        facts.context | claims | kept_claims(facts),
-        facts.host({"ring 0": max(sizes)}),
-        nbytes,
-        nbytes,
-        nbytes / min(facts.machine.disk, facts.machine.link),
+    return (
+        StagePlan(
+            "prepare",
+            len(facts.groups),
+            facts.context | claims | kept_claims(facts),
+            facts.host({"ring 0": max(sizes)}),
+            nbytes,
+            nbytes,
+            nbytes / min(facts.machine.disk, facts.machine.link),
+        ),
     )
 
 
@@ -41,7 +48,6 @@ def kept_claims(facts: Facts, experts: int = 0, steps: int = 0) -> dict[str, int
     rows = [footprint.context_rows(spec, n) for n in facts.lengths]
     contexts = sum(allocated_size(n * spec.dim * width) + allocated_size(4 * n) for n in rows)
     contexts += allocated_size(spec.image_tokens * spec.dim * width)
-    time = allocated_size(4 * spec.dim * facts.time_rows) + allocated_size(24 * spec.dim * facts.time_rows)
     ends = sum(
         allocated_size(r.nbytes) for r in facts.first_expert["outer"].refs if r.name.startswith(dit.ENDS)
     )
@@ -49,6 +55,6 @@ def kept_claims(facts: Facts, experts: int = 0, steps: int = 0) -> dict[str, int
     return {
         "texts": texts,
         "contexts": experts * contexts,
-        "time rows": steps * time,
+        "time rows": steps * footprint.time_bytes(spec, facts.time_rows),
         "ends": experts * ends,
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lowvram import footprint
 from lowvram.model import Group, Model, kinds
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.placement import plan_traffic
-from lowvram.planning.facts import Facts
+from lowvram.planning.facts import Facts, kind_of
 from lowvram.planning.plan import StagePlan
 from lowvram.planning.visits import all_on_disk, layouts_of
 from lowvram.quant.spec import numel
@@ -28,13 +29,20 @@ def text_groups(model: Model) -> dict[str, Group]:
     return {key: Group(tuple(refs), {}) for key, refs in groups.items()}
 
 
-def plan_text(facts: Facts, budget: Budget) -> StagePlan:
+def plan_text(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     """One slot, one ring buffer, the rows of every prompt."""
     spec, lengths = facts.spec.text, facts.lengths
     groups = text_groups(facts.model)
     layouts = layouts_of(groups, "text")
     layers = kinds(group for key, group in groups.items() if key != "outer")
-    scratch = max(footprint.text_scratch(spec, layer, max(lengths), facts.dtype) for layer in layers)
+    rows = max(lengths)
+    scratch = max(
+        facts.measured(
+            partial(footprint.text_scratch, spec, layer, rows, facts.dtype),
+            "text", kind_of(layer), rows, facts.dtype,
+        )
+        for layer in layers
+    )  # fmt: skip
     traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
     claims = traffic.device_claims(facts.footprint) | {
         "text rows": 2 * sum(allocated_size(n * spec.dim * facts.dtype.itemsize) for n in lengths),
@@ -43,12 +51,14 @@ def plan_text(facts: Facts, budget: Budget) -> StagePlan:
     nbytes = sum(layout.nbytes for layout in layouts.values())
     flops = 2 * sum(lengths) * sum(numel(s) for s in spec.layer_shapes().values()) * spec.layers
     machine = facts.machine
-    return StagePlan(
-        "text",
-        spec.layers,
-        facts.context | claims,
-        facts.host(traffic.host_claims()),
-        nbytes,
-        nbytes,
-        max(flops / machine.matmul, nbytes / machine.link, nbytes / machine.disk),
+    return (
+        StagePlan(
+            "text",
+            spec.layers,
+            facts.context | claims,
+            facts.host(traffic.host_claims()),
+            nbytes,
+            nbytes,
+            max(flops / machine.matmul, nbytes / machine.link, nbytes / machine.disk),
+        ),
     )

@@ -14,8 +14,10 @@ from lowvram.errors import NonFiniteError
 from lowvram.job import Job
 from lowvram.model import Model
 from lowvram.models import animate, dit
+from lowvram.models.rows import Rows
 from lowvram.models.self_attention import Workspace
 from lowvram.offload.placement import BlockId
+from lowvram.offload.rows import HostRows
 from lowvram.offload.slab import BlockLayout
 from lowvram.offload.stream import BlockStream, Views
 from lowvram.planning.visits import layouts_of, step_visits, visiting_order
@@ -99,7 +101,7 @@ def denoise(
     tokens = grid[0] * grid[1] * grid[2]
     with run.stage("denoise") as (stack, traffic):
         rope = dit.rope_table(*grid, device=device)
-        works = _workspaces(run, job, spec.dit, tokens)
+        works = _workspaces(run, stack, job, spec.dit, tokens, len(texts) if lean.together else 1)
         stream = _open_stream(run, stack, layouts, job, model, state.step, stop)
         for i in range(state.step, stop):
             finite = torch.ones(spec.dit.layers, 2, dtype=torch.bool, device=device)
@@ -142,8 +144,10 @@ def _imposed(x: Tensor, fixed: Tensor | None) -> Tensor:
     return x if fixed is None else torch.cat([fixed, x[:, fixed.shape[1] :]], dim=1)
 
 
-def _workspaces(run: Run, job: Job, spec: DitSpec, tokens: int) -> dict[str, Workspace]:
-    """The same buffers as each mode of the job uses them."""
+def _workspaces(
+    run: Run, stack: ExitStack, job: Job, spec: DitSpec, tokens: int, streams: int
+) -> dict[str, Workspace]:
+    """The same buffers as each mode of the job uses them; the residual streams are where the plan says."""
     lean, dtype, arch = run.plan.lean, run.plan.dtype, run.plan.machine.arch
     heads = lean.group or spec.heads
     modes = job.attention.modes()
@@ -156,6 +160,14 @@ def _workspaces(run: Run, job: Job, spec: DitSpec, tokens: int) -> dict[str, Wor
     decoded = run.plan.stage("denoise").claims.get("unpacked block", 0)
     unpacked = like.new_empty(decoded) if lean.unpacked else None
     ops = TORCH if run.plan.machine.unfused else FUSED
+    residuals: list[Rows] = []
+    for n in range(streams):
+        if lean.away:
+            rows = HostRows(run.device, f"ram residual {n}", tokens, spec.dim, dtype, lean.chunk)
+            stack.callback(rows.close)
+            residuals.append(rows)
+        else:
+            residuals.append(like.new_empty(tokens, spec.dim, dtype=dtype))
     return {
         m.name: Workspace(
             carve(m, heads, tokens, dtype, keys, values, half=half_of(m, arch)),
@@ -164,6 +176,7 @@ def _workspaces(run: Run, job: Job, spec: DitSpec, tokens: int) -> dict[str, Wor
             lean.chunk,
             ops,
             unpacked,
+            tuple(residuals),
         )
         for m in modes
     }

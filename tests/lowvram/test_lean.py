@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,9 @@ from lowvram.model import imagined_model
 from lowvram.models import dit
 from lowvram.models.self_attention import plain_workspace
 from lowvram.offload.budget import Budget, allocated_size
+from lowvram.offload.device import CpuDevice
 from lowvram.offload.estimate import track
+from lowvram.offload.rows import HostRows
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Lean, Plan
 from lowvram.planning.visits import visiting_order
@@ -38,7 +42,9 @@ def params() -> Params:
     return Params(weights, {"blocks.0.self_attn.q": (Branch(factors[0], factors[1], 0.7),)})
 
 
-def run(params: Params, group: int, chunk: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def run(
+    params: Params, group: int, chunk: int, dtype: torch.dtype = torch.float32, away: bool = False
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     latent = torch.randn(16, 3, 10, 8, generator=generator)
     context = dit.embed_text(params, SPEC, torch.randn(7, 64, generator=generator).to(dtype))
@@ -46,6 +52,8 @@ def run(params: Params, group: int, chunk: int, dtype: torch.dtype = torch.float
     k, v = (torch.empty(group or SPEC.heads, TOKENS, HEAD_DIM, dtype=dtype) for _ in "kv")
     out = torch.empty(TOKENS, SPEC.dim, dtype=dtype) if group else None
     work = plain_workspace(k, v, out, chunk)
+    if away:
+        work = replace(work, residuals=(HostRows(CpuDevice(), "x", TOKENS, SPEC.dim, dtype, chunk),))
     with torch.inference_mode():
         return dit.forward(
             params, params.blocks(2), SPEC, latent, time, [context], dit.rope_table(*GRID), work
@@ -60,6 +68,14 @@ def test_heads_and_tokens_at_once_do_not_change_the_result(
     whole = run(params, 0, 4096, dtype)
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     assert (run(params, group, chunk, dtype) - whole).abs().max() <= tolerance * whole.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("group", "chunk"), [(0, 4096), (0, 16), (1, 17), (2, 30)])
+def test_a_residual_on_the_host_changes_no_bit(
+    params: Params, group: int, chunk: int, dtype: torch.dtype
+) -> None:
+    assert torch.equal(run(params, group, chunk, dtype, away=True), run(params, group, chunk, dtype))
 
 
 @pytest.mark.parametrize(("group", "chunk"), [(0, 4096), (0, 16), (1, 4096), (2, 32)])

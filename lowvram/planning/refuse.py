@@ -1,0 +1,112 @@
+"""A job that does not fit: the least budget that it can do with, and the nearest settings that fit this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from lowvram.errors import BudgetError
+from lowvram.model import imagined_model
+from lowvram.offload.budget import Budget, format_bytes
+from lowvram.planning.facts import Facts, gather
+from lowvram.planning.plan import StagePlan
+
+Least = Callable[[Facts, Budget], Iterator[StagePlan]]
+"""Every stage as small as a budget asks for; what it returns if none fits, `lowvram.planning.choose.Planner` says."""
+
+SMALLER_WEIGHTS = ("fp8",)
+"""What is proposed instead of larger ones, the better first."""
+SIXTEENTHS = range(15, 3, -1)
+"""Of width and height: sizes that are proposed."""
+
+
+def refusal(facts: Facts, budget: Budget, least: Least) -> BudgetError:
+    """The error that says so. `budget` must not hold the job."""
+    need, job = minimum(facts, budget, least), facts.job
+    stages = list(least(facts, need))
+    found, flags = [], []
+    if need.vram > budget.vram:
+        stage = max(stages, key=lambda s: s.vram)
+        largest = max(stage.claims, key=lambda name: stage.claims[name])
+        found.append(
+            f"{format_bytes(need.vram)} of VRAM in stage {stage.name} (most of it {largest}), the budget is "
+            f"{format_bytes(budget.vram)}"
+        )
+        flags.append(f"--vram {_up(need.vram)}")
+    if need.ram > budget.ram:
+        found.append(f"{format_bytes(need.ram)} of RAM, the budget is {format_bytes(budget.ram)}")
+        flags.append(f"--ram {_up(need.ram)}")
+    settings = nearest(facts, budget, least)
+    instead = " or ".join(f"--{name} {value}" for name, value in settings.items())
+    return BudgetError(
+        f"{job.width}x{job.height}, {job.frames} frames needs " + " and ".join(found),
+        expected=f"{' and '.join(flags)} or more",
+        advice=f"raise the budget, or take {instead}"
+        if instead
+        else "raise the budget: no smaller video fits",
+        minimum_vram=need.vram if need.vram > budget.vram else None,
+        minimum_ram=need.ram if need.ram > budget.ram else None,
+        nearest=settings,
+    )
+
+
+def minimum(facts: Facts, budget: Budget, least: Least) -> Budget:
+    """`budget` with VRAM raised to the least that its RAM allows; or else the RAM, for its VRAM; or else both."""
+    stages = list(least(facts, Budget(1, budget.ram)))
+    if all(s.ram <= budget.ram for s in stages):
+        return replace(budget, vram=max(s.vram for s in stages))
+    stages = list(least(facts, Budget(budget.vram, 1)))
+    if any(s.vram > budget.vram for s in stages):
+        budget = replace(budget, vram=max(s.vram for s in least(facts, Budget(1, 1))))
+        stages = list(least(facts, Budget(budget.vram, 1)))
+    return replace(budget, ram=max(s.ram for s in stages))
+
+
+def nearest(facts: Facts, budget: Budget, least: Least) -> dict[str, str]:
+    """By flag without its dashes: the value nearest to what was asked with which the job fits."""
+    found: dict[str, str] = {}
+
+    def fits(other: Facts) -> bool:
+        return all(stage.inside(budget) for stage in least(other, budget))
+
+    def with_frames(n: int) -> Facts:
+        return facts.with_job(replace(facts.job, frames=1 + 4 * n))
+
+    low, high = -1, (facts.job.frames - 1) // 4  # fits at low, unless that is -1; not at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(with_frames(middle)) else (low, middle)
+    if low >= 0:
+        found["frames"] = str(1 + 4 * low)
+    for width, height in _smaller(facts):
+        if fits(facts.with_job(replace(facts.job, width=width, height=height))):
+            found["size"] = f"{width}x{height}"
+            break
+    heaviest = max(layout.nbytes for layout in facts.layouts.values())
+    for weights in SMALLER_WEIGHTS:
+        imagined = imagined_model(facts.model.name, facts.spec, weights).transformers
+        other = gather(facts.job, replace(facts.model, transformers=imagined), facts.machine, facts.known)
+        if max(layout.nbytes for layout in other.layouts.values()) < heaviest and fits(other):
+            found["weights"] = weights
+            break
+    return found
+
+
+def _smaller(facts: Facts) -> Iterator[tuple[int, int]]:
+    """Sizes of about the same shape, from large to small."""
+    job, unit = facts.job, 2 * facts.spec.vae.stride[1]
+    last = job.width, job.height
+    for part in SIXTEENTHS:
+        size = job.width * part // 16 // unit * unit, job.height * part // 16 // unit * unit
+        if min(size) >= unit and size != last:
+            yield size
+            last = size
+
+
+def _up(nbytes: int) -> str:
+    """A size to type that is not less than `nbytes`."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if nbytes >= size:
+            tenths = -(-nbytes * 10 // size)
+            return f"{tenths // 10}.{tenths % 10}{unit}" if tenths % 10 else f"{tenths // 10}{unit}"
+    return f"{nbytes}B"

@@ -1,0 +1,59 @@
+"""A matrix on the host behaves like a tensor, whatever is read and written in which order."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from lowvram.errors import DeviceLostError, OutOfMemoryError
+from lowvram.offload.budget import Ledger
+from lowvram.offload.device import CpuDevice
+from lowvram.offload.faults import FaultPlan, Faults
+from lowvram.offload.rows import HostRows
+
+
+@pytest.mark.parametrize(("n", "window"), [(1, 4), (3, 4), (4, 4), (5, 4), (8, 4), (9, 4), (31, 8)])
+def test_reads_and_writes_are_those_of_a_tensor(n: int, window: int) -> None:
+    device, rng = CpuDevice(), random.Random(n)
+    rows, tensor = HostRows(device, "x", n, 3, torch.float32, window), torch.zeros(n, 3)
+    runs = [(i, min(i + window, n)) for i in range(0, n, window)]
+    for i, j in runs:
+        tensor[i:j] = torch.randn(j - i, 3)
+        rows[i:j] = tensor[i:j]
+    for _ in range(40):
+        sweep = runs if rng.random() < 0.7 else rng.sample(runs, len(runs))
+        for i, j in sweep:
+            held = rows[i:j]
+            assert torch.equal(held, tensor[i:j])
+            if rng.random() < 0.5:
+                tensor[i:j] = tensor[i:j] * 0.5 + rng.random()
+                rows[i:j] = tensor[i:j].clone()
+            if rng.random() < 0.2:
+                a, b = rng.choice(runs)
+                tensor[a:b] += 1
+                rows[a:b] = tensor[a:b].clone()
+    assert rows.shape == tensor.shape and rows.device == tensor.device
+    rows.close()
+    assert device.ram.used == 0
+
+
+def test_a_slice_longer_than_the_window_is_refused() -> None:
+    rows = HostRows(CpuDevice(), "x", 9, 3, torch.float32, 4)
+    for wrong in (slice(0, 5), slice(3, 3), slice(0, 4, 2)):
+        with pytest.raises(IndexError):
+            rows[wrong]
+    rows.close()
+
+
+def test_no_room_and_failed_copies_leave_nothing_claimed() -> None:
+    with pytest.raises(OutOfMemoryError):
+        HostRows(CpuDevice(ram=Ledger(100, "RAM")), "x", 9, 3, torch.float32, 4)
+    device = CpuDevice(faults=Faults(FaultPlan("copy", 2)))
+    rows = HostRows(device, "x", 9, 3, torch.float32, 4)
+    rows[0:4] = torch.ones(4, 3)
+    with pytest.raises(DeviceLostError):
+        rows[4:8]
+    rows.close()
+    assert device.ram.used == 0

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lowvram.bench.results import Fact
 from lowvram.models import dit
+from lowvram.models.self_attention import plain_workspace
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM, DitSpec
 from lowvram.sampling.presets import model_preset
@@ -73,7 +74,7 @@ def _ours(
     p, rope = Params(weights), dit.rope_table(1, 1, n, device=x.device)
     time_row, text = _inputs(spec, x)
     k, v = (x.new_empty(spec.heads, n, HEAD_DIM) for _ in "kv")
-    work = dit.Workspace(k, v)
+    work = plain_workspace(k, v)
     context = dit.Context(text, torch.zeros(text.shape[0], device=x.device))
     row = dit.Time(time_row[:, 0].contiguous(), time_row, n)
     first = x.clone()

@@ -193,7 +193,7 @@ def forecast(setup: Setup) -> Verdict:
 def placement(setup: Setup) -> Verdict:
     """Where the weights live never changes a bit of the frames."""
     if setup.dry:
-        trials = dry_jobs("pair")
+        trials: tuple[Trial, ...] = dry_jobs("pair")
     else:  # a context alone is larger than the whole job: only resident blocks can be had
         trials = tuple(Trial(t.case, "resident", t.vram + GB, 8 * GB) for t in dry_jobs("pair"))
     verdict = _trials(setup, list(trials), {})

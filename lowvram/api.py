@@ -210,6 +210,8 @@ class Pipeline:
             prompts.append(job.negative)
         with self.runtime.device() as device:
             run = Run(device, plan, listener or Silent(), clock)
+            if device.kind == "cuda":
+                run.notes.append(f"attention of torch by {dispatch.sdpa_backend_of(device.torch_device)}")
             texts = text.encode(run, model, prompts)
             if made is None:
                 made = condition.condition(run, model, job)

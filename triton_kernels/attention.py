@@ -19,11 +19,13 @@ by the maximum of each channel over V_RUN tokens. `attend_reference` is the arit
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HEAD_DIM = 128
 KEY_TILE = 64
@@ -59,11 +61,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     # torch's fused kernels take four dimensions only: with three it would make the logits.
     batch = (None,) * (4 - q.dim())
-    out = functional.scaled_dot_product_attention(
-        q[batch], k[batch], v[batch], attn_mask=None if bias is None else bias[(None,) * (4 - bias.dim())]
-    ).view(*q.shape[:-1], v.shape[-1])
+    with sdpa_kernel(sdpa_order(q), set_priority=True) if q.is_cuda else nullcontext():
+        out = functional.scaled_dot_product_attention(
+            q[batch], k[batch], v[batch], attn_mask=None if bias is None else bias[(None,) * (4 - bias.dim())]
+        ).view(*q.shape[:-1], v.shape[-1])
     # They write [m, heads, d]: joining the heads is then a view, not a copy.
     return out.transpose(-2, -3).flatten(-2)
+
+
+def sdpa_order(q: Tensor) -> list[SDPBackend]:
+    """Backends of torch in the order they are asked for: cuDNN wins on Hopper, and is not taken there by itself."""
+    hopper = torch.cuda.get_device_capability(q.device) == (9, 0)
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    return [*(fused[::-1] if hopper else fused), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def sdpa_backend(q: Tensor) -> str:
+    """The backend that attention of q [1, heads, n, 128] to itself takes on its card, such as "flash_attention"."""
+    with sdpa_kernel(sdpa_order(q), set_priority=True):
+        return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()
 
 
 @torch.library.custom_op("lowvram::attention", mutates_args=())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowvram.errors import UsageError
 from lowvram.triton_kernels import backends
-from lowvram.triton_kernels.attention import attend_, attend_reference, attention
+from lowvram.triton_kernels.attention import attend_, attend_reference, attention, sdpa_backend
 from lowvram.triton_kernels.modes import ARCHS, AUTO, CAREFUL, MEASURED, MODES, Choice, Mode
 from lowvram.triton_kernels.norm_rope import centre_of, quantise_rows, quantise_values
 from lowvram.triton_kernels.ops import FUSED, TORCH, Ops
@@ -123,6 +123,11 @@ def mode_named(name: str) -> Mode:
 def half_of(mode: Mode, arch: str) -> bool:
     """Whether P V of a tile is added up in float16; the arithmetic on a CPU is that of GeForce."""
     return mode.v_format != "bf16" and HALF.get(mode.v_format, {}).get(arch, True)
+
+
+def sdpa_backend_of(device: torch.device) -> str:
+    """The backend of torch that long attention in bfloat16 takes on a card."""
+    return sdpa_backend(torch.empty(1, 2, 256, 128, dtype=torch.bfloat16, device=device))
 
 
 # ---- tests on the card itself

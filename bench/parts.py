@@ -29,7 +29,9 @@ from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.slab import as_bytes
 from lowvram.quant.encodings.registry import encoding_by_name, encoding_names
 from lowvram.survey import identify
+from lowvram.triton_kernels import dispatch
 from lowvram.triton_kernels.attention import attention
+from lowvram.triton_kernels.modes import MODES
 
 Facts = dict[str, Fact]
 
@@ -151,6 +153,12 @@ def kernels(setup: Setup) -> Verdict:
     facts["attention error"] = error
     facts["attention is exact enough"] = error < (1e-5 if setup.dry else 1e-2)
     facts["attention makes no logits"] = _no_logits(setup, dtype)
+    if not setup.dry:
+        arch, device, here = identify().arch, torch.device("cuda", 0), dispatch.installed()
+        for mode in MODES.values():
+            why = dispatch.obstacle(mode, arch, here) or dispatch.try_mode(mode, device, arch)
+            facts[f"attention {mode.name}"] = why or "right"
+        facts["fused operations"] = dispatch.ops_obstacle(device, arch) or "right"
     return _all_true(facts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from lowvram import survey
 from lowvram.machine import Rates, machine_names, machine_profile
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.limits import HostLimits, host_limits
-from lowvram.survey import CONTEXT, Clock, Place
+from lowvram.survey import CONTEXT, WORKSPACES, Clock, Place
 
 SCHEMA = "lowvram.doctor/1"
 Verdict = Literal["good", "fair", "bad", ""]
@@ -72,17 +72,22 @@ def examine(place: Place, folder: Path, clock: Clock) -> Findings:
     arithmetic = list(_arithmetic(place, clock))
     link, link_readings = _link(place, clock)
     disk, disk_readings = _disk(folder, clock)
-    context = survey.context_bytes() if place.kind == "cuda" else 0
+    measured = survey.context_bytes() if place.kind == "cuda" else (0, 0)
+    context, workspaces = measured or (CONTEXT, WORKSPACES)
     by_name = {reading.name: reading.value for reading in arithmetic}
     half = "bf16" if place.kind == "cuda" else "fp32"
     share = 1.0 if place.kind == "cuda" else 0.5
-    rates = replace(
-        Rates(
-            place.label, place.driver, place.torch_version, 1, 1, link, disk, str(folder), context or CONTEXT
-        ),
+    rates = Rates(
+        device=place.label,
+        driver=place.driver,
+        torch=place.torch_version,
         matmul=float(by_name[f"multiply {half}"] or 1) * share,
         attention=float(by_name["attention"] or 1) * share,
-        context=CONTEXT if context is None or context < 0 else context,
+        link=link,
+        disk=disk,
+        disk_folder=str(folder),
+        context=context,
+        workspaces=workspaces,
     )
     readings = (
         *_software(place),

@@ -44,7 +44,9 @@ class Machine:
     disk: float
     """Sequential reads."""
     context: int
-    """Device memory taken before the first tensor: CUDA context, library workspaces."""
+    """Device memory taken before the first tensor, outside torch's allocator: CUDA context, kernels, library handles."""
+    workspaces: int
+    """Device memory that cuBLAS takes from torch's allocator and keeps."""
     measured: bool
     """Whether the rates were measured here. Otherwise they are a vendor's figures times an assumed share."""
     arch: str = ""
@@ -69,6 +71,7 @@ class Rates:
     disk_folder: str
     """The folder whose disk was measured."""
     context: int
+    workspaces: int
 
 
 def machine_names() -> tuple[str, ...]:
@@ -94,6 +97,7 @@ def machine_profile(name: str) -> Machine:
         link=card["link"],
         disk=card["disk"],
         context=card["context"],
+        workspaces=card["workspaces"],
         measured=False,
         arch=card["arch"],
         sources=sources | card.get("sources", {}),
@@ -122,12 +126,15 @@ def this_machine(device: str | None = None) -> Machine:
         place.driver,
         place.torch_version,
     ):
-        sources = dict.fromkeys(("matmul", "attention", "link", "disk", "context"), "measured by the doctor")
+        sources = dict.fromkeys(
+            ("matmul", "attention", "link", "disk", "context", "workspaces"), "measured by the doctor"
+        )
     else:
         rates = survey.quick_rates(place)
         sources = dict.fromkeys(("matmul", "attention", "link"), "measured just now") | {
             "disk": "assumed: `lowvram doctor` measures it",
             "context": "assumed" if place.kind == "cuda" else "none",
+            "workspaces": "assumed" if place.kind == "cuda" else "none",
         }
     memory = survey.memory(place)
     return Machine(
@@ -141,6 +148,7 @@ def this_machine(device: str | None = None) -> Machine:
         link=rates.link,
         disk=rates.disk,
         context=rates.context,
+        workspaces=rates.workspaces,
         measured=True,
         arch=place.arch,
         unfused=ops_obstacle(torch.device(place.kind), place.arch),
@@ -178,6 +186,6 @@ def load_rates(path: Path) -> Rates | None:
             return None
         rates = Rates(**stored)
         numbers = (rates.matmul, rates.attention, rates.link, rates.disk)
-        return rates if all(n > 0 for n in numbers) and rates.context >= 0 else None
+        return rates if all(n > 0 for n in numbers) and min(rates.context, rates.workspaces) >= 0 else None
     except (FileError, StorageError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -23,7 +23,9 @@ from lowvram.triton_kernels.attention import attention
 Clock = Callable[[], float]
 
 CONTEXT = 500_000_000
-"""Bytes of a CUDA process before its first tensor, where nobody measured them."""
+"""Bytes of a CUDA process outside torch's allocator, where nobody measured them."""
+WORKSPACES = 34_000_000
+"""Bytes that cuBLAS keeps inside it: 32 MiB on Hopper, less elsewhere (CUDABlas.cpp of torch)."""
 _DISK = 1 << 30
 """Bytes read to time a disk."""
 _WRITTEN = 256 << 20
@@ -96,6 +98,7 @@ def quick_rates(place: Place, clock: Clock = time.perf_counter) -> Rates:
         disk=ASSUMED_DISK,
         disk_folder="",
         context=CONTEXT if place.kind == "cuda" else 0,
+        workspaces=WORKSPACES if place.kind == "cuda" else 0,
     )
 
 
@@ -174,8 +177,9 @@ def _largest(folder: Path) -> Path | None:
     return Path(sizes[0][1]) if sizes and sizes[0][0] >= _WRITTEN else None
 
 
-def context_bytes() -> int | None:
-    """What a process holds of the CUDA device outside torch's allocator, once its kernels and libraries are loaded.
+def context_bytes() -> tuple[int, int] | None:
+    """What a process holds of the CUDA device outside torch's allocator once its kernels and libraries are loaded, and
+    what libraries keep inside it.
 
     A second process is started, asked what torch holds, and compared with what the device lost meanwhile. None if
     it could not be started. What other programs take or give back in that second counts too.
@@ -185,18 +189,20 @@ def context_bytes() -> int | None:
     command = [sys.executable, "-c", "from lowvram.survey import hold_context; hold_context()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
-        reserved = child.stdout.readline().strip()
+        kept = child.stdout.readline().strip()
         after, _ = torch.cuda.mem_get_info()
         child.stdin.close()
-    return int(before - after) - int(reserved) if reserved.isdigit() else None
+    return (max(0, int(before - after) - int(kept)), int(kept)) if kept.isdigit() else None
 
 
 def hold_context() -> None:
-    """The second process of `context_bytes`: use the device as a job does, tell what torch holds, wait."""
+    """The second process of `context_bytes`: use the device as a job does, free it, tell what torch still holds, wait."""
     x = torch.randn(8, 1024, 128, device="cuda", dtype=torch.bfloat16)
     y = attention(x, x, x)
     (y @ y).sum().item()
     torch.nn.functional.conv3d(x.view(1, 8, 16, 64, 128), x.new_zeros(8, 8, 3, 3, 3)).sum().item()
+    del x, y
+    torch.cuda.empty_cache()
     print(torch.cuda.memory_reserved(), flush=True)
     sys.stdin.read()
 

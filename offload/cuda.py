@@ -100,6 +100,11 @@ class CudaDevice(Device):
         room = self.ledger.room
         return int(free + cached) if room is None else min(room, int(free + cached))
 
+    def release_unused(self) -> None:
+        with _cuda_errors(str(self.torch_device)):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+
     def close(self) -> None:
         try:
             self.synchronize()

@@ -80,6 +80,7 @@ def profile(machine: Machine) -> str:
         "link": f"{format_bytes(int(machine.link))}/s",
         "disk": f"{format_bytes(int(machine.disk))}/s",
         "context": format_bytes(machine.context),
+        "workspaces": format_bytes(machine.workspaces),
     }
-    rows = [f"{name.ljust(9)}  {value.ljust(14)}  {machine.sources[name]}" for name, value in shown.items()]
+    rows = [f"{name.ljust(10)}  {value.ljust(14)}  {machine.sources[name]}" for name, value in shown.items()]
     return "\n".join([f"{machine.label} ({machine.arch}), not measured here", *rows])

@@ -84,8 +84,9 @@ class Facts:
 
     @property
     def context(self) -> dict[str, int]:
-        """The claim of the device's own needs, if it has any."""
-        return {"cuda context": self.machine.context} if self.machine.context else {}
+        """The claims of the device's own needs, if it has any."""
+        own = {"cuda context": self.machine.context, "library workspaces": self.machine.workspaces}
+        return {name: nbytes for name, nbytes in own.items() if nbytes}
 
     def footprint(self, nbytes: int) -> int:
         """What the device gives up for a long-lived buffer."""

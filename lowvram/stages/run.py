@@ -83,6 +83,7 @@ class Run:
         The claims that no buffer of a stream takes are taken here, so that the ledger always shows the truth.
         """
         planned = self.plan.stage(name)
+        self.device.release_unused()
         began, traffic = self.clock(), Traffic()
         self.listener.begin(name)
         with ExitStack() as stack:

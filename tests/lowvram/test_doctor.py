@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def known_rates() -> Rates:
     place = survey.identify("cpu")
-    return Rates(place.label, place.driver, place.torch_version, 7e9, 5e9, 3e9, 2.5e9, "/models", 0)
+    return Rates(place.label, place.driver, place.torch_version, 7e9, 5e9, 3e9, 2.5e9, "/models", 0, 0)
 
 
 def test_what_the_doctor_measures_is_what_plans_use(cli: Callable[..., Any], tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_every_number_of_a_profile_has_a_source(cli: Callable[..., Any]) -> None
     assert len(machine_names()) >= 11
     for name in machine_names():
         machine = machine_profile(name)
-        for number in ("vram", "ram", "matmul", "attention", "link", "disk", "context"):
+        for number in ("vram", "ram", "matmul", "attention", "link", "disk", "context", "workspaces"):
             assert machine.sources[number], f"{name} {number}"
         assert machine.label in cli("doctor", "--machine", name).out
     with pytest.raises(UsageError, match="rtx4090"):

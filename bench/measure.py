@@ -112,7 +112,7 @@ class Round:
 
 
 def measure(request: Request, clock: Clock = time.perf_counter) -> Measurement:
-    """Do the trial `repeats` times after one to warm up. Errors are those of the job."""
+    """Do the trial `repeats` times after one to warm up; with 0 only once. Errors are those of the job."""
     trial, case = request.trial, request.trial.case
     with ExitStack() as stack:
         if request.ballast:
@@ -125,9 +125,9 @@ def measure(request: Request, clock: Clock = time.perf_counter) -> Measurement:
         job = pipe.job(PROMPT, **case.settings())
         plan = pipe.plan_job(job)
         counted: int | None = None
-        if cuda or request.repeats == 0:
+        if request.repeats and cuda:
             do_case(pipe, case, job, plan, Stopwatch(clock, cuda))
-        else:  # the warm-up is where a CPU's tensors are counted: that takes time
+        elif request.repeats:  # the warm-up is where a CPU's tensors are counted: that takes time
             with track(rounding=allocated_size) as tracker:
                 do_case(pipe, case, job, plan, Stopwatch(clock, cuda))
             counted = tracker.peak().peak_bytes

@@ -256,7 +256,9 @@ def _trials(setup: Setup, trials: list[Trial], files: dict[str, str]) -> Verdict
     right = True
     for trial in trials:
         label = f"{trial.case.what} {trial.placement} {trial.vram / GB:.3g} GB"
-        request = Request(trial, files, setup.kind, 1, ballast=not setup.dry and trial.vram >= GB)
+        # at true sizes a job warms itself up: its first step says what that took
+        repeats = 1 if setup.dry or not files else 0
+        request = Request(trial, files, setup.kind, repeats, ballast=not setup.dry and trial.vram >= GB)
         m = measure.measure(request)
         done.append(m)
         seen = m.vram_allocated or 0

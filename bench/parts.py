@@ -154,9 +154,9 @@ def kernels(setup: Setup) -> Verdict:
     facts["attention is exact enough"] = error < (1e-5 if setup.dry else 1e-2)
     facts["attention makes no logits"] = _no_logits(setup, dtype)
     if not setup.dry:
-        arch, device, here = identify().arch, torch.device("cuda", 0), dispatch.installed()
+        arch, device, packages = identify().arch, torch.device("cuda", 0), dispatch.installed()
         for mode in MODES.values():
-            why = dispatch.obstacle(mode, arch, here) or dispatch.try_mode(mode, device, arch)
+            why = dispatch.obstacle(mode, arch, packages) or dispatch.try_mode(mode, device, arch)
             facts[f"attention {mode.name}"] = why or "right"
         facts["fused operations"] = dispatch.ops_obstacle(device, arch) or "right"
     return _all_true(facts)

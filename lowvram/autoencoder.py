@@ -101,7 +101,8 @@ class Autoencoder:
                 advice="name the model or the VAE that it was made for with --model or --vae",
             )
         facts = self._facts(self._shape(latent))
-        return self._checked(facts, plan_decode(facts, self.runtime.budget))
+        (stage,) = plan_decode(facts, self.runtime.budget)
+        return self._checked(facts, stage)
 
     def plan_encode(self, shape: tuple[int, int, int]) -> Plan:
         """What encoding `shape` (frames, rows, columns of pixels) takes. BudgetError if it does not fit."""
@@ -141,7 +142,7 @@ class Autoencoder:
         machine = self.runtime.machine
         dtype = torch.bfloat16 if machine.kind == "cuda" else torch.float32
         latent = self.model.spec.latent_shape(width, height, frames)
-        return Facts(self._job(shape), self.model, machine, dtype, latent, (), {}, {}, ())
+        return Facts(self._job(shape), self.model, machine, dtype, latent, (), {}, {}, (), {})
 
     def _job(self, shape: tuple[int, int, int]) -> Job:
         frames, height, width = shape

@@ -1,0 +1,115 @@
+"""The table of peaks: what plans say of named cases, so that a change that costs memory is seen when it is made.
+
+    python -m lowvram.bench.peaks            record all cases in bench/peaks.json
+    python -m lowvram.bench.peaks --check    compare with what is recorded; exit code 1 if a peak grew by over 1 %
+
+Plans come from the product's own code on fake tensors at the true sizes, for the rtx4090 profile with 64 GB of RAM and
+prompts of full length. A few seconds a case, no weights, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowvram.bench.cases import GB
+from lowvram.errors import BudgetError
+from lowvram.job import make_job
+from lowvram.machine import machine_profile
+from lowvram.model import imagined_model
+from lowvram.offload.budget import Budget
+from lowvram.offload.io import read_small_text, write_atomic
+from lowvram.planning.choose import choose
+from lowvram.planning.facts import Facts, gather
+from lowvram.sampling.presets import model_preset
+
+TABLE = Path(__file__).parent / "peaks.json"
+TOLERANCE = 0.01
+"""Share by which a peak may grow before the table has to be recorded again, with a reason."""
+BUDGETS = (16, 8, 6, 4)
+CASES: Mapping[str, tuple[str, str, int, int, int]] = {
+    f"{model} {weights} {width}x{height}x{frames}": (model, weights, width, height, frames)
+    for model, weights, width, height, frames in (
+        ("wan2.2-t2v-a14b", "fp8", 1280, 720, 121),
+        ("wan2.2-t2v-a14b", "fp8", 832, 480, 81),
+        ("wan2.2-ti2v-5b", "fp8", 1280, 704, 121),
+    )
+}
+
+Peaks = dict[str, dict[str, int]]
+"""By budget: bytes by stage, "ram", and of the least budget "vram"."""
+
+
+def facts_of(name: str) -> Facts:
+    """What a plan of the case knows before it is given a budget."""
+    model, weights, width, height, frames = CASES[name]
+    spec = model_preset(model)
+    job = make_job(spec, model=model, files={}, width=width, height=height, frames=frames)
+    return gather(job, imagined_model(model, spec, weights), machine_profile("rtx4090"))
+
+
+def peaks(name: str, budgets: tuple[int, ...] = BUDGETS, least: bool = True) -> Peaks:
+    """Peaks of one case under each of `budgets`, in GB, and the least that it can do with."""
+    facts, found = facts_of(name), Peaks()
+    for budget in budgets:
+        try:
+            plan = choose(facts, Budget(budget * GB, 64 * GB))
+        except BudgetError:
+            continue
+        found[f"{budget} GB"] = {s.name: s.vram for s in plan.stages} | {"ram": plan.ram}
+    if least:
+        try:
+            choose(facts, Budget(1, 64 * GB))
+        except BudgetError as error:
+            found["least"] = {"vram": error.minimum_vram or 0}
+    return found
+
+
+def grown(recorded: Mapping[str, Peaks], measured: Mapping[str, Peaks]) -> Iterator[str]:
+    """What of `measured` is more than recorded, or does not fit any more; a line each."""
+    for name, budgets in measured.items():
+        for budget, stages in recorded[name].items():
+            if budget not in budgets:
+                continue
+            for stage, before in stages.items():
+                now = budgets[budget].get(stage)
+                if now is None or now > before * (1 + TOLERANCE):
+                    yield f"{name}, {budget}, {stage}: {before:,} bytes recorded, {now} now"
+
+
+def load() -> dict[str, Peaks]:
+    """The recorded table."""
+    table: dict[str, Any] = json.loads(read_small_text(TABLE, 1 << 20))
+    return dict(table["cases"])
+
+
+def record() -> dict[str, Peaks]:
+    """Measure all cases and write them down."""
+    found = {name: peaks(name) for name in CASES}
+    write_atomic(
+        TABLE, json.dumps({"machine": "rtx4090", "ram": 64 * GB, "cases": found}, indent=1).encode() + b"\n"
+    )
+    return found
+
+
+def main() -> int:
+    """The command; 1 if a peak grew."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    if not parser.parse_args().check:
+        record()
+        print(TABLE)
+        return 0
+    lines = list(grown(load(), {name: peaks(name) for name in CASES}))
+    print("\n".join(lines) or "no peak grew")
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import ceil
+from math import ceil, log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,8 +113,6 @@ class Codings(ABC):
     """What the device gives up for a long-lived buffer."""
     _known: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict, init=False)
     """By rows and columns of tiles: history of the largest, of all, scratch of the largest."""
-    _share: float = field(default=0.0, init=False)
-    """Scratch of a tile to its history: the most that is known."""
 
     @property
     @abstractmethod
@@ -157,10 +155,14 @@ class Codings(ABC):
         return None
 
     def _guess(self, histories: _Histories) -> Decoding:
-        """What `histories` takes: as far as it is known, else with scratch in proportion to history."""
+        """What `histories` takes: as far as it is known, else with scratch in proportion to history, as of the tiling
+        with the nearest history that is known."""
         tiling, largest, total = histories
         known = self._known.get(tiling.grid)
-        return self._decoding(tiling, *(known or (largest, total, int(self._share * largest))))
+        if known is None:
+            nearest = min(self._known.values(), key=lambda k: abs(log(k[0] / largest)), default=(1, 1, 0))
+            known = largest, total, largest * nearest[2] // nearest[0]
+        return self._decoding(tiling, *known)
 
     def exactly(self, tiling: Tiling) -> Decoding:
         """What a given tiling takes."""
@@ -173,7 +175,6 @@ class Codings(ABC):
         sizes = [packed_size(tile_memories(tile, self._shapes), self.dtype) for tile in tiles]
         scratch = self.tile_scratch(tiles[sizes.index(max(sizes))])
         self._known[tiling.grid] = max(sizes), sum(sizes), scratch
-        self._share = max(self._share, scratch / max(sizes))
 
     def _decoding(self, tiling: Tiling, largest: int, total: int, tile_scratch: int) -> Decoding:
         visits = ceil(self.latent[1] / tiling.visit)

@@ -13,7 +13,7 @@ from lowvram.api import plan_without_files
 from lowvram.job import make_job
 from lowvram.machine import machine_profile
 from lowvram.model import imagined_model
-from lowvram.planning.denoise import ladder
+from lowvram.planning.denoise import ways
 from lowvram.planning.facts import gather
 from lowvram.sampling.presets import model_preset
 
@@ -25,7 +25,7 @@ def least_of_steps(name: str) -> int:
     spec = model_preset(name)
     job = make_job(spec, model=name, files={}, **HD)  # type: ignore[arg-type]
     facts = gather(job, imagined_model(name, spec, "fp8"), machine_profile("rtx4090"))
-    return sum(next(iter(ladder(facts))).claims.values())
+    return sum(next(ways(facts)).claims.values())
 
 
 def test_image_to_video_takes_within_3_percent_of_text_to_video_at_720p() -> None:

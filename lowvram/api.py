@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from lowvram import __version__, discovery, fewstep
 from lowvram.animation import Animation, driven_settings
 from lowvram.conditions.contract import Condition
 from lowvram.driving import Driving, open_folder
-from lowvram.errors import BudgetError, NonFiniteError, UsageError
+from lowvram.errors import UsageError
 from lowvram.job import Job, LoraChoice, check_complete, check_driven, describe, make_job
 from lowvram.machine import Machine, machine_profile, this_machine
 from lowvram.media.picture import open_picture
@@ -44,8 +44,9 @@ from lowvram.sampling.presets import few_step, model_preset
 from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.denoise import State
 from lowvram.stages.run import Listener, Run, Silent
+from lowvram.stages.steadfast import denoise_steadfastly
 from lowvram.triton_kernels import dispatch
-from lowvram.triton_kernels.modes import SDPA, Choice
+from lowvram.triton_kernels.modes import Choice
 
 DEFAULT_WEIGHTS = "bf16"
 
@@ -216,7 +217,7 @@ class Pipeline:
             if made is None:
                 made = condition.condition(run, model, job)
                 keep(made)
-            latent = _denoised(run, model, job, texts, made, state, save)
+            latent = denoise_steadfastly(run, model, job, texts, made, state, save)
         return Video(self, job, plan, latent, listener or Silent(), clock, run.reports, run.notes)
 
     def video(self, job: Job, latent: Tensor, plan: Plan, listener: Listener | None = None) -> Video:
@@ -256,43 +257,6 @@ class Video:
         ) as writer:
             write_behind(writer, (frame[None] for frame in self.frames()))
         return Report(tuple(self.reports), tuple(self.notes))
-
-
-def _denoised(
-    run: Run,
-    model: Model,
-    job: Job,
-    texts: list[Tensor],
-    made: Condition,
-    state: State,
-    save: Callable[[State], None],
-) -> Tensor:
-    """The finished latent. A step that 8-bit attention ends in NaN is done once more with torch's own.
-
-    The step alone: the next is a function of its state again, so a job that is killed and resumed makes the same.
-    """
-    last = state
-
-    def remember(state: State) -> None:
-        nonlocal last
-        last = state
-        save(state)
-
-    while True:
-        try:
-            return denoise.denoise(run, model, job, texts, made, last, remember)
-        except NonFiniteError as problem:
-            if job.attention.mode == "sdpa":
-                raise
-            safe = replace(job, attention=SDPA)
-            try:
-                plan = make_plan(safe, model, run.plan.budget, run.plan.machine)
-            except BudgetError:
-                raise problem from None
-            run.notes.append(f"{problem.where}: {problem.found}; the step was done again with sdpa")
-            denoise.denoise(
-                replace(run, plan=plan), model, safe, texts, made, last, remember, stop=last.step + 1
-            )
 
 
 def plan_without_files(

@@ -11,13 +11,15 @@ from typing import Protocol
 
 import torch
 
+from lowvram.errors import OutOfMemoryError
 from lowvram.model import Group
+from lowvram.offload.budget import format_bytes
 from lowvram.offload.device import Device
 from lowvram.offload.io import FileReader
 from lowvram.offload.placement import Placement
 from lowvram.offload.slab import build_layout
 from lowvram.offload.stream import BlockStream
-from lowvram.planning.plan import Plan
+from lowvram.planning.plan import Plan, StagePlan
 from lowvram.quant.linear import Params
 from lowvram.report import StageReport
 from lowvram.stages.weights import to_params
@@ -93,7 +95,10 @@ class Run:
             for claim, nbytes in planned.ram_claims.items():
                 if not _streamed(claim):
                     stack.enter_context(self.device.ram.claim(claim, nbytes))
-            yield stack, traffic
+            try:
+                yield stack, traffic
+            except torch.OutOfMemoryError as error:
+                raise self._lack(planned) from error
         stalls = {"disk": traffic.disk_stall, "copy": traffic.copy_stall}
         self.reports.append(
             StageReport(
@@ -107,6 +112,15 @@ class Run:
             )
         )
         self.listener.end()
+
+    def _lack(self, planned: StagePlan) -> OutOfMemoryError:
+        """What is told when something beside the named buffers found no room on the device."""
+        return OutOfMemoryError(
+            f"stage {planned.name} found no room, although {format_bytes(planned.vram)} were planned for it",
+            where=self.device.ledger.what,
+            expected=f"room for its scratch beside {format_bytes(self.device.ledger.used)} of claims",
+            advice="close other programs that use the GPU, or give a smaller --vram",
+        )
 
     def measured_peak(self) -> int | None:
         """Peak of the device's allocator since the last call, with the claimed context; None on a CPU."""

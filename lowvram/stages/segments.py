@@ -22,8 +22,9 @@ from lowvram.conditions.contract import Condition
 from lowvram.job import Job
 from lowvram.model import Model
 from lowvram.stages.decode import decode_floats
-from lowvram.stages.denoise import State, denoise
+from lowvram.stages.denoise import State
 from lowvram.stages.run import Run
+from lowvram.stages.steadfast import denoise_steadfastly
 
 Frame = NDArray[np.uint8]
 """[H, W, 3] RGB."""
@@ -90,7 +91,7 @@ def segments(
                 made = Animate(sources, number, stand.carried, before).run(run, model, part)
                 keeper.condition(number, made)
             on_device = [text.to(run.device.torch_device) for text in texts]
-            latent = denoise(
+            latent = denoise_steadfastly(
                 run,
                 model,
                 part,

@@ -1,0 +1,87 @@
+"""A denoise that goes on from its last step: after NaN from 8-bit attention, and after memory ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from lowvram.conditions.contract import Condition
+from lowvram.errors import BudgetError, NonFiniteError, OutOfMemoryError
+from lowvram.job import Job
+from lowvram.model import Model
+from lowvram.offload.budget import format_bytes
+from lowvram.planning.choose import make_plan
+from lowvram.stages.denoise import State, denoise
+from lowvram.stages.run import Run
+from lowvram.triton_kernels.modes import SDPA
+
+
+def denoise_steadfastly(
+    run: Run,
+    model: Model,
+    job: Job,
+    texts: list[Tensor],
+    made: Condition,
+    state: State,
+    save: Callable[[State], None],
+) -> Tensor:
+    """The finished latent, as `denoise` gives it.
+
+    A step that 8-bit attention ends in NaN is done once more with torch's own: the step alone, since the next is a
+    function of its state again, and a job that is killed and resumed makes the same.
+
+    When memory runs out (another program took it, or a plan was wrong), everything is freed and the step begins anew
+    by a plan for what is left. If that step runs out of memory again, or nothing smaller fits, the error is told.
+    """
+    last, failed = state, -1
+
+    def remember(state: State) -> None:
+        nonlocal last
+        last = state
+        save(state)
+
+    while True:
+        try:
+            return denoise(run, model, job, texts, made, last, remember)
+        except NonFiniteError as problem:
+            if job.attention.mode == "sdpa":
+                raise
+            safe = replace(job, attention=SDPA)
+            try:
+                plan = make_plan(safe, model, run.plan.budget, run.plan.machine)
+            except BudgetError:
+                raise problem from None
+            run.notes.append(f"{problem.where}: {problem.found}; the step was done again with sdpa")
+            once = replace(run, plan=plan)
+            denoise(once, model, safe, texts, made, last, remember, stop=last.step + 1)
+            continue
+        except OutOfMemoryError as problem:
+            if last.step == failed:
+                raise
+            failed = last.step
+            lack = _without_frames(problem)
+        run = _smaller(run, model, job, failed, lack)
+
+
+def _smaller(run: Run, model: Model, job: Job, step: int, lack: OutOfMemoryError) -> Run:
+    """The run with a plan for the memory that is left, at most 7/8 of what the one before took; `lack` if none fits."""
+    run.device.release_unused()
+    planned = run.plan.stage("denoise").vram
+    left = min(planned * 7 // 8, run.device.ledger.used + run.device.memory_free())
+    try:
+        plan = make_plan(job, model, replace(run.plan.budget, vram=max(1, left)), run.plan.machine)
+    except BudgetError:
+        raise lack from None
+    run.notes.append(
+        f"memory ran out in step {step + 1} of {len(job.schedule)}: planned again, {format_bytes(plan.vram)} of VRAM "
+        f"instead of {format_bytes(planned)}"
+    )
+    return replace(run, plan=plan)
+
+
+def _without_frames(problem: OutOfMemoryError) -> OutOfMemoryError:
+    """The error without what led to it: tracebacks hold the tensors of the attempt."""
+    problem.__cause__ = problem.__context__ = None
+    return problem.with_traceback(None)

@@ -1,0 +1,107 @@
+"""Memory runs out in a step in spite of the plan: the step is done again by a smaller plan, or the job ends well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowvram import Runtime
+from lowvram.api import Pipeline
+from lowvram.errors import OutOfMemoryError
+from lowvram.job import Job
+from lowvram.models import dit
+from lowvram.offload.budget import Ledger
+from lowvram.offload.device import CpuDevice
+from lowvram.planning.plan import Plan
+from lowvram.stages import condition, denoise, text
+from lowvram.stages.denoise import State
+from lowvram.stages.run import Run
+from lowvram.stages.steadfast import denoise_steadfastly
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Runtime(vram="64MB", ram="2GB", device="cpu").load("nano")
+
+
+@pytest.fixture(scope="module")
+def job(pipe: Pipeline) -> Job:
+    return pipe.job("a red circle moves left on a black background", steps=STEPS, frames=1)
+
+
+@pytest.fixture(scope="module")
+def plan(pipe: Pipeline, job: Job) -> Plan:
+    return pipe.plan_job(job)
+
+
+@pytest.fixture
+def run(plan: Plan) -> Run:
+    return Run(CpuDevice(plan.budget.vram, ram=Ledger(plan.budget.ram, "RAM")), plan)
+
+
+def latent(run: Run, pipe: Pipeline, job: Job, save: Callable[[State], None]) -> Tensor:
+    texts = text.encode(run, pipe.model, [job.prompt, job.negative])
+    made = condition.condition(run, pipe.model, job)
+    return denoise_steadfastly(
+        run, pipe.model, job, texts, made, denoise.initial_state(job, pipe.model), save
+    )
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, calls: range) -> None:
+    """A forward whose calls of these numbers, from 1 on, find no memory."""
+    forward, n = dit.forward, 0
+
+    def found(*args: Any, **kwargs: Any) -> Any:
+        nonlocal n
+        n += 1
+        if n in calls:
+            raise torch.OutOfMemoryError("made to fail")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(dit, "forward", found)
+
+
+@pytest.mark.parametrize("call", range(1, STEPS + 1))
+def test_a_step_that_found_no_memory_is_done_again_by_a_smaller_plan(
+    call: int, run: Run, pipe: Pipeline, job: Job, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = latent(run, pipe, job, lambda state: None)
+    assert run.notes == []
+    failing(monkeypatch, range(call, call + 1))
+    saved: list[int] = []
+    assert torch.equal(latent(run, pipe, job, lambda state: saved.append(state.step)), whole)
+    assert saved == list(range(1, STEPS + 1))
+    (note,) = run.notes
+    assert f"step {call} of {STEPS}" in note
+    planned = [report.vram_predicted for report in run.reports if report.name == "denoise"]
+    assert planned[-1] <= plan.stage("denoise").vram * 7 // 8
+    assert run.device.ledger.used == 0 and run.device.ram.used == 0
+
+
+def test_what_others_took_is_not_planned_with(
+    run: Run, pipe: Pipeline, job: Job, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = latent(run, pipe, job, lambda state: None)
+    left = plan.stage("denoise").vram * 84 // 100
+    monkeypatch.setattr(CpuDevice, "memory_free", lambda device: left)
+    failing(monkeypatch, range(2, 3))
+    assert torch.equal(latent(run, pipe, job, lambda state: None), whole)
+    assert run.reports[-1].vram_predicted <= left
+
+
+def test_a_step_that_never_finds_memory_ends_the_job_and_keeps_what_is_done(
+    run: Run, pipe: Pipeline, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, range(2, 99))
+    saved: list[int] = []
+    with pytest.raises(OutOfMemoryError) as told:
+        latent(run, pipe, job, lambda state: saved.append(state.step))
+    assert told.value.exit_code == 5 and "denoise" in told.value.found
+    assert saved == [1] and len(run.notes) == 1
+    assert run.device.ledger.used == 0 and run.device.ram.used == 0

@@ -97,7 +97,7 @@ class Animation:
                 ) as writer:
                     for frame in frames:
                         writer.write(frame[None])
-        return Report(tuple(run.reports))
+        return Report(tuple(run.reports), tuple(run.notes), tuple(run.samples))
 
 
 def part_path(folder: Path, segment: int) -> Path:

@@ -38,7 +38,7 @@ from lowvram.offload.device import CpuDevice, Device
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
 from lowvram.quant.encodings.registry import encoding_by_name
-from lowvram.report import Report
+from lowvram.report import Report, Sample
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.presets import few_step, model_preset
 from lowvram.stages import condition, decode, denoise, text
@@ -218,7 +218,9 @@ class Pipeline:
                 made = condition.condition(run, model, job)
                 keep(made)
             latent = denoise_steadfastly(run, model, job, texts, made, state, save)
-        return Video(self, job, plan, latent, listener or Silent(), clock, run.reports, run.notes)
+        return Video(
+            self, job, plan, latent, listener or Silent(), clock, run.reports, run.notes, run.samples
+        )
 
     def video(self, job: Job, latent: Tensor, plan: Plan, listener: Listener | None = None) -> Video:
         """A video whose denoise was finished earlier."""
@@ -238,11 +240,14 @@ class Video:
     clock: Callable[[], float] = time.monotonic
     reports: list[Any] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
     def frames(self) -> Iterator[NDArray[np.uint8]]:
         """Frames [H, W, 3] uint8 RGB in order, decoded as they are taken."""
         with self.pipeline.runtime.device() as device:
-            run = Run(device, self.plan, self.listener, self.clock, reports=self.reports)
+            run = Run(
+                device, self.plan, self.listener, self.clock, reports=self.reports, samples=self.samples
+            )
             for chunk in decode.decode(run, self.pipeline.model, self.job, self.latent):
                 yield from chunk
 
@@ -256,7 +261,7 @@ class Video:
             target, self.job.width, self.job.height, self.job.fps, facts, overwrite=overwrite
         ) as writer:
             write_behind(writer, (frame[None] for frame in self.frames()))
-        return Report(tuple(self.reports), tuple(self.notes))
+        return Report(tuple(self.reports), tuple(self.notes), tuple(self.samples))
 
 
 def plan_without_files(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lowvram.offload.budget import format_bytes
 
@@ -40,12 +40,28 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """The memory at one moment. Bytes; seconds of the job's clock."""
+
+    at: float
+    stage: str
+    vram: int
+    """Claimed on the device."""
+    ram: int
+    """Claimed on the host."""
+    rss: int
+    """Resident set of the process."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a whole job took, stage by stage in the order they ran."""
 
     stages: tuple[StageReport, ...]
     notes: tuple[str, ...] = ()
     """What went otherwise than planned."""
+    samples: tuple[Sample, ...] = ()
+    """The memory when stages and steps began and ended."""
 
     @property
     def seconds(self) -> float:
@@ -83,6 +99,16 @@ class Report:
             "stalls": self.stalls,
             "stages": [stage.to_json() for stage in self.stages],
             "notes": list(self.notes),
+            "memory": [
+                {
+                    "seconds": s.at - self.samples[0].at,
+                    "stage": s.stage,
+                    "vram": s.vram,
+                    "ram": s.ram,
+                    "rss": s.rss,
+                }
+                for s in self.samples
+            ],
         }
 
 
@@ -92,7 +118,7 @@ def merged(report: Report) -> Report:
     for each in report.stages:
         known = found.get(each.name)
         found[each.name] = each if known is None else _together(known, each)
-    return Report(tuple(found.values()))
+    return replace(report, stages=tuple(found.values()))
 
 
 def _together(a: StageReport, b: StageReport) -> StageReport:

@@ -19,6 +19,12 @@ def generate(
         str | None,
         typer.Option("--weights", help="Which encoding to take where several are here, such as fp8."),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", help="Where memory, bytes and time went: a JSON file, or a drawing as .svg."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -28,4 +34,4 @@ def generate(
     from lowvram.cli.work import check_output, start
 
     check_output(output, overwrite)
-    start(flags, prompt, settings, output, overwrite, as_json, quiet, weights)
+    start(flags, prompt, settings, output, overwrite, as_json, quiet, weights, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import zlib
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from lowvram.report import Report, table
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.denoise import State
 from lowvram.state import JobFolder, Saved, jobs_root, new_job
+from lowvram.timeline import draw
 
 
 def check_output(target: Path, overwrite: bool) -> None:
@@ -44,6 +46,7 @@ def start(
     as_json: bool,
     quiet: bool,
     weights: str | None = None,
+    report_to: Path | None = None,
 ) -> None:
     """Find the model, plan, make the job's folder, and work on it."""
     pipe = open_pipeline(flags, quiet or as_json, weights)
@@ -52,7 +55,7 @@ def start(
     tell_preset(pipe, flags, job, quiet or as_json)
     plan = pipe.plan_job(job)
     folder = new_folder(pipe.runtime, job, target, overwrite)
-    work(folder, pipe, job, plan, target, overwrite, as_json, quiet)
+    work(folder, pipe, job, plan, target, overwrite, as_json, quiet, report_to)
 
 
 def open_pipeline(flags: JobFlags, silent: bool, weights: str | None = None) -> Pipeline:
@@ -92,8 +95,9 @@ def work(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    report_to: Path | None = None,
 ) -> None:
-    """Do what is left of a job: steps that are saved are not repeated."""
+    """Do what is left of a job: steps that are saved are not repeated. report_to: see `write_report`."""
     with folder.locked():
         latent, state = load_latent(folder), load_state(folder)
         done = state.step if state else 0
@@ -122,7 +126,16 @@ def work(
                 progress.note(f"saved: go on with `lowvram resume {folder.name}`")
                 raise
         folder.finish()
+    if report_to is not None:
+        write_report(report, plan, report_to)
     tell(target, job, report, as_json, quiet)
+
+
+def write_report(report: Report, plan: Plan, path: Path) -> None:
+    """The report as JSON, or as a drawing of the memory over time if the name ends with .svg."""
+    drawn = path.suffix.lower() == ".svg" and report.samples
+    said = draw(report.samples, plan.budget) if drawn else json.dumps(report.to_json(), indent=2) + "\n"
+    write_atomic(path, said.encode())
 
 
 def summary(job: Job, plan: Plan) -> str:

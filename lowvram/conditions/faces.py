@@ -112,7 +112,7 @@ def hear(run: Run, model: Model, faces: Iterable[Tensor], frames: int, passes: i
                 vectors = torch.empty(frames, basis.shape[0], device=device)
                 for i, face in enumerate(faces):
                     vectors[i] = animate.motion_vectors(p, face[None].to(device), basis)[0]
-                    run.listener.step(run.device.ledger.used)
+                    run.step("faces")
                 tokens.append(animate.face_tokens(p, vectors).to(dtype))
                 if passes == 2:
                     still = torch.full((1, 3, FACE_PIXELS, FACE_PIXELS), -1.0, device=device)
@@ -122,7 +122,7 @@ def hear(run: Run, model: Model, faces: Iterable[Tensor], frames: int, passes: i
             else:
                 made = [animate.keys_values(p, each) for each in tokens]
                 out.append(torch.stack([torch.stack([kv.k.cpu(), kv.v.cpu()]) for kv in made]))
-            run.listener.step(run.device.ledger.used)
+            run.step("faces")
         traffic.add(stream)
     kv = torch.stack(out, dim=1)
     assert kv.shape == kv_shape(spec, passes, kv.shape[3])

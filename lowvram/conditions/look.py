@@ -91,6 +91,6 @@ def look(run: Run, model: Model, pictures: Iterable[Tensor]) -> Tensor:
             p = to_params(groups[n], views)
             for i, x in enumerate(rows):
                 rows[i] = clip.layer(p, spec, x) if n else clip.embed(p, spec, x, dtype)
-            run.listener.step(run.device.ledger.used)
+            run.step("clip")
         traffic.add(stream)
         return torch.cat([x.cpu() for x in rows])

@@ -63,7 +63,7 @@ def _decode(
                 yield from _frames(_converted(pieces, convert, first), shape, tiling.rows * tiling.columns)
 
         for frame in in_tiles(device, ways, run.plan.stage("decode").tiling or Tiling(), attempt):
-            run.listener.step(device.ledger.used)
+            run.step("decode")
             yield frame
 
 

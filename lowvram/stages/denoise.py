@@ -133,7 +133,7 @@ def denoise(
             x = _imposed(x, fixed)
             _check_finite(x, finite, f"step {i + 1} of {len(schedule)}, {names[schedule.experts[i]]}", work)
             save(State(x.cpu(), _solver_to(memory, torch.device("cpu"))))
-            run.listener.step(run.device.ledger.used)
+            run.step("denoise")
         if stream is not None:
             traffic.add(stream)
         return x.cpu()
@@ -238,7 +238,7 @@ def _prepare(
                         rows = torch.tensor([0.0] * fixed + [t], dtype=torch.float64, device=device)
                         times[i] = dit.embed_time(outer, spec, rows, h * w // 4 * (1 if fixed else frames))
                 experts[name] = _Expert(outer.copied(dit.ENDS), contexts, times)
-            run.listener.step(run.device.ledger.used)
+            run.step("prepare")
     return experts
 
 

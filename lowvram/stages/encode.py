@@ -59,7 +59,7 @@ def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, t
         for n, z in enumerate(in_tiles(device, ways, plan.tiling, attempt)):
             latent[:, n] = z[0, :, 0]
             del z  # or it would live through the making of the next
-            run.listener.step(device.ledger.used)
+            run.step("encode")
     return latent
 
 

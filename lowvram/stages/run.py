@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import psutil
 import torch
 
 from lowvram.errors import OutOfMemoryError
@@ -21,7 +22,7 @@ from lowvram.offload.slab import build_layout
 from lowvram.offload.stream import BlockStream
 from lowvram.planning.plan import Plan, StagePlan
 from lowvram.quant.linear import Params
-from lowvram.report import StageReport
+from lowvram.report import Sample, StageReport
 from lowvram.stages.weights import to_params
 
 
@@ -77,6 +78,16 @@ class Run:
     reports: list[StageReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What went otherwise than planned."""
+    samples: list[Sample] = field(default_factory=list)
+
+    def step(self, stage: str) -> None:
+        """A step of `stage` is over."""
+        self._sample(stage)
+        self.listener.step(self.device.ledger.used)
+
+    def _sample(self, stage: str) -> None:
+        used = self.device.ledger.used, self.device.ram.used
+        self.samples.append(Sample(self.clock(), stage, *used, int(psutil.Process().memory_info().rss)))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[tuple[ExitStack, Traffic]]:
@@ -95,8 +106,10 @@ class Run:
             for claim, nbytes in planned.ram_claims.items():
                 if not _streamed(claim):
                     stack.enter_context(self.device.ram.claim(claim, nbytes))
+            self._sample(name)
             try:
                 yield stack, traffic
+                self._sample(name)
             except torch.OutOfMemoryError as error:
                 raise self._lack(planned) from error
         stalls = {"disk": traffic.disk_stall, "copy": traffic.copy_stall}

@@ -35,7 +35,7 @@ def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
         for (_, n), views in stream:
             p = to_params(groups[f"blocks.{n}"], views)
             rows = [umt5.layer(p, model.spec.text, x, b) for x, b in zip(rows, buckets, strict=True)]
-            run.listener.step(run.device.ledger.used)
+            run.step("text")
         traffic.add(stream)
         stream.close()
         norm = Group(tuple(r for r in groups["outer"].refs if r.name == "norm.weight"), {})

@@ -56,6 +56,7 @@ class HostRows:
     def __getitem__(self, rows: slice) -> Tensor:
         run = self._run(rows)
         if self._holds == run:
+            self._settle()  # the caller may change it
             return self._places[self._last][: run[1] - run[0]]
         if self._ahead is None or self._ahead[0] != run:
             self._fetch(run)
@@ -74,15 +75,19 @@ class HostRows:
             self._ahead = None  # its place is taken
         elif self._ahead is not None and self._ahead[0][0] < run[1] and run[0] < self._ahead[0][1]:
             self._ahead = None  # it holds what was there before
-        written = self._written[self._last]
-        if written is not None:
-            self._device.wait(written)
+        self._settle()
         place = self._places[self._last][: run[1] - run[0]]
         if value.data_ptr() != place.data_ptr():
             place.copy_(value)
         self._written[self._last] = self._device.copy_async(
             self._matrix[run[0] : run[1]], place, after=self._device.record_compute()
         )
+
+    def _settle(self) -> None:
+        """Compute goes on once the copy home, out of the place that it is about to change, is over."""
+        written, self._written[self._last] = self._written[self._last], None
+        if written is not None:
+            self._device.wait(written)
 
     def _run(self, rows: slice) -> Run:
         start, stop, step = rows.indices(self._matrix.shape[0])

@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from strict_device import StrictRuntime
 from torch import Tensor
 
 from lowvram.animation import Animation
@@ -168,6 +169,22 @@ def test_streamed_equals_resident_bit_for_bit_with_the_relighting_lora(
     for name, animation in (("resident", resident), ("streamed", streamed)):
         animation.save(tmp_path / f"{name}.mp4")
     assert (tmp_path / "streamed.mp4").read_bytes() == (tmp_path / "resident.mp4").read_bytes()
+
+
+def test_a_strict_device_gives_the_same_video(
+    pipe: Pipeline, tiny_animate: Path, drive: Callable[..., Path], tmp_path: Path
+) -> None:
+    lora = LoraChoice(path=str(relighting_lora(tmp_path / "lora.safetensors")))
+    plain = pipe.animate(drive(12), "replace", loras=(lora,), **SETTINGS)
+    on_disk = Placement(dict.fromkeys(plain.plan.denoise.where, "disk"), slots=2, ring=2)
+    strict = replace(
+        plain,
+        pipeline=StrictRuntime("2GB", "4GB", "cpu").load(str(tiny_animate)),
+        plan=replace(plain.plan, denoise=on_disk),
+    )
+    for name, animation in (("plain", plain), ("strict", strict)):
+        animation.save(tmp_path / f"{name}.mp4")
+    assert (tmp_path / "strict.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
 
 
 class Measured(Forgetful):

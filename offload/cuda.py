@@ -100,6 +100,14 @@ class CudaDevice(Device):
         room = self.ledger.room
         return int(free + cached) if room is None else min(room, int(free + cached))
 
+    def memory_left(self) -> int:
+        # Not from claims: scratch that is claimed may be in the allocator's hands at this moment, and counted twice.
+        with _cuda_errors(str(self.torch_device)):
+            free, _ = torch.cuda.mem_get_info(self.torch_device)
+            held = self._context.nbytes + int(torch.cuda.memory_reserved(self.torch_device))
+        left = held + int(free)
+        return left if self.ledger.cap is None else min(self.ledger.cap, left)
+
     def release_unused(self) -> None:
         with _cuda_errors(str(self.torch_device)):
             torch.cuda.empty_cache()

@@ -180,6 +180,10 @@ class Device(ABC):
     def memory_free(self) -> int:
         """Bytes that can still be allocated, under the cap and in fact."""
 
+    def memory_left(self) -> int:
+        """Bytes that may be held on the device in all: what is claimed, and what is free under the cap and in fact."""
+        return self.ledger.used + self.memory_free()
+
     def release_unused(self) -> None:  # noqa: B027 most devices keep nothing
         """Give memory that nothing uses back to the system, where an allocator keeps it: what is measured from now on,
         and what other sizes of buffers find, is not what was needed before."""

@@ -134,6 +134,8 @@ def denoise(
             _check_finite(x, finite, f"step {i + 1} of {len(schedule)}, {names[schedule.experts[i]]}", work)
             save(State(x.cpu(), _solver_to(memory, torch.device("cpu"))))
             run.step("denoise")
+            if i + 1 < stop:
+                run.check_room("denoise")
         if stream is not None:
             traffic.add(stream)
         return x.cpu()

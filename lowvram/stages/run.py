@@ -23,7 +23,13 @@ from lowvram.offload.stream import BlockStream
 from lowvram.planning.plan import Plan, StagePlan
 from lowvram.quant.linear import Params
 from lowvram.report import Sample, StageReport
+from lowvram.stages.room import check_room
 from lowvram.stages.weights import to_params
+
+
+def resident_set() -> int:
+    """Bytes of RAM that this process holds in fact."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class Listener(Protocol):
@@ -79,6 +85,10 @@ class Run:
     notes: list[str] = field(default_factory=list)
     """What went otherwise than planned."""
     samples: list[Sample] = field(default_factory=list)
+    rss: Callable[[], int] = resident_set
+    """Bytes of RAM that this process holds."""
+    began: int = field(default_factory=resident_set)
+    """`rss` when the job began."""
 
     def step(self, stage: str) -> None:
         """A step of `stage` is over."""
@@ -87,7 +97,11 @@ class Run:
 
     def _sample(self, stage: str) -> None:
         used = self.device.ledger.used, self.device.ram.used
-        self.samples.append(Sample(self.clock(), stage, *used, int(psutil.Process().memory_info().rss)))
+        self.samples.append(Sample(self.clock(), stage, *used, self.rss()))
+
+    def check_room(self, stage: str) -> None:
+        """SqueezedError if the memory that `stage` counts on is no longer there."""
+        check_room(self.device, self.plan.stage(stage), self.rss(), self.began)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[tuple[ExitStack, Traffic]]:

@@ -1,4 +1,4 @@
-"""A denoise that goes on from its last step: after NaN from 8-bit attention, and after memory ran out."""
+"""A denoise that goes on from its last step: after NaN from 8-bit attention, and when memory runs out or short."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from lowvram.conditions.contract import Condition
 from lowvram.errors import BudgetError, NonFiniteError, OutOfMemoryError
 from lowvram.job import Job
 from lowvram.model import Model
-from lowvram.offload.budget import format_bytes
+from lowvram.offload.budget import Budget, format_bytes
 from lowvram.planning.choose import make_plan
 from lowvram.stages.denoise import State, denoise
+from lowvram.stages.room import SqueezedError
 from lowvram.stages.run import Run
 from lowvram.triton_kernels.modes import SDPA
 
@@ -34,6 +35,7 @@ def denoise_steadfastly(
 
     When memory runs out (another program took it, or a plan was wrong), everything is freed and the step begins anew
     by a plan for what is left. If that step runs out of memory again, or nothing smaller fits, the error is told.
+    Memory that is found to be short between two steps (`lowvram.stages.room`) is met in the same way.
     """
     last, failed = state, -1
 
@@ -60,23 +62,30 @@ def denoise_steadfastly(
         except OutOfMemoryError as problem:
             if last.step == failed:
                 raise
-            failed = last.step
+            if not isinstance(problem, SqueezedError):
+                failed = last.step
             lack = _without_frames(problem)
-        run = _smaller(run, model, job, failed, lack)
+        run = _smaller(run, model, job, last.step, lack)
 
 
 def _smaller(run: Run, model: Model, job: Job, step: int, lack: OutOfMemoryError) -> Run:
-    """The run with a plan for the memory that is left, at most 7/8 of what the one before took; `lack` if none fits."""
+    """The run with a plan for the memory that is left; `lack` if none fits. At most 7/8 of the VRAM that the one before
+    took, if that was not there when it was needed."""
     run.device.release_unused()
-    planned = run.plan.stage("denoise").vram
-    left = min(planned * 7 // 8, run.device.ledger.used + run.device.memory_free())
+    was = run.plan.stage("denoise")
+    vram, ram = run.device.memory_left(), run.plan.budget.ram
+    if isinstance(lack, SqueezedError):
+        what, ram = f"before step {step + 1}, {lack.found}", ram if lack.ram is None else lack.ram
+    else:
+        what, vram = f"memory ran out in step {step + 1}", min(vram, was.vram * 7 // 8)
     try:
-        plan = make_plan(job, model, replace(run.plan.budget, vram=max(1, left)), run.plan.machine)
+        plan = make_plan(job, model, Budget(max(1, vram), max(1, ram)), run.plan.machine)
     except BudgetError:
         raise lack from None
+    now = plan.stage("denoise")
     run.notes.append(
-        f"memory ran out in step {step + 1} of {len(job.schedule)}: planned again, {format_bytes(plan.vram)} of VRAM "
-        f"instead of {format_bytes(planned)}"
+        f"{what} (of {len(job.schedule)} steps): planned again, {format_bytes(now.vram)} of VRAM and {format_bytes(now.ram)} of RAM "
+        f"instead of {format_bytes(was.vram)} and {format_bytes(was.ram)}"
     )
     return replace(run, plan=plan)
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lowvram import Runtime
 from lowvram.api import Pipeline
-from lowvram.errors import OutOfMemoryError
+from lowvram.errors import BudgetError, OutOfMemoryError
 from lowvram.job import Job
 from lowvram.models import dit
-from lowvram.offload.budget import Ledger
+from lowvram.offload.budget import Budget, Ledger
 from lowvram.offload.device import CpuDevice
+from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
 from lowvram.stages import condition, denoise, text
 from lowvram.stages.denoise import State
@@ -78,7 +79,7 @@ def test_a_step_that_found_no_memory_is_done_again_by_a_smaller_plan(
     assert torch.equal(latent(run, pipe, job, lambda state: saved.append(state.step)), whole)
     assert saved == list(range(1, STEPS + 1))
     (note,) = run.notes
-    assert f"step {call} of {STEPS}" in note
+    assert f"step {call} (of {STEPS} steps)" in note
     planned = [report.vram_predicted for report in run.reports if report.name == "denoise"]
     assert planned[-1] <= plan.stage("denoise").vram * 7 // 8
     assert run.device.ledger.used == 0 and run.device.ram.used == 0
@@ -105,3 +106,83 @@ def test_a_step_that_never_finds_memory_ends_the_job_and_keeps_what_is_done(
     assert told.value.exit_code == 5 and "denoise" in told.value.found
     assert saved == [1] and len(run.notes) == 1
     assert run.device.ledger.used == 0 and run.device.ram.used == 0
+
+
+# ---- memory that is found to be short between two steps
+
+
+def from_step(n: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[State], None]:
+    """Others take an eighth of the VRAM after step n."""
+    whole = CpuDevice.memory_free
+    done = 0
+
+    def save(state: State) -> None:
+        nonlocal done
+        done = state.step
+
+    def memory_free(device: CpuDevice) -> int:
+        cap = device.ledger.cap or 0
+        return whole(device) if done < n else cap * 7 // 8 - device.ledger.used
+
+    monkeypatch.setattr(CpuDevice, "memory_free", memory_free)
+    return save
+
+
+def tight(pipe: Pipeline, job: Job) -> Run:
+    """A run whose plan takes nearly all of its budget."""
+    vram = pipe.plan_job(job).stage("denoise").vram
+    plan = make_plan(job, pipe.model, Budget(vram, 2 * 10**9), pipe.runtime.machine)
+    assert plan.stage("denoise").vram > 0.9 * vram
+    return Run(CpuDevice(vram, ram=Ledger(2 * 10**9, "RAM")), plan)
+
+
+def test_vram_that_others_take_is_given_up_before_the_next_step(
+    run: Run, pipe: Pipeline, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = latent(run, pipe, job, lambda state: None)
+    shrinking = tight(pipe, job)
+    cap = shrinking.plan.budget.vram
+    assert torch.equal(latent(shrinking, pipe, job, from_step(1, monkeypatch)), whole)
+    (note,) = shrinking.notes
+    assert "before step 2, other programs take VRAM" in note and "planned again" in note
+    planned = [report.vram_predicted for report in shrinking.reports if report.name == "denoise"]
+    assert (
+        planned == [planned[0]] and planned[0] <= cap * 7 // 8
+    )  # the first denoise was left without a report
+    assert shrinking.device.ledger.used == 0 and shrinking.device.ram.used == 0
+
+
+def test_vram_that_nothing_fits_into_any_more_ends_the_job_with_its_steps_saved(
+    pipe: Pipeline, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrinking = tight(pipe, job)
+    saved: list[int] = []
+    monkeypatch.setattr(
+        CpuDevice, "memory_free", lambda device: -device.ledger.used + (1000 if saved else 10**9)
+    )
+    with pytest.raises(OutOfMemoryError, match="other programs take VRAM") as told:
+        latent(shrinking, pipe, job, lambda state: saved.append(state.step))
+    assert told.value.exit_code == 5 and "lowvram resume last" in told.value.advice
+    assert saved == [1] and shrinking.device.ledger.used == 0 and shrinking.device.ram.used == 0
+
+
+def test_more_ram_than_its_cap_is_given_back_by_reading_blocks_from_disk(
+    run: Run, pipe: Pipeline, job: Job
+) -> None:
+    whole = latent(run, pipe, job, lambda state: None)
+    machine = pipe.runtime.machine
+    with pytest.raises(BudgetError) as refused:
+        make_plan(job, pipe.model, Budget(1000, 10**9), machine)
+    vram, cap, excess = refused.value.minimum_vram or 0, 800 * 10**6, 10**6
+    plan = make_plan(job, pipe.model, Budget(vram, cap), machine)
+    assert plan.blocks()["ram"] > 0
+    seen: list[int] = []
+    over = cap + plan.stage("denoise").vram + excess
+    greedy = Run(CpuDevice(vram, ram=Ledger(cap, "RAM")), plan, began=0)
+    greedy.rss = lambda: over if len(seen) == 1 else 0
+    assert torch.equal(latent(greedy, pipe, job, lambda state: seen.append(state.step)), whole)
+    assert seen == list(range(1, STEPS + 1))
+    (note,) = greedy.notes
+    assert "before step 2, this process holds" in note
+    claims = [sample.ram for sample in greedy.samples if sample.stage == "denoise"]
+    assert claims[-1] <= plan.stage("denoise").ram - excess

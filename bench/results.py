@@ -134,13 +134,25 @@ class Peer(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     name: str
     version: str
     mode: str
+    size: str
+    """Of the work, in `bench/peers/sizes.py`."""
     seconds: float | None
+    """Of one forward: processor time on a CPU, elapsed time on a GPU; median of the rounds."""
     overhead: float | None
-    """Seconds over those of the same program with everything resident."""
+    """Median of `overheads`."""
+    overheads: list[float] = []
+    """Of each round: seconds over those of the same network with everything resident, in the same round."""
     rss: int | None
+    vram: int | None = None
+    """Peak that torch's allocator saw."""
+    driver: int | None = None
+    """Peak that the driver saw."""
     disk_read: int | None
+    """Bytes asked of files in one forward."""
     exact: bool | None
-    """Whether its output equals, bit for bit, its own with everything resident."""
+    """Whether its output equals, bit for bit, that of the same network with everything resident."""
+    difference: float | None = None
+    """Relative difference to diffusers with everything resident: the work is the same."""
     note: str = ""
 
 

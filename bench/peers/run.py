@@ -1,9 +1,13 @@
-"""The peers' table: the same small Wan transformer, the same inputs, float32 on one processor core.
+"""The peers' table: the same transformer, the same inputs, one process for every program and mode.
 
-    python bench/peers/run.py [-o bench/results/peers-cpu.json] [--extra FOLDER]
+    python bench/peers/run.py --make /tmp/peers                  an environment for each program, once
+    python bench/peers/run.py --peers /tmp/peers                 the small transformer, float32, one processor core
+    python bench/peers/run.py --peers /tmp/peers --device cuda --size 480p --cap 16
+                                                                 an expert of A14B, bfloat16, in 16 GB
+    python bench/peers/run.py --only lowvram --only diffusers    some programs
 
-Every program and mode runs in a process of its own, one after the other. --extra: a folder with packages that are
-measured only, such as aircanvas, installed there with `pip install --no-deps --target FOLDER aircanvas==0.1.0`.
+All run in turn, then all again: a ratio is taken inside each round, and the median of the rounds is written. On a GPU
+the rest of the card is taken away. An expert of A14B needs 29 GB of disk and of RAM, twice that for aircanvas.
 """
 
 from __future__ import annotations
@@ -14,101 +18,162 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from environments import PINNED, make, python_of, version_of
+from sizes import SIZES, Size
 
 from lowvram import __version__
+from lowvram.bench.ballast import ballast
+from lowvram.bench.forge import forge
 from lowvram.bench.results import Peer, new_results, save
 from lowvram.survey import identify
 
 HERE = Path(__file__).parent
 MODES = (
-    "lowvram resident", "diffusers resident", "aircanvas disk", "lowvram disk", "diffusers group disk",
-    "diffusers group block", "accelerate disk_offload", "lowvram ram", "diffusers layerwise fp8",
-    "diffusers group leaf", "accelerate cpu_offload", "aircanvas disk, 2 resident",
+    "lowvram resident", "diffusers resident", "lowvram disk", "aircanvas disk", "diffusers group disk", "diffsynth disk",
+    "accelerate disk_offload", "lowvram ram", "diffusers group block", "diffusers-dynamic-offloader auto",
+    "accelerate cpu_offload", "diffsynth ram", "aircanvas disk, 2 resident", "diffusers group leaf",
+    "diffusers layerwise fp8", "cache-dit layerwise", "cache-dit layerwise, 4 resident", "flextensor auto",
+    "mmgp budget",
 )  # fmt: skip
 """In the order in which they run: a run that is stopped leaves what came first."""
-RESIDENT = {"lowvram": "lowvram resident"}
-"""What a program is compared with: itself, or diffusers, whose module the others move."""
+THEIRS = "diffusers resident"
+"""What every program but ours is compared with: it is the module that they move."""
+LIMIT = 900.0
+"""Seconds that a process may take."""
+Facts = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results/peers-cpu.json"))
-    parser.add_argument("--extra", type=Path, default=None)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="lowvram-peers-") as folder:
-        write_model(Path(folder))
-        results = new_results(identify("cpu"), datetime.now(UTC).strftime("%Y-%m-%d"))
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        found: dict[str, dict[str, Any]] = {}
-        for mode in MODES:
-            found[mode] = measure(mode, folder, options.extra)
-            results.peers = [row(m, found, options.extra) for m in sorted(found)]
-            save(options.output, results)
+    options = parser().parse_args()
+    if options.make:
+        for program in PINNED:
+            make(program, options.make)
+        return
+    modes = [m for m in MODES if not options.only or m.split()[0] in options.only]
+    results = new_results(identify(options.device), datetime.now(UTC).strftime("%Y-%m-%d"))
+    output = options.output or Path("bench/results") / f"peers-{options.device}-{options.size}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="lowvram-peers-", dir=options.folder) as folder:
+        write_model(Path(folder), SIZES[options.size], "bf16" if options.device == "cuda" else "fp32")
+        rounds: list[dict[str, Facts]] = []
+        for n in range(options.rounds):
+            rounds.append({})
+            for mode in modes:
+                if n and "seconds" not in rounds[0][mode]:
+                    continue
+                rounds[n][mode] = measure(mode, folder, options)
+                results.peers = rows(rounds, Path(folder), options.peers, options.size)
+                save(output, results)
     for peer in results.peers:
-        print(
-            peer.name, peer.mode, peer.seconds, peer.overhead, peer.rss, peer.disk_read, peer.exact, peer.note
-        )
+        print(line(peer))
+    print(output)
 
 
-def write_model(folder: Path) -> None:
-    """6 blocks of width 768: 57 million parameters, 230 MB in float32."""
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("-o", "--output", type=Path, default=None)
+    made.add_argument("--make", type=Path, default=None, help="make the environments here, and no more")
+    made.add_argument("--peers", type=Path, default=None, help="where the environments are")
+    made.add_argument("--only", action="append", default=[], help="program")
+    made.add_argument("--size", choices=tuple(SIZES), default="small")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--cap", type=float, default=0, help="GB of the GPU; all of it without")
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--folder", type=Path, default=None, help="where the transformer is written")
+    return made
+
+
+def write_model(folder: Path, size: Size, weights: str) -> None:
+    """Random weights in diffusers' layout."""
     from diffusers import WanTransformer3DModel
 
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=6, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=512,
-        freq_dim=256, ffn_dim=3072, num_layers=6,
-    )  # fmt: skip
-    model.save_pretrained(folder / "transformer")
+    with torch.device("meta"):
+        net = WanTransformer3DModel(**size.config)
+    there = folder / "transformer"
+    there.mkdir()
+    net.save_config(there)
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    forge(shapes, there / "diffusion_pytorch_model.safetensors", weights)
 
 
-def measure(mode: str, folder: str, extra: Path | None) -> dict[str, Any]:
-    paths = [str(p) for p in (extra, os.environ.get("PYTHONPATH")) if p]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "forward.py"), mode, folder],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
+def measure(mode: str, folder: str, options: argparse.Namespace) -> Facts:
+    """What a process that does the mode says, or a note why it says nothing."""
+    python = python_of(mode.split()[0], options.peers)
+    cap = int(options.cap * 1e9)
+    command = [str(python), str(HERE / "forward.py"), mode, folder, options.size, options.device, str(cap)]
+    with ExitStack() as stack:
+        if options.device == "cuda" and cap:
+            stack.enter_context(ballast(cap))
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=LIMIT,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"note": f"stopped after {LIMIT:.0f} s"}
     if done.returncode == 0:
         return dict(json.loads(done.stdout.splitlines()[-1]))
-    last = (done.stderr.strip().splitlines() or [""])[-1]
-    return {"note": "not installed" if done.returncode == 3 else f"failed: {last[:200]}"}
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    said = {3: "not installed", 4: "needs a GPU"}
+    return {"note": said.get(done.returncode, f"failed: {last[:200]}")}
 
 
-def row(mode: str, found: dict[str, dict[str, Any]], extra: Path | None) -> Peer:
-    name, _, way = mode.partition(" ")
-    here, whole = found[mode], found.get(RESIDENT.get(name, "diffusers resident"), {})
-    measured = "seconds" in here and "seconds" in whole
-    return Peer(
-        name=name,
-        version=version_of(name, extra),
-        mode=way,
-        seconds=here.get("seconds"),
-        overhead=here["seconds"] / whole["seconds"] if measured else None,
-        rss=here.get("rss"),
-        disk_read=here.get("disk_read"),
-        exact=here["checksum"] == whole["checksum"] if measured else None,
-        note=here.get("note", ""),
-    )
+def rows(rounds: Sequence[Mapping[str, Facts]], folder: Path, peers: Path | None, size: str) -> list[Peer]:
+    """A row a mode, of the rounds so far."""
+    found = {m: [r[m] for r in rounds if "seconds" in r.get(m, {})] for m in rounds[0]}
+    made = []
+    for mode, here in found.items():
+        name, _, way = mode.partition(" ")
+        whole = "lowvram resident" if name == "lowvram" else THEIRS
+        ratios = [
+            r[mode]["seconds"] / r[whole]["seconds"]
+            for r in rounds
+            if "seconds" in r.get(mode, {}) and "seconds" in r.get(whole, {})
+        ]
+        sums = {facts["checksum"] for m in (mode, whole) for facts in found.get(m, ())}
+        made.append(
+            Peer(
+                name=name,
+                version=__version__ if name == "lowvram" else version_of(name, peers),
+                mode=way,
+                size=size,
+                seconds=median(f["seconds"] for f in here) if here else None,
+                overhead=median(ratios) if ratios else None,
+                overheads=ratios,
+                rss=max((f["rss"] for f in here), default=None),
+                vram=here[-1]["vram"] if here else None,
+                driver=here[-1]["driver"] if here else None,
+                disk_read=here[-1]["disk_read"] if here else None,
+                exact=len(sums) == 1 if ratios else None,
+                difference=difference(folder, mode) if here else None,
+                note="" if here else rounds[0][mode]["note"],
+            )
+        )
+    return made
 
 
-def version_of(name: str, extra: Path | None) -> str:
-    if name == "lowvram":
-        return __version__
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        found = distributions(path=[str(extra)]) if extra else ()
-        return next((d.version for d in found if d.name == name), "")
+def difference(folder: Path, mode: str) -> float | None:
+    """Norm of what differs from diffusers with everything resident, over the norm of that; None without it."""
+    with suppress(FileNotFoundError):
+        here, theirs = (torch.load(folder / f"{m}.pt") for m in (mode, THEIRS))
+        return float((here.double() - theirs.double()).norm() / theirs.double().norm())
+    return None
+
+
+def line(peer: Peer) -> str:
+    if peer.seconds is None:
+        return f"{peer.name} {peer.mode}: {peer.note}"
+    ratio = "" if peer.overhead is None else f", {peer.overhead:.2f} of resident"
+    return f"{peer.name} {peer.mode}: {peer.seconds:.2f} s{ratio}, {(peer.rss or 0) / 1e6:.0f} MB, exact: {peer.exact}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

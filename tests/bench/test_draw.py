@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from xml.etree import ElementTree
 
 import msgspec
-import pytest
 
 from lowvram.bench import draw
-from lowvram.bench.results import Part, Peer, new_results
+from lowvram.bench.results import Ceilings, Measurement, Part, Peer, Stage, new_results
 from lowvram.survey import identify
 
 PEAKS = {
@@ -20,13 +18,26 @@ PEAKS = {
     }
 }
 PEERS = [
-    Peer(name="lowvram", version="1", mode="disk", seconds=2.0, overhead=1.1, rss=10**9, disk_read=5, exact=True),
-    Peer(name="other & co", version="2", mode="<x>", seconds=3.0, overhead=1.5, rss=10**9, disk_read=0, exact=False),
+    Peer(name="lowvram", version="1", mode="disk", size="toy", seconds=2.0, overhead=1.1, rss=10**9, disk_read=5, exact=True),
+    Peer(name="other & co", version="2", mode="<x>", size="toy", seconds=3.0, overhead=1.5, rss=10**9, disk_read=0, exact=False),
     Peer(
-        name="gone", version="", mode="y", seconds=None, overhead=None, rss=None, disk_read=None, exact=None,
+        name="gone", version="", mode="y", size="toy", seconds=None, overhead=None, rss=None, disk_read=None, exact=None,
         note="not installed",
     ),
 ]  # fmt: skip
+
+
+MEASURED = Measurement(
+    case="job nano", model="nano", weights="bf16", width=64, height=64, frames=9, placement="disk", vram_budget=10**7,
+    ram_budget=10**9, ballast=False, blocks={"resident": 0, "ram": 0, "disk": 12}, seconds=2.0, runs=[2.0], steps=[1.0],
+    handover=None, vram_predicted=10**7, vram_allocated=9 * 10**6, vram_driver=None, ram_predicted=10**9, rss=8 * 10**8,
+    pinned=0, stages=[
+        Stage(
+            name="denoise", seconds=2.0, vram_predicted=10**7, vram_measured=9 * 10**6, disk_read=10**8, h2d=10**8,
+            stalls={"disk": 0.5, "copy": 0.25},
+        )
+    ], flops=4e9, fraction=0.5, checksum="ab",
+)  # fmt: skip
 
 
 def test_what_has_no_measurement_says_so() -> None:
@@ -43,21 +54,30 @@ def test_measurements_replace_the_sentence() -> None:
     results.peers = PEERS
     text = draw.document(PEAKS, {"a-card.json": results})
     assert "### A card, 2026-01-02" in text and "| smoke | passed | 3 s |" in text
-    assert "| other & co 2 | <x> | 3.00 | 1.50 | 1.00 GB | 0 B | no |" in text and "| not installed |" in text
+    assert (
+        "| other & co 2 | <x> | 3.00 | 1.50 | 1.00 GB | 0 B | no |  |" in text and "| not installed |" in text
+    )
     assert "hand-over: not measured yet" not in text
 
 
 def test_pictures_are_well_formed_and_hold_what_they_show() -> None:
-    for picture in (draw.peaks_plot(PEAKS), draw.peers_plot(PEERS)):
+    stalls = draw.stalls_plot([MEASURED])
+    roofline = draw.roofline_plot([MEASURED], Ceilings(matmul=1e10, attention=5e9, link=1e9, disk=1e8))
+    for picture in (draw.peaks_plot(PEAKS), stalls, roofline, draw.peers_plot(PEERS)):
         root = ElementTree.fromstring(picture)
         assert float(root.attrib["width"]) > 0
     assert "other &amp; co: &lt;x&gt;" in picture and "1.50, other bits" in picture and "gone" not in picture
+    # 0.5 and 0.25 of 2 seconds
+    widths = [float(box.attrib["width"]) for box in ElementTree.fromstring(stalls) if "rect" in box.tag]
+    whole = sum(widths[-3:])
+    assert [round(w / whole, 3) for w in widths[-3:]] == [0.625, 0.125, 0.25]
+    assert "job 64p x 9, disk" in roofline
 
 
-@pytest.mark.parametrize("name", ["RESULTS.md", "results/peaks.svg"])
-def test_what_is_committed_was_drawn_from_what_is_committed(name: str, tmp_path: Path) -> None:
+def test_what_is_committed_was_drawn_from_what_is_committed() -> None:
     """RESULTS.md and the plots follow from the results files: run `python bench/draw.py` after changing them."""
     found = {p.name: draw.load(p) for p in sorted((draw.FOLDER / "results").glob("*.json"))}
     recorded = draw.peaks.load()
-    fresh = draw.document(recorded, found) if name == "RESULTS.md" else draw.peaks_plot(recorded)
-    assert (draw.FOLDER / name).read_text(encoding="utf-8") == fresh
+    for name, picture in draw.pictures(recorded, found).items():
+        assert (draw.FOLDER / "results" / name).read_text(encoding="utf-8") == picture
+    assert (draw.FOLDER / "RESULTS.md").read_text(encoding="utf-8") == draw.document(recorded, found)

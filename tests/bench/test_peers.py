@@ -1,0 +1,147 @@
+"""Other programs on the same toy transformer as ours: the same numbers, and what moving the weights costs in bytes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowvram.bench.results import Peer
+
+PEERS = Path(__file__).parents[2] / "bench" / "peers"
+pytest.importorskip("diffusers")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bytes are counted with /proc")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts() -> Any:
+    """The scripts import one another as they do when they are run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(PEERS))
+        yield {name: importlib.import_module(name) for name in ("forward", "programs", "run", "sizes")}
+
+
+@pytest.fixture(scope="module")
+def folder(scripts: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy, written once."""
+    path = tmp_path_factory.mktemp("toy")
+    scripts["run"].write_model(path, scripts["sizes"].SIZES["toy"], "fp32")
+    return path
+
+
+@pytest.fixture
+def work(scripts: Any, folder: Path) -> Any:
+    return scripts["sizes"].Work(folder, scripts["sizes"].SIZES["toy"], torch.device("cpu"), 0)
+
+
+def facts_of(mode: str, work: Any, scripts: Any) -> dict[str, Any]:
+    """As in its own process, but in this one: starting one takes seconds."""
+    try:
+        return scripts["forward"].measure(mode, work, rounds=1)
+    except ImportError as missing:
+        pytest.skip(f"not installed: {missing}")
+
+
+@pytest.fixture(scope="module")
+def resident(scripts: Any, folder: Path) -> dict[str, Any]:
+    """lowvram and diffusers with everything in memory."""
+    work = scripts["sizes"].Work(folder, scripts["sizes"].SIZES["toy"], torch.device("cpu"), 0)
+    return {
+        mode: scripts["forward"].measure(mode, work, 1) for mode in ("lowvram resident", "diffusers resident")
+    }
+
+
+def test_ours_and_theirs_do_the_same_work(resident: dict[str, Any], scripts: Any, folder: Path) -> None:
+    difference = scripts["run"].difference(folder, "lowvram resident")
+    assert 0 < difference < 1e-5  # other kernels, the same function
+
+
+@pytest.mark.parametrize("where", ["ram", "disk"])
+def test_where_our_weights_live_changes_no_bit(
+    where: str, work: Any, scripts: Any, resident: dict[str, Any]
+) -> None:
+    found = facts_of(f"lowvram {where}", work, scripts)
+    assert found["checksum"] == resident["lowvram resident"]["checksum"]
+    blocks = sum(p.stat().st_size for p in (work.folder / "transformer").glob("*.safetensors"))
+    if where == "disk":
+        assert found["disk_read"] > 0.5 * blocks
+    assert found["rss"] > 0 and found["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "diffusers group block",
+        "diffusers group leaf",
+        "diffusers group disk",
+        "accelerate cpu_offload",
+        "accelerate disk_offload",
+        "aircanvas disk",
+        "aircanvas disk, 2 resident",
+        "diffsynth ram",
+        "diffsynth disk",
+        "diffusers-dynamic-offloader auto",
+    ],
+)
+def test_theirs_changes_no_bit_either(mode: str, work: Any, scripts: Any, resident: dict[str, Any]) -> None:
+    found = facts_of(mode, work, scripts)
+    assert found["checksum"] == resident["diffusers resident"]["checksum"]
+    if mode.startswith("aircanvas disk"):
+        assert found["disk_read"] > 10**6
+
+
+def test_fewer_bits_are_seen_as_other_bits(work: Any, scripts: Any, resident: dict[str, Any]) -> None:
+    found = facts_of("diffusers layerwise fp8", work, scripts)
+    assert found["checksum"] != resident["diffusers resident"]["checksum"]
+    assert 0.001 < scripts["run"].difference(work.folder, "diffusers layerwise fp8") < 0.3
+
+
+def test_a_program_that_needs_a_gpu_says_so_and_its_call_is_checked(work: Any, scripts: Any) -> None:
+    programs = scripts["programs"]
+    with pytest.raises(programs.NeedsGpu):
+        programs.on_gpu(work, lambda model, budget: None, "model", budget=3)
+    with pytest.raises(TypeError, match="budgets"):
+        programs.on_gpu(work, lambda model, budget=1: None, "model", budgets=3)
+
+
+def test_a_process_of_its_own_says_what_it_found_or_why_not(folder: Path, scripts: Any) -> None:
+    options = Namespace(peers=None, size="toy", device="cpu", cap=0)
+    found = scripts["run"].measure("accelerate disk_offload", str(folder), options)
+    assert found["disk_read"] >= 0 and json.dumps(found)
+    missing = scripts["run"].measure("mmgp budget", str(folder), options)
+    assert missing == {"note": "not installed"}
+
+
+def test_rows_take_ratios_inside_a_round(scripts: Any, tmp_path: Path) -> None:
+    def facts(seconds: float, checksum: str = "a") -> dict[str, Any]:
+        return {
+            "seconds": seconds,
+            "rss": 5,
+            "vram": None,
+            "driver": None,
+            "disk_read": 7,
+            "checksum": checksum,
+        }
+
+    rounds = [
+        {"diffusers resident": facts(1), "aircanvas disk": facts(2), "mmgp budget": {"note": "needs a GPU"}},
+        {"diffusers resident": facts(4), "aircanvas disk": facts(4)},
+        {"diffusers resident": facts(2), "aircanvas disk": facts(3, "b")},
+    ]
+    whole, other, gone = scripts["run"].rows(rounds, tmp_path, None, "toy")
+    assert whole.overhead == 1 and whole.exact
+    assert other.overheads == [2, 1, 1.5] and other.overhead == 1.5 and other.seconds == 3 and not other.exact
+    assert isinstance(gone, Peer) and gone.note == "needs a GPU" and gone.seconds is gone.exact is None
+
+
+def test_the_process_of_a_gpl_program_loads_nothing_of_ours() -> None:
+    code = "import forward, programs, sizes, gpl_mmgp, sys; print([m for m in sys.modules if m.startswith('lowvram')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PEERS, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.models import dit
 from lowvram.models.self_attention import Workspace
@@ -43,7 +42,7 @@ def _peak(mode: str, ops: Ops) -> int:
     spec = replace(model_preset("wan2.2-t2v-a14b").dit, layers=BLOCKS)
     grid = (31, 45, 80)
     tokens = grid[0] * grid[1] * grid[2]
-    with FakeTensorMode():
+    with torch.device("meta"):
         params = Params({n: torch.empty(s, dtype=DTYPE) for n, s in spec.shapes().items()})
         time = dit.Time(torch.empty(1, spec.dim), torch.empty(1, 6, spec.dim), tokens)
         context = dit.Context(torch.empty(512, spec.dim, dtype=DTYPE), torch.empty(512))

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.model import Group
 from lowvram.models import animate, clip, dit, umt5, vae, vae_clip
@@ -29,6 +28,8 @@ from lowvram.stages.weights import Dense, to_params
 from lowvram.triton_kernels.keys import carve, stored_bytes
 from lowvram.triton_kernels.modes import MODES, Mode
 from lowvram.triton_kernels.ops import TORCH, Ops
+
+META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def _fake_params(group: Group, dtype: torch.dtype = torch.float32) -> Params:
     """Parameters as `carve` would give them, each part a tensor of its own: fewer operations to imitate.
 
     Weights of one encoding and shape are decoded to `dtype` once, and from then on imitated. To be called inside a
-    fake mode.
+    meta mode.
     """
     views = {
         ref.name: {p.role: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]) for p in ref.parts}
@@ -95,8 +96,7 @@ def block_scratch(
     a buffer (`unpacked_nbytes`) before.
     """
     n = min(tokens, 2 * chunk)
-    mode = FakeTensorMode()
-    with mode:
+    with META:
         p = _fake_params(block, dtype)
         rows = 2 if per_frame else 1
         # some chunk holds tokens of both rows
@@ -136,7 +136,7 @@ def time_bytes(spec: DitSpec, time_rows: int) -> int:
 
 def unpacked_nbytes(block: Group, dtype: torch.dtype) -> int:
     """Bytes of the buffer for the matrices of a block in `dtype`; 0 if they are stored in it."""
-    with FakeTensorMode():
+    with META:
         return _fake_params(block, dtype).unpacked_nbytes(dtype)
 
 
@@ -148,7 +148,7 @@ def context_rows(spec: DitSpec, words: int) -> int:
 def embed_scratch(spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype) -> int:
     """Transient bytes of `dit.embed_framewise_`."""
     _, rows, columns = grid
-    with FakeTensorMode():
+    with META:
         p = _fake_params(outer, dtype)
         latent = torch.empty(spec.out_channels, 1, 2 * rows, 2 * columns)
         beside = spec.in_channels - spec.out_channels
@@ -161,8 +161,7 @@ def prepare_scratch(
     spec: DitSpec, outer: Group, lengths: Sequence[int], steps: int, time_rows: int, dtype: torch.dtype
 ) -> int:
     """Bytes at the peak of using one transformer's outer weights: what is kept of them included."""
-    mode = FakeTensorMode()
-    with mode:
+    with META:
         p = _fake_params(outer, dtype)
         text = torch.empty(max(lengths), spec.text_dim, dtype=dtype)
         tokens = torch.empty(spec.image_tokens, spec.image_dim, dtype=dtype)
@@ -184,7 +183,7 @@ def attend_scratch(
     """Transient bytes of the face adapter behind a block, on a long sequence; 0 if none is there."""
     if spec.face is None or not any(ref.name.startswith(FACE_SCOPE) for ref in block.refs):
         return 0
-    with FakeTensorMode():
+    with META:
         p = _fake_params(block, dtype).scope(FACE_SCOPE)
         per_slot = tokens // slots
         x = torch.empty(-(-min(tokens, 2 * chunk) // per_slot) * per_slot, spec.dim, dtype=dtype)
@@ -195,7 +194,7 @@ def attend_scratch(
 def faces_scratch(spec: DitSpec, encoders: Group, adapter: Group, frames: int, dtype: torch.dtype) -> int:
     """Transient bytes of a clip's faces on their way to keys and values, what is kept of them included."""
     assert spec.face is not None
-    with FakeTensorMode():
+    with META:
         p, q = _fake_params(encoders), _fake_params(adapter)
         face = torch.empty(1, 3, FACE_PIXELS, FACE_PIXELS)
 
@@ -214,7 +213,7 @@ def head_scratch(
     """Transient bytes of `dit.head`, its result included. Two chunks tell: later ones repeat the second."""
     tokens = numel(grid)
     n = min(tokens, 2 * chunk)
-    with FakeTensorMode():
+    with META:
         p = _fake_params(outer, dtype)
         time = dit.Time(torch.empty(1, spec.dim), torch.empty(1, 6, spec.dim), n)
         x = torch.empty(n, spec.dim, dtype=dtype)
@@ -227,8 +226,7 @@ def head_scratch(
 
 def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) -> int:
     """Transient bytes of one text layer on `rows` tokens."""
-    mode = FakeTensorMode()
-    with mode:
+    with META:
         p = _fake_params(layer, dtype)
         x, buckets = torch.empty(rows, spec.dim, dtype=dtype), umt5.relative_buckets(rows)
     return _peak(lambda x: umt5.layer(p, spec, x, buckets), x)
@@ -236,7 +234,7 @@ def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) ->
 
 def clip_scratch(spec: ClipSpec, outer: Group, layer: Group, dtype: torch.dtype) -> int:
     """Transient bytes of the embedding or of one layer of the CLIP vision tower on one picture."""
-    with FakeTensorMode():
+    with META:
         first, p = _fake_params(outer, dtype), _fake_params(layer, dtype)
         picture = torch.empty(3, spec.side, spec.side)
         x = torch.empty(spec.tokens, spec.dim, dtype=dtype)
@@ -300,7 +298,7 @@ def _middle_scratch(
 ) -> int:
     excess = max(1.0, plane[0] * plane[1] / PLANE)
     size = round(plane[0] / excess), plane[1]
-    with FakeTensorMode():
+    with META:
         w = Dense(_fake_params(weights), dtype)
         history = _under_way(memories(layers, size, spec.shapes()), dtype)
         like = torch.empty((), dtype=dtype)
@@ -346,7 +344,7 @@ def _tile_scratch(
     tile: Tile,
     dtype: torch.dtype,
 ) -> int:
-    with FakeTensorMode():
+    with META:
         w = Dense(_fake_params(weights), dtype)
         history = _under_way(tile_memories(tile, spec.shapes()), dtype)
         like = torch.empty((), dtype=dtype)

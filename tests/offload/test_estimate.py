@@ -11,6 +11,7 @@ from lowvram.errors import OutOfMemoryError
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.device import CpuDevice
 from lowvram.offload.estimate import Peak, peak_memory, track
+from lowvram.triton_kernels.attention import attention as kernel
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def attention(x: Tensor, qkv: Tensor) -> Tensor:
     q = functional.rms_norm(q, (8,))
     scores = torch.softmax(q @ k.transpose(-1, -2) * 8**-0.5, dim=-1)
     plain = (scores @ v).transpose(1, 2).flatten(2)
-    fused = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    fused = kernel(q, k, v)
     return x + plain.sub_(fused)
 
 
@@ -119,11 +120,17 @@ def test_outputs_of_custom_operations_are_counted() -> None:
     assert fake.live[0].where.startswith(("lowvram_test_estimate.twice", "aten.add"))
 
 
-def test_constants_are_counted() -> None:
+def test_constants_are_counted_where_they_are_real() -> None:
     def constant() -> Tensor:
-        return torch.tensor([1.0, 2.0, 3.0])
+        return torch.tensor([1.0, 2.0, 3.0]) * 2
 
-    assert peak_memory(constant).peak_bytes == real_peak(constant).peak_bytes == 12
+    assert real_peak(constant).peak_bytes == 2 * 12
+    assert peak_memory(constant).peak_bytes == 12
+
+
+def test_what_leaves_the_device_is_not_counted() -> None:
+    x = torch.empty(10, device="meta")
+    assert peak_memory(lambda x: (x * 2).to("cpu", torch.float64), x).peak_bytes == 40
 
 
 def test_parameters_that_are_not_arguments_may_be_real() -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from lowvram import __version__
 from lowvram.errors import StorageError, UsageError
 from lowvram.offload.budget import format_bytes
-from lowvram.offload.io import FileReader, PartialFile, free_bytes, write_atomic
+from lowvram.offload.io import FileReader, free_bytes, write_atomic
+from lowvram.offload.partial import PartialFile
 from lowvram.offload.slab import as_bytes
 from lowvram.quant.convert import (
     Conversion,

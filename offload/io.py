@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from lowvram.errors import BusyError, FileError, StorageError
+from lowvram.errors import FileError, StorageError
 from lowvram.offload.faults import Faults
 
 _SYSCALL_BYTES = 1 << 30
@@ -30,8 +30,6 @@ _TIMED_BYTES = 16 << 20
 _FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 _LOCKED_BYTE = 1 << 30
 """Windows locks bytes, and what it locks nobody can read: one far behind the process number in a lock file."""
-_SYNC_BYTES = 64 << 20
-"""Bytes of a partial file that a power cut may cost."""
 _REPLACE_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Seconds between attempts to replace a file that a scanner or viewer holds open (Windows)."""
 
@@ -274,108 +272,17 @@ def write_atomic(path: Path, data: Buffer | Iterable[Buffer], *, faults: Faults 
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     pieces = (data,) if isinstance(data, Buffer) else data
-    with _storage_errors(path):
+    with storage_errors(path):
         try:
             with open(temporary, "xb", buffering=0) as file:
                 for piece in pieces:
-                    _write_all(file, piece, faults)
+                    write_all(file, piece, faults)
                 os.fsync(file.fileno())
-            _replace(temporary, target)
+            replace_file(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
-
-
-class PartialFile:
-    """A file that is made piece by piece, over several lives of the process if need be.
-
-    The pieces go to a hidden file beside `path`, which is as large as the whole from the beginning. Lines given to
-    `note` come to a journal once all that was written before is on the disk, which is seen to every 64 MiB and by
-    `close`; `commit` gives the file its name. A later PartialFile of the same path, size and `key` (a name for all
-    that the content follows from) goes on where the journal ends; any other begins anew.
-
-    Raises BusyError if another process makes the same file, StorageError if the disk is full or does not take it.
-    """
-
-    def __init__(self, path: Path, nbytes: int, key: str, *, faults: Faults | None = None) -> None:
-        self._path, self._faults = path, faults
-        self._target = Path(os.path.realpath(path))
-        self._partial = self._target.with_name(f".{self._target.name}.partial")
-        with _storage_errors(path):
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._journal = FileIO(self._partial.with_suffix(".journal"), "a+")
-            if not try_lock(self._journal):
-                self._journal.close()
-                advice = "wait for it, or stop it first"
-                raise BusyError("another process is making this file", where=str(path), advice=advice)
-            self.notes = self._read_notes(f"{key} {nbytes}")
-            """Lines of the journal, oldest first."""
-            self._file = FileIO(self._partial, "r+" if self._partial.exists() else "w+")
-            self._file.truncate(nbytes)
-        self._pending: list[str] = []
-        self._unsynced = 0
-
-    def _read_notes(self, first: str) -> list[str]:
-        """The whole lines of a journal that begins with `first` and has its file beside it; else it begins anew."""
-        self._journal.seek(0)
-        text = self._journal.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        begun, *notes = whole.decode("ascii", "replace").splitlines() or [""]
-        if begun == first and self._partial.exists():
-            self._journal.truncate(len(whole))
-            return notes
-        self._partial.unlink(missing_ok=True)
-        self._journal.truncate(0)
-        _write_all(self._journal, f"{first}\n".encode("ascii"), self._faults)
-        return []
-
-    def write_at(self, offset: int, data: Buffer) -> None:
-        with _storage_errors(self._path):
-            self._file.seek(offset)
-            _write_all(self._file, data, self._faults)
-        self._unsynced += memoryview(data).nbytes
-
-    def note(self, line: str) -> None:
-        """An ASCII `line` that says what has been written so far."""
-        self._pending.append(line)
-        if self._unsynced >= _SYNC_BYTES:
-            self._sync()
-
-    def _sync(self) -> None:
-        with _storage_errors(self._path):
-            os.fsync(self._file.fileno())
-            _write_all(
-                self._journal, "".join(f"{line}\n" for line in self._pending).encode("ascii"), self._faults
-            )
-        self._pending, self._unsynced = [], 0
-
-    def commit(self) -> None:
-        """The file is whole: it takes its name."""
-        with _storage_errors(self._path):
-            self._sync()
-            self._file.close()
-            _replace(self._partial, self._target)
-            _sync_folder(self._target.parent)
-            self._journal.close()
-            self._partial.with_suffix(".journal").unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Leave it for another time."""
-        try:
-            if self._pending and not self._file.closed:
-                self._sync()
-        finally:
-            self._file.close()
-            self._journal.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        sync_folder(target.parent)
 
 
 def try_lock(file: BinaryIO | FileIO) -> bool:
@@ -407,7 +314,7 @@ def free_bytes(path: Path) -> int:
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
     """Errors of the system while `path` is written, as StorageError."""
     try:
         yield
@@ -420,7 +327,8 @@ def _storage_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_all(file: FileIO, piece: Buffer, faults: Faults | None) -> None:
+def write_all(file: FileIO, piece: Buffer, faults: Faults | None) -> None:
+    """Write the whole of `piece` where the file stands; OSError if that fails."""
     left = memoryview(piece).cast("B")
     while left.nbytes:
         if faults is not None and faults.strikes("write"):
@@ -428,7 +336,8 @@ def _write_all(file: FileIO, piece: Buffer, faults: Faults | None) -> None:
         left = left[file.write(left[:_SYSCALL_BYTES]) :]
 
 
-def _replace(temporary: Path, target: Path) -> None:
+def replace_file(temporary: Path, target: Path) -> None:
+    """Give a file the name of another, which is waited for if it is held open (Windows)."""
     for wait in _REPLACE_WAITS:
         try:
             os.replace(temporary, target)
@@ -438,7 +347,7 @@ def _replace(temporary: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable. Windows has no such call and needs none."""
     if os.name == "nt":
         return

@@ -22,7 +22,8 @@ from lowvram.cli.quantize import table
 from lowvram.conversion import Done, plan_conversion, run_conversion
 from lowvram.errors import BusyError, StorageError, UsageError
 from lowvram.offload.faults import FaultPlan, Faults
-from lowvram.offload.io import FileReader, PartialFile
+from lowvram.offload.io import FileReader
+from lowvram.offload.partial import PartialFile
 from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import encoding_by_name, keeps_precision, planned_encoding

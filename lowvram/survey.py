@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lowvram.machine import ASSUMED_DISK, Rates
-from lowvram.offload.io import read_kernel_text, read_past_cache, write_atomic
+from lowvram.offload.direct import read_past_cache
+from lowvram.offload.io import read_kernel_text, write_atomic
 from lowvram.offload.limits import HostLimits, host_limits
 from lowvram.triton_kernels.attention import attention
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import secrets
 import shutil
@@ -25,8 +24,6 @@ from lowvram.offload.faults import Faults
 _SYSCALL_BYTES = 1 << 30
 """The most asked of the system at once: Linux stops at 2^31 - 4096, Windows at 2^31 - 1."""
 _KERNEL_BYTES = 1 << 20
-_TIMED_BYTES = 16 << 20
-"""Bytes per read where the disk's rate is measured: more is not faster."""
 _FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 _LOCKED_BYTE = 1 << 30
 """Windows locks bytes, and what it locks nobody can read: one far behind the process number in a lock file."""
@@ -82,6 +79,10 @@ class FileReader:
         """Bytes that came from the file so far."""
         return self._bytes_read
 
+    def fileno(self) -> int:
+        """The system's number of the open file."""
+        return self._file.fileno()
+
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """`nbytes` bytes from `offset`; fewer only where the file ends. Errors as `read_into`."""
         data = bytearray(max(0, min(nbytes, self.size - offset)))
@@ -97,31 +98,35 @@ class FileReader:
         done = 0
         try:
             while done < target.nbytes:
-                count = self._read_some(offset + done, target[done : done + _SYSCALL_BYTES])
+                count = self.read_some(offset + done, target[done : done + _SYSCALL_BYTES])
                 if count == 0:
                     raise self._changed(f"it ends before byte {offset + target.nbytes:,}")
                 done += count
-            self._check_unchanged()
+            self.check_unchanged()
         except OSError as error:
-            raise _failed_reading(self._path, error) from error
+            raise failed_reading(self._path, error) from error
 
-    def _read_some(self, offset: int, target: memoryview) -> int:
-        """Bytes read into `target`, perhaps fewer than it holds; 0 at the end. Interrupted calls are repeated
-        by Python itself (PEP 475)."""
+    def read_some(self, offset: int, target: memoryview, opened: FileIO | None = None) -> int:
+        """Bytes read into `target`, perhaps fewer than it holds; 0 at the end. OSError as the system gives it.
+
+        opened: the same file, opened otherwise. Interrupted calls are repeated by Python itself (PEP 475).
+        """
+        file = opened or self._file
         if self._faults is not None:
             if self._faults.strikes("read"):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             if self._faults.strikes("short_read"):
                 target = target[: (target.nbytes + 1) // 2]
         if hasattr(os, "preadv"):
-            count = os.preadv(self._file.fileno(), [target], offset)
+            count = os.preadv(file.fileno(), [target], offset)
         else:
-            count = seek_and_read(self._file, self._lock, offset, target)
+            count = seek_and_read(file, self._lock, offset, target)
         with self._lock:
             self._bytes_read += count
         return count
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """StorageError if the file was written to or replaced since it was opened."""
         if _identity(os.fstat(self._file.fileno())) != self.identity:
             raise self._changed("it was written to")
         if os.name == "nt":
@@ -219,40 +224,8 @@ def read_kernel_text(path: Path) -> str | None:
         return None
 
 
-def read_past_cache(path: Path, limit: int, *, direct: bool) -> int:
-    """Read up to `limit` bytes from the start of a file off the disk itself, to time it; how many came.
-
-    direct: without the system's cache (0 where the file system has no such way). Otherwise through the cache,
-    which first forgets the file; where it cannot be told to (Windows), what it holds is not read from disk.
-    StorageError if reading fails.
-    """
-    flags = getattr(os, "O_DIRECT", 0)
-    if direct and not flags:
-        return 0
-    done = 0
-    try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | (flags if direct else 0))
-    except OSError as error:
-        if direct and error.errno == errno.EINVAL:
-            return 0
-        raise _failed_reading(path, error) from error
-    try:
-        if not direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        # Anonymous pages are aligned as direct reads want their target to be.
-        with mmap.mmap(-1, _TIMED_BYTES) as pages, open(file, "rb", buffering=0, closefd=False) as raw:
-            count = _TIMED_BYTES
-            while done < limit and count == _TIMED_BYTES:
-                count = raw.readinto(pages) or 0
-                done += count
-    except OSError as error:
-        raise _failed_reading(path, error) from error
-    finally:
-        os.close(file)
-    return done
-
-
-def _failed_reading(path: Path, error: OSError) -> StorageError:
+def failed_reading(path: Path, error: OSError) -> StorageError:
+    """The error for a file of which the system says so."""
     return StorageError(
         f"reading failed: {error.strerror or error}",
         where=str(path),

@@ -1,6 +1,6 @@
 """BlockStream: disk -> host ring -> device slots -> residents, for all visits of a job, known in advance.
 
-Two threads. The *reader* works through `Traffic.loads` strictly in order, filling ring buffers and RAM seats;
+Two threads. The *reader*, which has helpers (`lowvram.offload.reading`), works through `Traffic.loads` strictly in order, filling ring buffers and RAM seats;
 it waits for a free buffer, for a seat's old block to be done, and for the copy out of a buffer before it
 overwrites it. The *consumer*, the thread that iterates, queues copies to the device as soon as data and a
 destination are there, ahead of the visit that needs them, and waits only for the reader. Order on the device
@@ -25,14 +25,13 @@ from torch import Tensor
 from lowvram.errors import InternalError, LowvramError
 from lowvram.offload.device import Buffer, Device, Event, Stall
 from lowvram.offload.io import FileReader
-from lowvram.offload.placement import BlockId, Load, Placement, Traffic, plan_traffic
+from lowvram.offload.placement import PIECE_BYTES, READERS, BlockId, Load, Placement, Traffic, plan_traffic
+from lowvram.offload.reading import BlockReader
 from lowvram.offload.slab import BlockLayout, as_bytes, carve, read_runs
 
 Views = dict[str, dict[str, Tensor]]
 """Tensor name -> part role -> typed view in device memory."""
 
-READ_BYTES = 32 << 20
-"""Bytes per read: large enough for any disk, small enough that closing never waits long."""
 _WAKE_SECONDS = 0.5
 """How long a wait may last at once: on Windows only a wait with an end lets Ctrl-C through."""
 
@@ -136,8 +135,8 @@ class BlockStream:
             # The memory may have been another tensor's, with work on it still queued on compute.
             return _Place(buffer, device.record_compute())
 
-        def on_host(name: str, nbytes: int) -> _Place:
-            buffer = device.host_alloc(name, nbytes)
+        def on_host(name: str, nbytes: int, *, pin: bool = True) -> _Place:
+            buffer = device.host_alloc(name, nbytes, pin=pin)
             undo.callback(buffer.free)
             return _Place(buffer, None)
 
@@ -146,6 +145,9 @@ class BlockStream:
         for seat in traffic.residents:
             seats |= dict.fromkeys(seat.blocks, on_device(seat.name, seat.nbytes))
         self._ring.extend(on_host(f"ring {n}", traffic.ring_bytes) for n in range(traffic.ring))
+        self._pages = [
+            on_host(f"ring reader {n}", PIECE_BYTES, pin=False).buffer for n in range(traffic.readers)
+        ]
         for seat in traffic.rams:
             seats |= dict.fromkeys(seat.blocks, on_host(seat.name, seat.nbytes))
         return slots, seats
@@ -286,25 +288,27 @@ class BlockStream:
     # The reader
 
     def _read_all(self) -> None:
-        readers: dict[Path, FileReader] = {}
         try:
-            for load in self._traffic.loads:
-                place = self._destination(load)
-                if place is None or not self._fill(load.block, place, readers):
-                    return
-                with self._changed:
-                    if load.to == "ram":
-                        self._in_ram.add(load.block)
-                    else:
-                        self._ready.append((load, place))
-                    self._changed.notify_all()
+            pages = [as_bytes(buffer.tensor) for buffer in self._pages]
+            with BlockReader(self._open_reader, READERS, pages, lambda: self._stopping) as reader:
+                self._read_with(reader)
         except BaseException as error:  # noqa: BLE001 the consumer raises it
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
-        finally:
-            for reader in readers.values():
-                reader.close()
+
+    def _read_with(self, reader: BlockReader) -> None:
+        for load in self._traffic.loads:
+            place, layout = self._destination(load), self._layouts[load.block]
+            if place is None or not reader.fill(layout, as_bytes(place.buffer.tensor)):
+                return
+            self._count(load.block, BlockStats(disk_bytes=sum(run.nbytes for run in read_runs(layout))))
+            with self._changed:
+                if load.to == "ram":
+                    self._in_ram.add(load.block)
+                else:
+                    self._ready.append((load, place))
+                self._changed.notify_all()
 
     def _destination(self, load: Load) -> _Place | None:
         """The host buffer for `load`, once it may be overwritten; None if the stream is closing."""
@@ -317,20 +321,6 @@ class BlockStream:
         if place.free_after is not None:
             place.free_after.synchronize()
         return place
-
-    def _fill(self, block: BlockId, place: _Place, readers: dict[Path, FileReader]) -> bool:
-        """Read a block into a host buffer; False if the stream is closing."""
-        memory = as_bytes(place.buffer.tensor)
-        for run in read_runs(self._layouts[block]):
-            if run.file not in readers:
-                readers[run.file] = self._open_reader(run.file)
-            for done in range(0, run.nbytes, READ_BYTES):
-                if self._stopping:
-                    return False
-                begin, end = run.slab_offset + done, run.slab_offset + min(done + READ_BYTES, run.nbytes)
-                readers[run.file].read_into(run.file_offset + done, memory[begin:end])
-                self._count(block, BlockStats(disk_bytes=end - begin))
-        return True
 
     # Both
 

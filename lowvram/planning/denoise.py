@@ -241,7 +241,16 @@ def place(facts: Facts, way: Way, room: Room) -> Placement:
     for expert in facts.groups:
         for n in range(depth):
             where[expert, n] = "resident" if n in fixed else "ram" if n in held else "disk"
-    return Placement(where, slots=way.slots, ring=room.ring)
+    return Placement(where, slots=way.slots, ring=room.ring, past_cache=_outgrows_cache(facts, where))
+
+
+def _outgrows_cache(facts: Facts, where: Mapping[BlockId, Where]) -> bool:
+    """Whether an expert's blocks outside of the device are more than the RAM: those on disk, read in turns, then find
+    nothing in the system's cache."""
+    outside = dict.fromkeys(facts.groups, 0)
+    for block, place in where.items():
+        outside[block[0]] += 0 if place == "resident" else facts.layouts[block].nbytes
+    return "disk" in where.values() and max(outside.values()) > facts.machine.ram
 
 
 def stage_plan(facts: Facts, way: Way, room: Room) -> StagePlan:

@@ -9,7 +9,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from lowvram.errors import StorageError
-from lowvram.offload.io import read_kernel_text, read_past_cache
+from lowvram.offload.direct import read_past_cache
+from lowvram.offload.io import read_kernel_text
 from lowvram.offload.limits import HostLimits, host_limits
 
 GB = 10**9

@@ -36,7 +36,7 @@ KINDS: list[Where] = ["resident", "ram", "disk"]
 
 
 def reader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "block reader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("block reader")]
 
 
 def all_visits(steps: int) -> list[BlockId]:

@@ -26,7 +26,6 @@ from lowvram.model import with_loras
 from lowvram.planning.plan import Plan
 from lowvram.quant.spec import ModelSpec
 from lowvram.report import Report, merged
-from lowvram.sampling.guidance import needs_uncond
 from lowvram.stages import text
 from lowvram.stages.run import Listener, Run, Silent
 from lowvram.stages.segments import Forgetful, Keeper, Stand, segments
@@ -85,12 +84,9 @@ class Animation:
         if stand.segment == driving.segments(job.frames):
             return Report(())
         model = with_loras(pipe.model, job.loras)
-        prompts = [job.prompt]
-        if any(needs_uncond(g) for g in job.schedule.guidance):
-            prompts.append(job.negative)
         with pipe.runtime.device() as device:
             run = Run(device, self.plan, self.listener, self.clock)
-            texts = [features.cpu() for features in text.encode(run, model, prompts)]
+            texts = [each.cpu() for each in text.features(run, model, job, pipe.runtime.texts)]
             for number, frames in segments(run, model, job, texts, stand, keeper):
                 with VideoWriter(
                     part_path(parts, number), job.width, job.height, job.fps, overwrite=True

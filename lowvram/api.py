@@ -39,12 +39,12 @@ from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.report import Report, Sample
-from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.presets import few_step, model_preset
 from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.denoise import State
 from lowvram.stages.run import Listener, Run, Silent
 from lowvram.stages.steadfast import denoise_steadfastly
+from lowvram.text_cache import text_cache
 from lowvram.triton_kernels import dispatch
 from lowvram.triton_kernels.modes import Choice
 
@@ -56,13 +56,20 @@ class Runtime:
 
     vram, ram   sizes such as "16GB" or bytes; None takes what is free now
     device      "cuda" or "cpu"; None takes CUDA if there is any
+    cache       whether prompts that were encoded before are taken from disk, and those of new jobs are kept there
     """
 
     def __init__(
-        self, vram: str | int | None = None, ram: str | int | None = None, device: str | None = None
+        self,
+        vram: str | int | None = None,
+        ram: str | int | None = None,
+        device: str | None = None,
+        *,
+        cache: bool = True,
     ) -> None:
         self.machine = _machine(device)
         self.budget = _budget(vram, ram, self.machine)
+        self.texts = text_cache() if cache else None
 
     def load(
         self,
@@ -148,7 +155,9 @@ class Pipeline:
         return self.plan_job(self.job(prompt, **settings))
 
     def plan_job(self, job: Job) -> Plan:
-        return make_plan(job, with_loras(self.model, job.loras), self.runtime.budget, self.runtime.machine)
+        budget, machine = self.runtime.budget, self.runtime.machine
+        cached = text.is_cached(self.model, job, self.runtime.texts, machine)
+        return make_plan(job, with_loras(self.model, job.loras), budget, machine, text_cached=cached)
 
     def __call__(self, prompt: str, *, listener: Listener | None = None, **settings: Any) -> Video:
         """Text and denoise: the finished latent. Frames are decoded when the video is saved or iterated."""
@@ -204,16 +213,13 @@ class Pipeline:
         """
         check_complete(self.model.spec, job)
         model = with_loras(self.model, job.loras)
-        plan = plan or make_plan(job, model, self.runtime.budget, self.runtime.machine)
+        plan = plan or self.plan_job(job)
         state = state or denoise.initial_state(job, model)
-        prompts = [job.prompt]
-        if any(needs_uncond(g) for g in job.schedule.guidance):
-            prompts.append(job.negative)
         with self.runtime.device() as device:
             run = Run(device, plan, listener or Silent(), clock)
             if device.kind == "cuda":
                 run.notes.append(f"attention of torch by {dispatch.sdpa_backend_of(device.torch_device)}")
-            texts = text.encode(run, model, prompts)
+            texts = text.features(run, model, job, self.runtime.texts)
             if made is None:
                 made = condition.condition(run, model, job)
                 keep(made)

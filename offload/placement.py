@@ -32,7 +32,7 @@ def block_name(block: BlockId) -> str:
 
 
 READERS = 4
-"""Threads that read at once: what fills the queue of a fast drive with large reads; more gain nothing measurable."""
+"""Threads that read at once: a few large requests keep a drive busy."""
 PIECE_BYTES = 8 << 20
 """Bytes per read: large enough for any disk, small enough that closing never waits long."""
 

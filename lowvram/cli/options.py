@@ -87,6 +87,9 @@ Device = Annotated[str | None, typer.Option("--device", help="cuda or cpu; CUDA 
 Force = Annotated[
     bool, typer.Option("--force", help="Go on with settings that contradict the model or the LoRAs.")
 ]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Encode the prompt anew, and keep nothing of it on disk.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
@@ -124,6 +127,7 @@ class JobFlags:
     vram: Vram = None
     ram: Ram = None
     device: Device = None
+    no_cache: NoCache = False
 
     def files(self) -> dict[str, str]:
         """The parts that were named, by part."""

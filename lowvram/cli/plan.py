@@ -50,7 +50,7 @@ def plan(
             **settings,
         )
     else:
-        pipe = Runtime(flags.vram, flags.ram, flags.device).load(
+        pipe = Runtime(flags.vram, flags.ram, flags.device, cache=not flags.no_cache).load(
             flags.model,
             models_dirs=folders,
             preset=flags.preset,

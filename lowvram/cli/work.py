@@ -60,7 +60,7 @@ def start(
 
 def open_pipeline(flags: JobFlags, silent: bool, weights: str | None = None) -> Pipeline:
     """The model of these flags."""
-    pipe = Runtime(flags.vram, flags.ram, flags.device).load(
+    pipe = Runtime(flags.vram, flags.ram, flags.device, cache=not flags.no_cache).load(
         flags.model,
         models_dirs=flags.models_dir or (),
         weights=weights,

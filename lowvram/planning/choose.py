@@ -31,9 +31,12 @@ STEP = 10**9
 """Bytes more whose use a plan looks up."""
 
 
-def make_plan(job: Job, model: Model, budget: Budget, machine: Machine) -> Plan:
-    """The plan with the most that fits. BudgetError, naming the true minimum, if nothing does."""
-    return choose(gather(job, model, machine), budget)
+def make_plan(job: Job, model: Model, budget: Budget, machine: Machine, *, text_cached: bool = False) -> Plan:
+    """The plan with the most that fits. BudgetError, naming the true minimum, if nothing does.
+
+    text_cached: whether the features of all prompts are kept from an earlier job
+    """
+    return choose(gather(job, model, machine, text_cached=text_cached), budget)
 
 
 def choose(facts: Facts, budget: Budget) -> Plan:

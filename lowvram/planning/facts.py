@@ -41,6 +41,8 @@ class Facts:
     """Of all transformer blocks."""
     block_kinds: Sequence[Group]
     """One transformer block of every make."""
+    text_cached: bool
+    """Whether the features of all prompts are kept from an earlier job."""
     known: dict[Hashable, int]
     """Footprints measured so far: a search asks for the same ones often, and each takes a tenth of a second."""
 
@@ -101,7 +103,14 @@ class Facts:
         return own | dict(claims)
 
 
-def gather(job: Job, model: Model, machine: Machine, known: dict[Hashable, int] | None = None) -> Facts:
+def gather(
+    job: Job,
+    model: Model,
+    machine: Machine,
+    known: dict[Hashable, int] | None = None,
+    *,
+    text_cached: bool = False,
+) -> Facts:
     """The facts of a job. Nothing is read but the tokenizer.
 
     known: of an earlier plan, which spares this one the same measurements.
@@ -114,14 +123,15 @@ def gather(job: Job, model: Model, machine: Machine, known: dict[Hashable, int] 
         job,
         model,
         machine,
-        torch.bfloat16 if machine.kind == "cuda" else torch.float32,
+        compute_dtype(machine),
         model.spec.denoised_shape(job.width, job.height, job.frames),
-        _prompt_lengths(job, model, 1 + any(needs_uncond(g) for g in job.schedule.guidance)),
+        _prompt_lengths(job, model),
         groups,
         layouts,
         kinds(
             group for found in groups.values() for key, group in found.items() if key.startswith("blocks.")
         ),
+        text_cached,
         {} if known is None else known,
     )
 
@@ -131,8 +141,19 @@ def kind_of(group: Group) -> Hashable:
     return tuple((ref.name, ref.shape, ref.encoding) for ref in group.refs)
 
 
-def _prompt_lengths(job: Job, model: Model, passes: int) -> tuple[int, ...]:
+def compute_dtype(machine: Machine) -> torch.dtype:
+    """What networks compute in there."""
+    return torch.bfloat16 if machine.kind == "cuda" else torch.float32
+
+
+def prompts_of(job: Job) -> list[str]:
+    """The prompt and, if any step guides, the negative prompt."""
+    guided = any(needs_uncond(g) for g in job.schedule.guidance)
+    return [job.prompt, job.negative] if guided else [job.prompt]
+
+
+def _prompt_lengths(job: Job, model: Model) -> tuple[int, ...]:
     """Tokens of each prompt of the job; the most that are possible where there is no tokenizer to count them."""
     if model.tokenizer is None:
-        return (model.spec.dit.text_len,) * passes
-    return tuple(len(ids) for ids in tokenize(model, [job.prompt, job.negative][:passes]))
+        return (model.spec.dit.text_len,) * len(prompts_of(job))
+    return tuple(len(ids) for ids in tokenize(model, prompts_of(job)))

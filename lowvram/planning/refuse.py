@@ -85,7 +85,13 @@ def nearest(facts: Facts, budget: Budget, least: Least) -> dict[str, str]:
     heaviest = max(layout.nbytes for layout in facts.layouts.values())
     for weights in SMALLER_WEIGHTS:
         imagined = imagined_model(facts.model.name, facts.spec, weights).transformers
-        other = gather(facts.job, replace(facts.model, transformers=imagined), facts.machine, facts.known)
+        other = gather(
+            facts.job,
+            replace(facts.model, transformers=imagined),
+            facts.machine,
+            facts.known,
+            text_cached=facts.text_cached,
+        )
         if max(layout.nbytes for layout in other.layouts.values()) < heaviest and fits(other):
             found["weights"] = weights
             break

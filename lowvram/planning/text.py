@@ -30,7 +30,11 @@ def text_groups(model: Model) -> dict[str, Group]:
 
 
 def plan_text(facts: Facts, budget: Budget) -> tuple[StagePlan]:
-    """One slot, one ring buffer, the rows of every prompt."""
+    """One slot, one ring buffer, the rows of every prompt.
+
+    If the prompts' features are kept from an earlier job, no byte is moved. The memory is planned all the same, for what
+    is kept may turn out to be damaged.
+    """
     spec, lengths = facts.spec.text, facts.lengths
     groups = text_groups(facts.model)
     layouts = layouts_of(groups, "text")
@@ -51,14 +55,16 @@ def plan_text(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     nbytes = sum(layout.nbytes for layout in layouts.values())
     flops = 2 * sum(lengths) * sum(numel(s) for s in spec.layer_shapes().values()) * spec.layers
     machine = facts.machine
-    return (
-        StagePlan(
-            "text",
-            spec.layers,
-            facts.context | claims,
-            facts.host(traffic.host_claims()),
-            nbytes,
-            nbytes,
-            max(flops / machine.matmul, nbytes / machine.link, nbytes / machine.disk),
-        ),
+    stage = StagePlan(
+        "text",
+        spec.layers,
+        facts.context | claims,
+        facts.host(traffic.host_claims()),
+        nbytes,
+        nbytes,
+        max(flops / machine.matmul, nbytes / machine.link, nbytes / machine.disk),
     )
+    if facts.text_cached:
+        why = {"text": "cached: these prompts were encoded before, the text encoder is not loaded"}
+        return (replace(stage, steps=1, disk_read=0, h2d=0, seconds=0.0, choices=why),)
+    return (stage,)

@@ -41,6 +41,9 @@ class Listener(Protocol):
 
     def end(self) -> None: ...
 
+    def note(self, text: str) -> None:
+        """Something that went otherwise than usual."""
+
 
 class Silent:
     """Nobody."""
@@ -52,6 +55,9 @@ class Silent:
         return
 
     def end(self) -> None:
+        return
+
+    def note(self, text: str) -> None:
         return
 
 
@@ -89,6 +95,11 @@ class Run:
     """Bytes of RAM that this process holds."""
     began: int = field(default_factory=resident_set)
     """`rss` when the job began."""
+
+    def tell(self, note: str) -> None:
+        """Something that went otherwise than planned, or than usual: said now, and in the report."""
+        self.notes.append(note)
+        self.listener.note(note)
 
     def step(self, stage: str) -> None:
         """A step of `stage` is over."""

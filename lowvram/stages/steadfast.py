@@ -55,7 +55,7 @@ def denoise_steadfastly(
                 plan = make_plan(safe, model, run.plan.budget, run.plan.machine)
             except BudgetError:
                 raise problem from None
-            run.notes.append(f"{problem.where}: {problem.found}; the step was done again with sdpa")
+            run.tell(f"{problem.where}: {problem.found}; the step was done again with sdpa")
             once = replace(run, plan=plan)
             denoise(once, model, safe, texts, made, last, remember, stop=last.step + 1)
             continue
@@ -83,7 +83,7 @@ def _smaller(run: Run, model: Model, job: Job, step: int, lack: OutOfMemoryError
     except BudgetError:
         raise lack from None
     now = plan.stage("denoise")
-    run.notes.append(
+    run.tell(
         f"{what} (of {len(job.schedule)} steps): planned again, {format_bytes(now.vram)} of VRAM and {format_bytes(now.ram)} of RAM "
         f"instead of {format_bytes(was.vram)} and {format_bytes(was.ram)}"
     )

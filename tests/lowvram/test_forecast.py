@@ -29,6 +29,9 @@ class PeakOfStages:
     def end(self) -> None:
         self.peaks[self.name] = self.tracker.peak().peak_bytes
 
+    def note(self, text: str) -> None:
+        return
+
 
 def pipeline(vram: str) -> Pipeline:
     return Runtime(vram=vram, ram="8GB", device="cpu").load("nano")

@@ -42,6 +42,9 @@ class Log:
     def end(self) -> None:
         self.stage = ""
 
+    def note(self, text: str) -> None:
+        return
+
     def claimed(self, what: str, claims: dict[str, int]) -> None:
         assert self.stage, f"{claims} outside of any stage"
         key = (self.stage, what)

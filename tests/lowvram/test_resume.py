@@ -48,11 +48,11 @@ elif kind == "stall":
     work.save_state = stalling
 elif kind == "in-write":
     from lowvram.offload import io
-    replace, seen = io._replace, []
+    replace, seen = io.replace_file, []
     def dying(temporary, target):
-        seen.append(target)
+        seen.extend([target] if target.parent.name != "texts" else [])  # those of the job
         die() if len(seen) == at else replace(temporary, target)
-    io._replace = dying
+    io.replace_file = dying
 elif kind == "decode":
     to_pixels, seen = decode.to_pixels, []
     def dying(frame):

@@ -159,6 +159,7 @@ def test_frames_are_asked_for_when_their_latent_has_its_turn(case: Case) -> None
             seen.append(clip.asked)
 
         def end(self) -> None: ...
+        def note(self, text: str) -> None: ...
 
     run = replace(case.run, listener=Watch())
     encode(run, case.model, clip, case.plan(clip), Traffic())

@@ -1,7 +1,7 @@
 """How the autoencoder's plane is cut: the fastest tiling that fits, found without trying them all.
 
 What the histories of a tiling take is known in closed form. What its largest tile allocates besides goes with
-that tile's history, closely enough to choose by; a run of the tile on fake tensors has the last word.
+that tile's history, closely enough to choose by; a run of the tile on meta tensors has the last word.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowvram.machine import Machine
 from lowvram.model import Group, Model, vae_group
 from lowvram.models.vae import DECODER, ENCODER
 from lowvram.models.vae_clip import FRAMES, Half, decoder, encoder
-from lowvram.models.vae_history import Memory, memories, packed_size, tile_memories
+from lowvram.models.vae_history import Memory, memories, packed, packed_size, tile_memories
 from lowvram.models.vae_tiles import Tile, Tiling, make_tile, split
 from lowvram.offload.budget import exact_size, segment_size
 from lowvram.offload.estimate import Rounding
@@ -31,6 +31,8 @@ from lowvram.quant.spec import VaeSpec, numel
 
 VISIT = 16
 """Latents that pass a tile before the next has its turn, if histories are moved: 64 frames wait to be whole."""
+CAREFUL = 0.6
+"""Part of its guess that scratch has at least, where the smallest of all is looked for: a refusal names it."""
 SMALLEST = 8
 """Latents on a tile's side. A smaller tile would spend most of its work on what lies around it."""
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
@@ -97,6 +99,14 @@ class Decoding:
 Seconds = Callable[[Decoding], float]
 
 
+def _cells(half: Half, spec: VaeSpec, size: int, count: int) -> NDArray[np.int64]:
+    """Cells [tile, memory] that each of `count` tiles along an axis of `size` latents remembers."""
+    given, shapes = size * half.cells, spec.shapes()
+    spans = [span.scaled(half.made) for span in split(size, count)]
+    tiles = [make_tile(half.tiled, (given, given), span, span) for span in spans]
+    return np.array([[m.shape[1] for m in tile_memories(tile, shapes)] for tile in tiles])
+
+
 @dataclass
 class Codings(ABC):
     """The ways to bring one clip through half of an autoencoder."""
@@ -113,6 +123,8 @@ class Codings(ABC):
     """What the device gives up for a long-lived buffer."""
     _known: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict, init=False)
     """By rows and columns of tiles: history of the largest, of all, scratch of the largest."""
+    _cut: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, init=False)
+    """By axis and number of tiles along it: see `_cells`."""
 
     @property
     @abstractmethod
@@ -138,30 +150,32 @@ class Codings(ABC):
         found = (
             self._best(lambda d: d.vram <= vram and d.ram <= ram and not self._late(d.tiling), seconds)
             or self._best(lambda d: d.vram <= vram and d.ram <= ram, seconds)
-            or self._best(lambda d: d.ram <= ram, lambda d: (d.vram, seconds(d)))
-            or self._best(lambda d: d.vram <= vram, lambda d: (d.ram, seconds(d)))
-            or self._best(lambda d: True, lambda d: (d.vram, seconds(d)))
+            or self._best(lambda d: d.ram <= ram, lambda d: (d.vram, seconds(d)), CAREFUL)
+            or self._best(lambda d: d.vram <= vram, lambda d: (d.ram, seconds(d)), CAREFUL)
+            or self._best(lambda d: True, lambda d: (d.vram, seconds(d)), CAREFUL)
         )
         assert found is not None
         return found
 
-    def _best(self, fits: Callable[[Decoding], bool], key: Callable[[Decoding], Any]) -> Decoding | None:
-        """The first by `key` of those that fit. Guesses lead to it; what is returned is exact."""
-        while pool := [d for d in map(self._guess, self._histories) if fits(d)]:
+    def _best(
+        self, fits: Callable[[Decoding], bool], key: Callable[[Decoding], Any], doubt: float = 1.0
+    ) -> Decoding | None:
+        """The first by `key` of those that fit. Guesses, times `doubt`, lead to it; what is returned is exact."""
+        while pool := [d for d in (self._guess(h, doubt) for h in self._histories) if fits(d)]:
             best = min(pool, key=key)
             if best.tiling.grid in self._known:
                 return best
             self._settle(best.tiling)
         return None
 
-    def _guess(self, histories: _Histories) -> Decoding:
+    def _guess(self, histories: _Histories, doubt: float) -> Decoding:
         """What `histories` takes: as far as it is known, else with scratch in proportion to history, as of the tiling
         with the nearest history that is known."""
         tiling, largest, total = histories
         known = self._known.get(tiling.grid)
         if known is None:
             nearest = min(self._known.values(), key=lambda k: abs(log(k[0] / largest)), default=(1, 1, 0))
-            known = largest, total, largest * nearest[2] // nearest[0]
+            known = largest, total, int(doubt * largest * nearest[2] / nearest[0])
         return self._decoding(tiling, *known)
 
     def exactly(self, tiling: Tiling) -> Decoding:
@@ -171,10 +185,16 @@ class Codings(ABC):
         return self._decoding(tiling, *self._known[tiling.grid])
 
     def _settle(self, tiling: Tiling) -> None:
-        tiles = self._half.tiles(tiling, self.plane)
-        sizes = [packed_size(tile_memories(tile, self._shapes), self.dtype) for tile in tiles]
-        scratch = self.tile_scratch(tiles[sizes.index(max(sizes))])
-        self._known[tiling.grid] = max(sizes), sum(sizes), scratch
+        down, across = self._along(0, tiling.rows), self._along(1, tiling.columns)
+        frames = np.array([m.frames for m in self._whole_memories])
+        row_bytes = np.array([m.shape[0] * self.dtype.itemsize for m in self._whole_memories])
+        sizes = packed(down[:, None] * across[None] * row_bytes) @ frames
+        row, column = divmod(int(sizes.argmax()), tiling.columns)
+        half, cells = self._half, self._half.cells
+        plane = self.plane[0] * cells, self.plane[1] * cells
+        rows, columns = tiling.spans(half.tiled, plane)
+        scratch = self.tile_scratch(make_tile(half.tiled, plane, rows[row], columns[column]))
+        self._known[tiling.grid] = int(sizes.max()), int(sizes.sum()), scratch
 
     def _decoding(self, tiling: Tiling, largest: int, total: int, tile_scratch: int) -> Decoding:
         visits = ceil(self.latent[1] / tiling.visit)
@@ -204,27 +224,22 @@ class Codings(ABC):
         whole = self._whole_memories
         per_cell = np.array([m.frames * m.shape[0] * self.dtype.itemsize for m in whole], dtype=np.int64)
         visits = {ceil(frames / ceil(frames / VISIT)), frames}
-        across = self._cells(self.plane[1])
-        for rows, vertical in self._cells(self.plane[0]).items():
-            for columns, horizontal in across.items():
+        counts = [[n for n in _COUNTS if n == 1 or n * SMALLEST <= size] for size in self.plane]
+        for rows in counts[0]:
+            vertical = self._along(0, rows)
+            for columns in counts[1]:
+                horizontal = self._along(1, columns)
                 sizes = (vertical * per_cell) @ horizontal.T
                 largest, total = int(sizes.max()), int(sizes.sum())
                 found.append(_Histories(Tiling(rows, columns), largest, total))
                 found += [_Histories(Tiling(rows, columns, n, kept=False), largest, total) for n in visits]
         return found
 
-    def _cells(self, size: int) -> dict[int, NDArray[np.int64]]:
-        """By number of tiles along an axis of `size` latents: cells [tile, memory] that each of them remembers."""
-        layers, given = self._half.tiled, size * self._half.cells
-        made = self._half.made
-        table = {}
-        for count in (n for n in _COUNTS if n == 1 or n * SMALLEST <= size):
-            spans = [span.scaled(made) for span in split(size, count)]
-            tiles = [make_tile(layers, (given, given), span, span) for span in spans]
-            table[count] = np.array(
-                [[m.shape[1] for m in tile_memories(tile, self._shapes)] for tile in tiles]
-            )
-        return table
+    def _along(self, axis: int, count: int) -> NDArray[np.int64]:
+        """See `_cells`; of the rows (0) or of the columns (1)."""
+        if (axis, count) not in self._cut:
+            self._cut[axis, count] = _cells(self._half, self.spec, self.plane[axis], count)
+        return self._cut[axis, count]
 
     @cached_property
     def _half(self) -> Half:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -108,7 +108,12 @@ def pack(found: Sequence[Memory], slab: Tensor, dtype: torch.dtype) -> PackedHis
 
 
 def _frame_size(memory: Memory, dtype: torch.dtype) -> int:
-    return -(-prod(memory.shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    return packed(prod(memory.shape) * dtype.itemsize)
+
+
+def packed(nbytes: Any) -> Any:
+    """Bytes that a frame of `nbytes` takes in a `PackedHistory`; of an int or an array of them."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class Shelf(Protocol):

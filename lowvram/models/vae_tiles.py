@@ -164,11 +164,16 @@ class Tiling:
     def grid(self) -> tuple[int, int]:
         return self.rows, self.columns
 
-    def tiles(self, layers: Sequence[Layer], plane: tuple[int, int]) -> list[Tile]:
-        """The tiles of `layers` on a `plane` of input cells, row by row; cut between latents, evenly."""
+    def spans(self, layers: Sequence[Layer], plane: tuple[int, int]) -> tuple[list[Span], list[Span]]:
+        """Rows and columns of output cells of the tiles; cut between latents, evenly."""
         axes = []
         for size, tiles in zip(plane, (self.rows, self.columns), strict=True):
             made = extents(layers, size)[-1]
             latents = min(size, made)
             axes.append([Span(a * made // latents, b * made // latents) for a, b in split(latents, tiles)])
-        return [make_tile(layers, plane, rows, columns) for rows in axes[0] for columns in axes[1]]
+        return axes[0], axes[1]
+
+    def tiles(self, layers: Sequence[Layer], plane: tuple[int, int]) -> list[Tile]:
+        """The tiles of `layers` on a `plane` of input cells, row by row."""
+        down, across = self.spans(layers, plane)
+        return [make_tile(layers, plane, rows, columns) for rows in down for columns in across]

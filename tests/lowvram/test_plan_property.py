@@ -3,7 +3,7 @@
     LOWVRAM_PLANS=10000 python -m pytest -q tests/lowvram/test_plan_property.py
 
 plans ten thousand jobs; the gate plans a few. What the networks allocate is imagined here, as a round number a token or
-a cell: the promise holds whatever it is, and running them on fake tensors would take most of the time.
+a cell: the promise holds whatever it is, and running them on meta tensors would take most of the time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lowvram.planning.plan import Plan
 from lowvram.quant.spec import numel
 from lowvram.sampling.presets import load_models
 
-PLANS = int(os.environ.get("LOWVRAM_PLANS", "6"))
+PLANS = int(os.environ.get("LOWVRAM_PLANS", "24"))
 GB = 10**9
 SPACE: dict[str, list[Any]] = {
     "sizes": [(832, 480), (480, 832), (1280, 704), (640, 640), (320, 192), (64, 64), (1920, 1088)],

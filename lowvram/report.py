@@ -11,6 +11,32 @@ SCHEMA = "lowvram.report/1"
 
 
 @dataclass(frozen=True, slots=True)
+class BlockReport:
+    """What one block of a network took in all its visits. Bytes are integers, times are seconds."""
+
+    name: str
+    """Network and depth, such as "high.3"."""
+    visits: int
+    compute: float
+    """From where its work could begin to where it ended."""
+    disk_bytes: int
+    h2d_bytes: int
+    stalls: Mapping[str, float]
+    """Seconds that computing waited for it, by cause: "disk", "copy"."""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values only."""
+        return {
+            "name": self.name,
+            "visits": self.visits,
+            "compute": self.compute,
+            "disk_read": self.disk_bytes,
+            "h2d": self.h2d_bytes,
+            "stalls": dict(self.stalls),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class StageReport:
     """What one stage took. Bytes are integers, times are seconds."""
 
@@ -26,6 +52,12 @@ class StageReport:
     """Bytes copied from host to device."""
     stalls: Mapping[str, float] = field(default_factory=dict)
     """Seconds that computing waited, by cause: "disk", "copy", "decode"."""
+    ram_predicted: int = 0
+    """Peak bytes of RAM that the plan stated."""
+    ram_seen: int = 0
+    """Most bytes that the process held when the stage and its steps began and ended; on a CPU with what stands for VRAM."""
+    blocks: tuple[BlockReport, ...] = ()
+    """Of the network that passed through the stage."""
 
     def to_json(self) -> dict[str, object]:
         """Plain values only."""
@@ -33,9 +65,11 @@ class StageReport:
             "name": self.name,
             "seconds": self.seconds,
             "vram": {"predicted": self.vram_predicted, "measured": self.vram_measured},
+            "ram": {"predicted": self.ram_predicted, "seen": self.ram_seen},
             "disk_read": self.disk_bytes,
             "h2d": self.h2d_bytes,
             "stalls": dict(self.stalls),
+            "blocks": [block.to_json() for block in self.blocks],
         }
 
 
@@ -132,7 +166,28 @@ def _together(a: StageReport, b: StageReport) -> StageReport:
         disk_bytes=a.disk_bytes + b.disk_bytes,
         h2d_bytes=a.h2d_bytes + b.h2d_bytes,
         stalls={cause: a.stalls.get(cause, 0.0) + b.stalls.get(cause, 0.0) for cause in causes},
+        ram_predicted=max(a.ram_predicted, b.ram_predicted),
+        ram_seen=max(a.ram_seen, b.ram_seen),
+        blocks=_added(a.blocks, b.blocks),
     )
+
+
+def _added(a: tuple[BlockReport, ...], b: tuple[BlockReport, ...]) -> tuple[BlockReport, ...]:
+    """The same blocks, visited in both."""
+    found = {block.name: block for block in a}
+    for block in b:
+        known = found.get(block.name)
+        if known is not None:
+            block = BlockReport(
+                block.name,
+                known.visits + block.visits,
+                known.compute + block.compute,
+                known.disk_bytes + block.disk_bytes,
+                known.h2d_bytes + block.h2d_bytes,
+                {cause: known.stalls.get(cause, 0.0) + s for cause, s in block.stalls.items()},
+            )
+        found[block.name] = block
+    return tuple(found.values())
 
 
 def table(report: Report) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,17 @@ class CudaDevice(Device):
             before = _recorded(compute, timed=True)
             compute.wait_event(_cuda_event(event))
             return _CudaStall(before.event, _recorded(compute, timed=True).event)
+
+    def time_compute(self, clock: Callable[[], float]) -> Callable[[], Stall]:
+        with _cuda_errors(str(self.torch_device)):
+            compute = torch.cuda.current_stream(self.torch_device)
+            before = _recorded(compute, timed=True)
+
+        def end() -> Stall:
+            with _cuda_errors(str(self.torch_device)):
+                return _CudaStall(before.event, _recorded(compute, timed=True).event)
+
+        return end
 
     def record_compute(self) -> Event:
         with _cuda_errors(str(self.torch_device)):

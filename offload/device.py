@@ -34,7 +34,7 @@ class Event(Protocol):
 
 
 class Stall(Protocol):
-    """How long a queue waited for an event."""
+    """How long a queue waited for an event, or worked."""
 
     def ready(self) -> bool:
         """Whether `seconds` can be asked without waiting."""
@@ -168,6 +168,11 @@ class Device(ABC):
     def wait(self, event: Event) -> Stall:
         """Work queued on compute from now on starts after `event`; the host does not wait."""
 
+    def time_compute(self, clock: Callable[[], float]) -> Callable[[], Stall]:
+        """Begin to time what is queued on compute; what is returned ends it. `clock` is for a device without its own."""
+        began = clock()
+        return lambda: _Past(clock() - began)
+
     @abstractmethod
     def record_compute(self) -> Event:
         """The end of everything queued on compute so far."""
@@ -197,6 +202,8 @@ class Device(ABC):
 class _Past:
     """An event, and a wait, that is over before it can be asked about."""
 
+    took: float = 0.0
+
     def synchronize(self) -> None:
         return
 
@@ -204,7 +211,7 @@ class _Past:
         return True
 
     def seconds(self) -> float:
-        return 0.0
+        return self.took
 
 
 class CpuDevice(Device):

@@ -49,6 +49,8 @@ class BlockStats:
     """Seconds the consumer waited for the reader."""
     copy_stall: float = 0.0
     """Seconds compute waited for copies."""
+    compute: float = 0.0
+    """Seconds from where a visit's work could begin to where it ended, on the device if that has a clock."""
 
     def __add__(self, other: BlockStats) -> BlockStats:
         return BlockStats(
@@ -57,6 +59,7 @@ class BlockStats:
             self.device_bytes + other.device_bytes,
             self.disk_stall + other.disk_stall,
             self.copy_stall + other.copy_stall,
+            self.compute + other.compute,
         )
 
 
@@ -108,7 +111,8 @@ class BlockStream:
         self._current: int | None = None
         self._arrivals: dict[int | BlockId, Event] = {}
         self._resident: set[BlockId] = set()
-        self._stalls: deque[tuple[BlockId, Stall]] = deque()
+        self._timed: deque[tuple[BlockId, bool, Stall]] = deque()  # waits for copies, and work
+        self._end_of_visit: Callable[[], Stall] | None = None
 
         # Shared with the reader, under _changed.
         self._changed = threading.Condition()
@@ -177,9 +181,9 @@ class BlockStream:
             )
             arrival = self._arrivals.pop(block if self._where[block] == "resident" else visit, None)
             if arrival is not None:
-                self._stalls.append((block, self._device.wait(arrival)))
+                self._timed.append((block, True, self._device.wait(arrival)))
             self._count(block, BlockStats(visits=1, disk_stall=waited))
-            self._current = visit
+            self._current, self._end_of_visit = visit, self._device.time_compute(self._clock)
             return block, carve(self._layouts[block], place.buffer.tensor)
         except StopIteration:
             raise
@@ -191,9 +195,10 @@ class BlockStream:
 
     def _release(self) -> None:
         """The visit handed out last is over."""
-        self._collect_stalls()
+        self._collect_times()
         if self._current is None:
             return
+        self._end_timing()
         visit, self._current = self._current, None
         block = self._traffic.order[visit]
         resident = self._where[block] == "resident"
@@ -328,13 +333,20 @@ class BlockStream:
         with self._changed:
             self._stats[block] = self._stats.get(block, BlockStats()) + more
 
-    def _collect_stalls(self) -> None:
-        while self._stalls and self._stalls[0][1].ready():
-            block, stall = self._stalls.popleft()
-            self._count(block, BlockStats(copy_stall=stall.seconds()))
+    def _end_timing(self) -> None:
+        """The work of the visit handed out last is queued."""
+        if self._current is not None and self._end_of_visit is not None:
+            self._timed.append((self._traffic.order[self._current], False, self._end_of_visit()))
+            self._end_of_visit = None
+
+    def _collect_times(self) -> None:
+        while self._timed and self._timed[0][2].ready():
+            block, waited, time = self._timed.popleft()
+            took = time.seconds()
+            self._count(block, BlockStats(copy_stall=took) if waited else BlockStats(compute=took))
 
     def stats(self) -> dict[BlockId, BlockStats]:
-        """What each block has cost so far; waits of compute are added once they are over."""
+        """What each block has cost so far; times on the device are added once they are over, all when it is closed."""
         with self._changed:
             return dict(self._stats)
 
@@ -350,8 +362,9 @@ class BlockStream:
             self._changed.notify_all()
         self._reader.join()
         try:
+            self._end_timing()
             self._device.synchronize()
-            self._collect_stalls()
+            self._collect_times()
         finally:
             self._buffers.close()
 

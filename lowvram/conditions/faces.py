@@ -123,6 +123,7 @@ def hear(run: Run, model: Model, faces: Iterable[Tensor], frames: int, passes: i
                 made = [animate.keys_values(p, each) for each in tokens]
                 out.append(torch.stack([torch.stack([kv.k.cpu(), kv.v.cpu()]) for kv in made]))
             run.step("faces")
+        stream.close()
         traffic.add(stream)
     kv = torch.stack(out, dim=1)
     assert kv.shape == kv_shape(spec, passes, kv.shape[3])

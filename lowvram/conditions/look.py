@@ -92,5 +92,6 @@ def look(run: Run, model: Model, pictures: Iterable[Tensor]) -> Tensor:
             for i, x in enumerate(rows):
                 rows[i] = clip.layer(p, spec, x) if n else clip.embed(p, spec, x, dtype)
             run.step("clip")
+        stream.close()
         traffic.add(stream)
         return torch.cat([x.cpu() for x in rows])

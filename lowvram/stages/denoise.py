@@ -25,7 +25,7 @@ from lowvram.quant.linear import Params
 from lowvram.quant.spec import DitSpec
 from lowvram.sampling import guidance, solvers
 from lowvram.sampling.solvers import SolverState
-from lowvram.stages.run import Run
+from lowvram.stages.run import Run, Traffic
 from lowvram.stages.weights import to_params
 from lowvram.triton_kernels.dispatch import half_of
 from lowvram.triton_kernels.keys import carve, stored_bytes
@@ -102,7 +102,7 @@ def denoise(
     with run.stage("denoise") as (stack, traffic):
         rope = dit.rope_table(*grid, device=device)
         works = _workspaces(run, stack, job, spec.dit, tokens, len(texts) if lean.together else 1)
-        stream = _open_stream(run, stack, layouts, job, model, state.step, stop)
+        stream = _open_stream(run, stack, traffic, layouts, job, model, state.step, stop)
         for i in range(state.step, stop):
             finite = torch.ones(spec.dit.layers, 2, dtype=torch.bool, device=device)
             work, first = works[job.attention.of_step(i, len(schedule)).name], works[job.attention.ends]
@@ -136,8 +136,6 @@ def denoise(
             run.step("denoise")
             if i + 1 < stop:
                 run.check_room("denoise")
-        if stream is not None:
-            traffic.add(stream)
         return x.cpu()
 
 
@@ -187,6 +185,7 @@ def _workspaces(
 def _open_stream(
     run: Run,
     stack: ExitStack,
+    traffic: Traffic,
     layouts: dict[BlockId, BlockLayout],
     job: Job,
     model: Model,
@@ -199,11 +198,11 @@ def _open_stream(
     start = sum(visits[:step])
     if start == len(order):
         return None
-    return stack.enter_context(
-        BlockStream(
-            layouts, run.plan.denoise, run.device, run.open_reader, order, start=start, clock=run.clock
-        )
+    stream = BlockStream(
+        layouts, run.plan.denoise, run.device, run.open_reader, order, start=start, clock=run.clock
     )
+    stack.callback(traffic.add, stream)  # once it is closed
+    return stack.enter_context(stream)
 
 
 def _take(stream: BlockStream | None, n: int) -> Iterator[tuple[BlockId, Views]]:

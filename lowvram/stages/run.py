@@ -17,12 +17,12 @@ from lowvram.model import Group
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.device import Device
 from lowvram.offload.io import FileReader
-from lowvram.offload.placement import Placement
+from lowvram.offload.placement import BlockId, Placement, block_name
 from lowvram.offload.slab import build_layout
-from lowvram.offload.stream import BlockStream
+from lowvram.offload.stream import BlockStats, BlockStream
 from lowvram.planning.plan import Plan, StagePlan
 from lowvram.quant.linear import Params
-from lowvram.report import Sample, StageReport
+from lowvram.report import BlockReport, Sample, StageReport
 from lowvram.stages.room import check_room
 from lowvram.stages.weights import to_params
 
@@ -65,17 +65,33 @@ class Silent:
 class Traffic:
     """What a stage moved, added up from its streams."""
 
-    disk_bytes: int = 0
-    device_bytes: int = 0
-    disk_stall: float = 0.0
-    copy_stall: float = 0.0
+    blocks: dict[BlockId, BlockStats] = field(default_factory=dict)
 
     def add(self, stream: BlockStream) -> None:
-        for stats in stream.stats().values():
-            self.disk_bytes += stats.disk_bytes
-            self.device_bytes += stats.device_bytes
-            self.disk_stall += stats.disk_stall
-            self.copy_stall += stats.copy_stall
+        """What a stream moved, and what its blocks took: all of it once the stream is closed."""
+        for block, stats in stream.stats().items():
+            self.blocks[block] = self.blocks.get(block, BlockStats()) + stats
+
+    @property
+    def total(self) -> BlockStats:
+        """Of all blocks."""
+        return sum(self.blocks.values(), BlockStats())
+
+    def reports(self) -> tuple[BlockReport, ...]:
+        """Block by block, if there are several."""
+        if len(self.blocks) < 2:
+            return ()
+        return tuple(
+            BlockReport(
+                block_name(block),
+                s.visits,
+                s.compute,
+                s.disk_bytes,
+                s.device_bytes,
+                {"disk": s.disk_stall, "copy": s.copy_stall},
+            )
+            for block, s in sorted(self.blocks.items())
+        )
 
 
 @dataclass(slots=True)
@@ -122,7 +138,7 @@ class Run:
         """
         planned = self.plan.stage(name)
         self.device.release_unused()
-        began, traffic = self.clock(), Traffic()
+        began, traffic, first = self.clock(), Traffic(), len(self.samples)
         self.listener.begin(name)
         with ExitStack() as stack:
             for claim, nbytes in planned.claims.items():
@@ -137,16 +153,19 @@ class Run:
                 self._sample(name)
             except torch.OutOfMemoryError as error:
                 raise self._lack(planned) from error
-        stalls = {"disk": traffic.disk_stall, "copy": traffic.copy_stall}
+        moved = traffic.total
         self.reports.append(
             StageReport(
                 name=name,
                 seconds=self.clock() - began,
                 vram_predicted=planned.vram,
                 vram_measured=self.measured_peak(),
-                disk_bytes=traffic.disk_bytes,
-                h2d_bytes=traffic.device_bytes,
-                stalls=stalls,
+                disk_bytes=moved.disk_bytes,
+                h2d_bytes=moved.device_bytes,
+                stalls={"disk": moved.disk_stall, "copy": moved.copy_stall},
+                ram_predicted=planned.ram,
+                ram_seen=max(sample.rss for sample in self.samples[first:]),
+                blocks=traffic.reports(),
             )
         )
         self.listener.end()
@@ -181,8 +200,8 @@ class Run:
             clock=self.clock,
         ) as stream:
             _, views = next(stream)
-            traffic.add(stream)
             yield to_params(group, views)
+        traffic.add(stream)
 
 
 def _streamed(claim: str) -> bool:

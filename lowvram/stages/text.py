@@ -86,8 +86,8 @@ def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
             p = to_params(groups[f"blocks.{n}"], views)
             rows = [umt5.layer(p, model.spec.text, x, b) for x, b in zip(rows, buckets, strict=True)]
             run.step("text")
-        traffic.add(stream)
         stream.close()
+        traffic.add(stream)
         norm = Group(tuple(r for r in groups["outer"].refs if r.name == "norm.weight"), {})
         with run.loaded("norm", norm, traffic) as p:
             return [umt5.rms_norm(x, p["norm.weight"]) for x in rows]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from lowvram.report import Report, StageReport, table
+from lowvram import Runtime
+from lowvram.report import BlockReport, Report, StageReport, merged, table
 
 TEXT = StageReport("text", 3.25, 2_000_000_000, 1_950_000_000, 11_000_000_000, 11_000_000_000, {"disk": 2.0})
 DENOISE = StageReport(
@@ -36,9 +37,11 @@ def test_json_is_one_plain_object_with_integers_for_bytes() -> None:
         "name": "text",
         "seconds": 3.25,
         "vram": {"predicted": 2_000_000_000, "measured": 1_950_000_000},
+        "ram": {"predicted": 0, "seen": 0},
         "disk_read": 11_000_000_000,
         "h2d": 11_000_000_000,
         "stalls": {"disk": 2.0},
+        "blocks": [],
     }
 
 
@@ -63,3 +66,28 @@ def test_a_job_without_stages_is_still_a_report() -> None:
     report = Report(())
     assert report.to_json()["seconds"] == 0
     assert len(table(report).splitlines()) == 2
+
+
+def test_every_block_is_reported_and_the_stage_is_their_sum() -> None:
+    pipe = Runtime("13MB", "2GB", "cpu", cache=False).load("nano")
+    ticks = iter(range(10**9))
+    job = pipe.job("a red circle", steps=2, frames=1)
+    video = pipe.run(job, clock=lambda: float(next(ticks)))
+    text, denoise = (next(s for s in video.reports if s.name == name) for name in ("text", "denoise"))
+    spec = pipe.model.spec
+    assert [b.name for b in text.blocks] == ["norm.0", *(f"text.{n}" for n in range(spec.text.layers))]
+    assert len(denoise.blocks) == spec.dit.layers * len(spec.expert_names())
+    for stage in (text, denoise):
+        assert sum(block.disk_bytes for block in stage.blocks) == stage.disk_bytes
+        assert sum(block.h2d_bytes for block in stage.blocks) == stage.h2d_bytes
+        assert all(block.compute > 0 and block.visits > 0 for block in stage.blocks)
+        assert stage.ram_predicted > 0 and stage.ram_seen > 0
+    assert {block.name.split(".")[0] for block in denoise.blocks} == set(spec.expert_names())
+
+
+def test_segments_add_up_block_by_block() -> None:
+    block = BlockReport("single.0", 2, 1.5, 10, 20, {"disk": 0.5, "copy": 0.0})
+    stage = StageReport("denoise", 1.0, 5, None, 10, 20, {"disk": 0.5}, 7, 6, (block,))
+    (both,) = merged(Report((stage, stage))).stages
+    assert both.blocks == (BlockReport("single.0", 4, 3.0, 20, 40, {"disk": 1.0, "copy": 0.0}),)
+    assert (both.ram_predicted, both.ram_seen) == (7, 6)

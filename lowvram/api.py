@@ -37,6 +37,7 @@ from lowvram.offload.budget import Budget, Ledger, parse_bytes
 from lowvram.offload.device import CpuDevice, Device
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
+from lowvram.preview import Preview
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.report import Report, Sample
 from lowvram.sampling.presets import few_step, model_preset
@@ -206,17 +207,19 @@ class Pipeline:
         listener: Listener | None = None,
         clock: Callable[[], float] = time.monotonic,
         plan: Plan | None = None,
+        preview: Preview | None = None,
     ) -> Video:
         """Run `job`, from `state` on if it was interrupted; `save` is called after every step.
 
-        made: its condition, if that was made before; `keep` is called if it is made now.
+        made: its condition, if that was made before; `keep` is called if it is made now. preview: is shown what becomes of
+        the latent.
         """
         check_complete(self.model.spec, job)
         model = with_loras(self.model, job.loras)
         plan = plan or self.plan_job(job)
         state = state or denoise.initial_state(job, model)
         with self.runtime.device() as device:
-            run = Run(device, plan, listener or Silent(), clock)
+            run = Run(device, plan, listener or Silent(), clock, preview=preview)
             if device.kind == "cuda":
                 run.notes.append(f"attention of torch by {dispatch.sdpa_backend_of(device.torch_device)}")
             texts = text.features(run, model, job, self.runtime.texts)
@@ -224,6 +227,8 @@ class Pipeline:
                 made = condition.condition(run, model, job)
                 keep(made)
             latent = denoise_steadfastly(run, model, job, texts, made, state, save)
+            if preview is not None and preview.problem:
+                run.notes.append(preview.problem)
         return Video(
             self, job, plan, latent, listener or Silent(), clock, run.reports, run.notes, run.samples
         )

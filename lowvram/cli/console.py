@@ -306,6 +306,16 @@ class Progress:
         elif self._mode != "off":
             say(text)
 
+    @property
+    def live(self) -> bool:
+        """Whether there is a terminal that shows more than lines."""
+        return self._live is not None
+
+    def show(self, picture: RenderableType) -> None:
+        """Something for people that the progress does not overwrite; nothing if it is not live."""
+        if self._live is not None:
+            self._live.console.print(picture)
+
     def status(self) -> Status:
         """Where the job is now."""
         stage = self._forecast[self._index]

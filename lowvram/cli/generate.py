@@ -25,6 +25,12 @@ def generate(
             "--report", help="Where memory, bytes and time went: a JSON file, or a drawing as .svg."
         ),
     ] = None,
+    preview: Annotated[
+        int | None,
+        typer.Option(
+            "--preview", min=1, help="Every so many steps, show what the video will be: OUTPUT.preview.webp."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -34,4 +40,4 @@ def generate(
     from lowvram.cli.work import check_output, start
 
     check_output(output, overwrite)
-    start(flags, prompt, settings, output, overwrite, as_json, quiet, weights, report)
+    start(flags, prompt, settings, output, overwrite, as_json, quiet, weights, report, preview)

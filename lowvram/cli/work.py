@@ -18,6 +18,7 @@ from lowvram.api import Pipeline, Runtime
 from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode, say
 from lowvram.cli.models import announce, tell_files, tell_preset
 from lowvram.cli.options import JobFlags
+from lowvram.cli.preview import open_preview
 from lowvram.conditions.contract import Condition
 from lowvram.errors import FileError
 from lowvram.job import Job, check_complete
@@ -25,6 +26,7 @@ from lowvram.media.video import check_target
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.io import FileReader, write_atomic
 from lowvram.planning.plan import Plan
+from lowvram.preview import colours_of
 from lowvram.report import Report, table
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.denoise import State
@@ -47,15 +49,18 @@ def start(
     quiet: bool,
     weights: str | None = None,
     report_to: Path | None = None,
+    preview: int | None = None,
 ) -> None:
     """Find the model, plan, make the job's folder, and work on it."""
     pipe = open_pipeline(flags, quiet or as_json, weights)
     job = pipe.job(prompt, **settings)
     check_complete(pipe.model.spec, job)
+    if preview is not None:
+        colours_of(pipe.model.spec.vae)
     tell_preset(pipe, flags, job, quiet or as_json)
     plan = pipe.plan_job(job)
     folder = new_folder(pipe.runtime, job, target, overwrite)
-    work(folder, pipe, job, plan, target, overwrite, as_json, quiet, report_to)
+    work(folder, pipe, job, plan, target, overwrite, as_json, quiet, report_to, preview)
 
 
 def open_pipeline(flags: JobFlags, silent: bool, weights: str | None = None) -> Pipeline:
@@ -96,8 +101,10 @@ def work(
     as_json: bool,
     quiet: bool,
     report_to: Path | None = None,
+    preview: int | None = None,
 ) -> None:
-    """Do what is left of a job: steps that are saved are not repeated. report_to: see `write_report`."""
+    """Do what is left of a job: steps that are saved are not repeated. report_to: see `write_report`. preview: steps
+    between two looks at what the video will be."""
     with folder.locked():
         latent, state = load_latent(folder), load_state(folder)
         done = state.step if state else 0
@@ -117,6 +124,9 @@ def work(
                         keep=lambda c: save_condition(folder, c),
                         listener=progress,
                         plan=plan,
+                        preview=None
+                        if preview is None
+                        else open_preview(preview, pipe.model.spec, job, target, progress),
                     )
                     save_latent(folder, video.latent)
                 else:

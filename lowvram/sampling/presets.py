@@ -64,6 +64,23 @@ class FewStep:
     """Where the numbers come from."""
 
 
+@dataclass(frozen=True, slots=True)
+class PreviewMap:
+    """A linear map from a latent's channels to RGB in -1..1, and the sizes of the VAE that it is for."""
+
+    version: str
+    decoder_base: int
+    z: int
+    factors: tuple[tuple[float, float, float], ...]
+    """By channel."""
+    bias: tuple[float, float, float]
+
+
+def preview_maps() -> tuple[PreviewMap, ...]:
+    """Every map that is known."""
+    return tuple(PreviewMap(**table) for table in _read("previews.toml")["map"])
+
+
 def load_models() -> dict[str, ModelSpec]:
     """Every named model: its networks' sizes and the defaults of its authors."""
     data = _read("models.toml")

@@ -128,6 +128,8 @@ def denoise(
                     finite,
                 )
             v = guidance.combine(velocities[0], velocities[1] if passes == 2 else None, schedule.guidance[i])
+            if run.preview is not None:
+                run.preview.step(i + 1, x, v, schedule.sigmas[i])
             noise = fresh_noise(job, x, i) if solvers.needs_noise(schedule, i) else None
             x, memory = solvers.step(schedule, i, memory, x, v, noise)
             x = _imposed(x, fixed)

@@ -21,6 +21,7 @@ from lowvram.offload.placement import BlockId, Placement, block_name
 from lowvram.offload.slab import build_layout
 from lowvram.offload.stream import BlockStats, BlockStream
 from lowvram.planning.plan import Plan, StagePlan
+from lowvram.preview import Preview
 from lowvram.quant.linear import Params
 from lowvram.report import BlockReport, Sample, StageReport
 from lowvram.stages.room import check_room
@@ -107,6 +108,8 @@ class Run:
     notes: list[str] = field(default_factory=list)
     """What went otherwise than planned."""
     samples: list[Sample] = field(default_factory=list)
+    preview: Preview | None = None
+    """Who wants to see what becomes of the latent."""
     rss: Callable[[], int] = resident_set
     """Bytes of RAM that this process holds."""
     began: int = field(default_factory=resident_set)

@@ -1,0 +1,61 @@
+"""--preview: what the video will be, in a file beside it and on the terminal, every few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from lowvram.cli.console import Progress
+from lowvram.job import Job
+from lowvram.offload.io import write_atomic
+from lowvram.preview import Pixels, Preview, animated, colours_of
+from lowvram.quant.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+COLUMNS = 56
+"""Of the terminal that a picture takes at most."""
+
+
+def preview_path(target: Path) -> Path:
+    """Where the preview of a video is."""
+    return target.with_name(f"{target.stem}.preview.webp")
+
+
+def open_preview(every: int, spec: ModelSpec, job: Job, target: Path, progress: Progress) -> Preview:
+    """A preview of this job. UsageError if none is known for the model."""
+    path, milliseconds = preview_path(target), round(4000 / job.fps)
+
+    def show(done: int, frames: Sequence[Pixels]) -> None:
+        write_atomic(path, animated(frames, milliseconds))
+        progress.note(f"after step {done} of {len(job.schedule)}: {path}")
+        if progress.live:
+            progress.show(half_blocks(frames[len(frames) // 2]))
+
+    return Preview(colours_of(spec.vae), every, show)
+
+
+def half_blocks(picture: Pixels) -> Text:
+    """A picture as characters, each an upper half in one colour on a lower half in another."""
+    from rich.text import Text
+
+    height, width = picture.shape[:2]
+    scale = min(1.0, COLUMNS / width)
+    rows = max(1, round(height * scale / 2))
+    small = Image.fromarray(picture).resize((max(1, round(width * scale)), 2 * rows), Image.Resampling.BOX)
+    text = Text()
+    for row in range(rows):
+        for column in range(small.width):
+            upper, lower = (small.getpixel((column, 2 * row + n)) for n in (0, 1))
+            text.append("\u2580", style=f"rgb{_joined(upper)} on rgb{_joined(lower)}")
+        text.append("\n")
+    return text
+
+
+def _joined(colour: object) -> str:
+    assert isinstance(colour, tuple)
+    return f"({','.join(map(str, colour))})"

@@ -142,7 +142,7 @@ class Autoencoder:
         machine = self.runtime.machine
         dtype = torch.bfloat16 if machine.kind == "cuda" else torch.float32
         latent = self.model.spec.latent_shape(width, height, frames)
-        return Facts(self._job(shape), self.model, machine, dtype, latent, (), {}, {}, (), False, {})
+        return Facts(self._job(shape), self.model, machine, dtype, latent, (), {}, {}, (), {})
 
     def _job(self, shape: tuple[int, int, int]) -> Job:
         frames, height, width = shape

@@ -35,6 +35,7 @@ def animate(
     audio_from: Annotated[
         Path | None, typer.Option("--audio-from", help="A video whose sound goes into the result.")
     ] = None,
+    report: o.Report = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -48,15 +49,16 @@ def animate(
                 advice=f"leave {flag} out; --segment says how many frames are made at once",
             )
     settings = flags.settings() | ({} if segment is None else {"frames": segment})
-    from lowvram.cli.driven import start_driven
-    from lowvram.cli.work import check_output
+    from lowvram.cli.carry import Output
+    from lowvram.cli.work import start
     from lowvram.driving import open_folder
     from lowvram.media.sound import check_sound
 
-    check_output(output, overwrite)
+    out = Output(output, overwrite, as_json, quiet, report)
+    out.check()
     # the videos first: what is wrong with them is known before a model is looked for
     sound = None if audio_from is None else audio_from.expanduser()
     driving = open_folder(folder.expanduser(), mode, carried=carry, match_colours=match_colours, sound=sound)
     if sound is not None:
         check_sound(sound)
-    start_driven(flags, driving, prompt, settings, output, overwrite, as_json, quiet)
+    start(flags, prompt, settings, out, driving=driving)

@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TextIO
 
 from lowvram.errors import LowvramError, OutOfMemoryError, StorageError
+from lowvram.offload.budget import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -178,9 +179,18 @@ class Status:
             parts.append(f"{self.per_step:.{1 if self.per_step >= 1 else 2}f} s/it")
         parts.append(f"ETA {clock_time(self.eta)}")
         if self.vram is not None:
-            unit, size = ("GB", 10**9) if self.budget >= 10**9 else ("MB", 10**6)
-            parts.append(f"VRAM {self.vram / size:.1f}/{self.budget / size:.1f} {unit}")
+            parts.append(f"VRAM {used_of(self.vram, self.budget)}")
         return "  ".join(parts)
+
+
+def used_of(used: int, budget: int) -> str:
+    """9.3 of 16 GB -> "9.3/16.0 GB", 3.4 MB of 9.8 GB -> "3.4 MB/9.8 GB": in one unit if that shows both."""
+    names = (("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("B", 1))
+    unit, size = next((pair for pair in names if budget >= pair[1]), names[-1])
+    whole = f"{budget / size:.1f} {unit}"
+    if used and used < size / 20:  # would be 0.0
+        return f"{format_bytes(used)}/{whole}"
+    return f"{used / size:.1f}/{whole}"
 
 
 def clock_time(seconds: float) -> str:

@@ -28,6 +28,7 @@ def decode(
     fps: Annotated[
         float | None, typer.Option("--fps", help="Frames a second of a latent file's video.")
     ] = None,
+    report: o.Report = None,
     vram: o.Vram = None,
     ram: o.Ram = None,
     device: o.Device = None,
@@ -35,17 +36,19 @@ def decode(
     quiet: o.Quiet = False,
 ) -> None:
     """Decode the finished latent of a job once more, or a latent file."""
-    import time
-
     from lowvram.api import Pipeline, Runtime
-    from lowvram.cli.console import Forecast, Progress, progress_mode
-    from lowvram.cli.work import check_output, load_latent, tell
+    from lowvram.cli.carry import Output
+    from lowvram.cli.console import Forecast
+    from lowvram.cli.work import load_latent
     from lowvram.errors import UsageError
     from lowvram.model import open_model
     from lowvram.state import find_latent, jobs_root
 
-    check_output(output, overwrite)
+    out = Output(output, overwrite, as_json, quiet, report)
+    out.check()
     if job_name.endswith(".safetensors"):
+        if report is not None:
+            raise UsageError("--report beside a latent file", expected="a job", advice="leave --report out")
         _decode_file(
             Path(job_name), output, overwrite, model, vae, fps, Runtime(vram, ram, device), as_json, quiet
         )
@@ -71,9 +74,9 @@ def decode(
     pipe = Pipeline(runtime, open_model(job.model, job.files), job.files)
     plan = pipe.plan_job(job)
     forecast = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages if s.name == "decode"]
-    with Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:
-        report = pipe.video(job, latent, plan, progress).save(output, overwrite=overwrite)
-    tell(output, job, report, as_json, quiet)
+    with out.progress(forecast, plan) as progress:
+        done = pipe.video(job, latent, plan, progress).save(output, overwrite=overwrite)
+    out.tell(job, plan, done)
 
 
 def _decode_file(

@@ -20,8 +20,10 @@ def demo(
     quiet: o.Quiet = False,
 ) -> None:
     """Make a small video with the model that ships inside."""
-    from lowvram.cli.work import check_output, start
+    from lowvram.cli.carry import Output
+    from lowvram.cli.work import start
 
-    check_output(output, True)
+    out = Output(output, overwrite=True, quiet=quiet)
+    out.check()
     flags = o.JobFlags(seed=seed, vram=vram)
-    start(flags, prompt, flags.settings(), output, overwrite=True, as_json=False, quiet=quiet)
+    start(flags, prompt, flags.settings(), out)

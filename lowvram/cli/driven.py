@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowvram.animation import Animation
 from lowvram.api import Pipeline
-from lowvram.cli.console import Forecast, Progress, progress_mode
-from lowvram.cli.options import JobFlags
-from lowvram.cli.work import damaged, load_tensors, new_folder, open_pipeline, save_tensors, summary, tell
+from lowvram.cli.carry import Output, Rest, summary
+from lowvram.cli.console import Forecast, Progress
+from lowvram.cli.tensors import damaged, load_tensors, save_tensors
 from lowvram.conditions.contract import Condition
-from lowvram.driving import Driving
 from lowvram.job import Job
 from lowvram.planning.plan import Plan
+from lowvram.report import Report
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.denoise import State
 from lowvram.stages.segments import Stand
@@ -29,53 +27,22 @@ _SEGMENT = "segment"
 """Name of the number that says which segment the tensors beside it belong to."""
 
 
-def start_driven(
-    flags: JobFlags,
-    driving: Driving,
-    prompt: str,
-    settings: dict[str, Any],
-    target: Path,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Find the model, plan, make the job's folder, and work on it."""
-    pipe = open_pipeline(flags, quiet or as_json)
-    job = pipe.driven_job(driving, prompt, **settings)
-    plan = pipe.plan_job(job)
-    folder = new_folder(pipe.runtime, job, target, overwrite)
-    work_driven(folder, pipe, job, plan, target, overwrite, as_json, quiet)
-
-
-def work_driven(
-    folder: JobFolder,
-    pipe: Pipeline,
-    job: Job,
-    plan: Plan,
-    target: Path,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Do what is left of an Animate job: neither finished segments nor steps that are saved are repeated."""
+def rest_of_driven(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output) -> Rest:
+    """The segments that are not finished; of the one under way, the steps that are not saved."""
     driving = job.driving
     assert driving is not None
-    with folder.locked():
-        stand = load_stand(folder)
-        total = driving.segments(job.frames)
-        with Progress(
-            _forecast(plan, stand, total), plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)
-        ) as progress:
-            animation = Animation(pipe, job, plan, progress)
-            try:
-                progress.note(f"job {folder.name}: {summary(job, plan)}")
-                progress.note(f"{driving.frames} frames in {total} segments, {total - stand.segment} to go")
-                report = animation.make(target, folder.path, stand, FolderKeeper(folder), overwrite=overwrite)
-            except KeyboardInterrupt:
-                progress.note(f"saved: go on with `lowvram resume {folder.name}`")
-                raise
-        folder.finish()
-    tell(target, job, report, as_json, quiet)
+    stand = load_stand(folder)
+    total = driving.segments(job.frames)
+
+    def make(progress: Progress) -> Report:
+        animation = Animation(pipe, job, plan, progress)
+        return animation.make(out.target, folder.path, stand, FolderKeeper(folder), overwrite=out.overwrite)
+
+    about = [
+        f"job {folder.name}: {summary(job, plan)}",
+        f"{driving.frames} frames in {total} segments, {total - stand.segment} to go",
+    ]
+    return Rest(_forecast(plan, stand, total), about, make)
 
 
 def _forecast(plan: Plan, stand: Stand, total: int) -> list[Forecast]:

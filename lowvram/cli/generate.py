@@ -19,12 +19,7 @@ def generate(
         str | None,
         typer.Option("--weights", help="Which encoding to take where several are here, such as fp8."),
     ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            "--report", help="Where memory, bytes and time went: a JSON file, or a drawing as .svg."
-        ),
-    ] = None,
+    report: o.Report = None,
     preview: Annotated[
         int | None,
         typer.Option(
@@ -37,7 +32,9 @@ def generate(
 ) -> None:
     """Make a video from a prompt, and from a picture if the model takes one."""
     settings = flags.settings()
-    from lowvram.cli.work import check_output, start
+    from lowvram.cli.carry import Output
+    from lowvram.cli.work import start
 
-    check_output(output, overwrite)
-    start(flags, prompt, settings, output, overwrite, as_json, quiet, weights, report, preview)
+    out = Output(output, overwrite, as_json, quiet, report, preview)
+    out.check()
+    start(flags, prompt, settings, out, weights=weights)

@@ -91,6 +91,10 @@ NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Encode the prompt anew, and keep nothing of it on disk.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", help="Where memory, bytes and time went: a JSON file, or a drawing as .svg."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 

@@ -41,10 +41,10 @@ class Facts:
     """Of all transformer blocks."""
     block_kinds: Sequence[Group]
     """One transformer block of every make."""
-    text_cached: bool
-    """Whether the features of all prompts are kept from an earlier job."""
     known: dict[Hashable, int]
     """Footprints measured so far: a search asks for the same ones often, and each takes a tenth of a second."""
+    text_cached: bool = False
+    """Whether the features of all prompts are kept from an earlier job."""
 
     def with_job(self, job: Job) -> Facts:
         """The same for another size or length of the video."""
@@ -131,8 +131,8 @@ def gather(
         kinds(
             group for found in groups.values() for key, group in found.items() if key.startswith("blocks.")
         ),
-        text_cached,
         {} if known is None else known,
+        text_cached,
     )
 
 

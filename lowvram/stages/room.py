@@ -19,7 +19,7 @@ class SqueezedError(OutOfMemoryError):
     ram    bytes of RAM that a plan may take from now on; None if that is not what is short
     """
 
-    def __init__(self, found: str, *, where: str, expected: str, advice: str, ram: int | None) -> None:
+    def __init__(self, found: str, *, where: str, expected: str, advice: str, ram: int | None = None) -> None:
         self.ram = ram
         super().__init__(found, where=where, expected=expected, advice=advice)
 

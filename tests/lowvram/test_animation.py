@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -285,7 +286,9 @@ def test_a_video_killed_in_a_later_segment_goes_on_to_the_same_file(
     assert said.code == 0, said.err
     assert job.finished and not list(job.path.glob("segment-*"))
     again = tmp_path / "again.mp4"
-    assert cli(*arguments(folder, tiny_animate, again)).code == 0
+    report = tmp_path / "report.json"
+    assert cli(*arguments(folder, tiny_animate, again), "--report", report).code == 0
+    assert [s["name"] for s in json.loads(report.read_text())["stages"]].count("denoise") == 1
     assert again.read_bytes() == output.read_bytes()
 
     found = probe(output)

@@ -266,3 +266,19 @@ def test_the_mode_follows_flags_and_terminal(
 
     monkeypatch.setattr(sys, "stderr", Stream())
     assert console.progress_mode(quiet, as_json) == mode
+
+
+@pytest.mark.parametrize(
+    ("used", "budget", "shown"),
+    [
+        (9_300_000_000, 16 * GB, "9.3/16.0 GB"),
+        (3_400_000, 9_800_000_000, "3.40 MB/9.8 GB"),
+        (0, 9_800_000_000, "0.0/9.8 GB"),
+        (9_400_000, 13_000_000, "9.4/13.0 MB"),
+        (12_000, 13_000_000, "12.0 KB/13.0 MB"),
+        (300_000, 999_000, "300.0/999.0 KB"),
+        (7, 10, "7.0/10.0 B"),
+    ],
+)
+def test_memory_is_shown_in_a_unit_that_shows_it(used: int, budget: int, shown: str) -> None:
+    assert console.used_of(used, budget) == shown

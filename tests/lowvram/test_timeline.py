@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pytest
+
+from lowvram.cli import work
 from lowvram.offload.budget import Budget
 from lowvram.report import Sample
 from lowvram.timeline import draw
@@ -78,3 +81,23 @@ def test_generate_writes_its_report(cli: Callable[..., Any], tmp_path: Path) -> 
     assert all(0 < most[name] <= planned[name] for name in most)
     assert cli(*args, "-o", tmp_path / "b.mp4", "--report", tmp_path / "b.svg").code == 0
     assert "denoise" in texts((tmp_path / "b.svg").read_text(encoding="utf-8"))
+    drawn, latent = tmp_path / "c.svg", tmp_path / "latent.safetensors"
+    assert cli("decode", "last", "-o", tmp_path / "c.mp4", "--report", drawn).code == 0
+    assert "decode" in texts(drawn.read_text(encoding="utf-8"))
+    assert cli("decode", latent, "-o", tmp_path / "d.mp4", "--report", drawn).code == 2
+
+
+def test_a_resumed_job_writes_its_report(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Any, latent: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once:
+        once.setattr(work, "save_latent", interrupted)
+        said = cli("generate", "a red circle", "--steps", 2, "--frames", 1, "-o", tmp_path / "a.mp4")
+    assert said.code == 130 and "go on with `lowvram resume" in said.err
+    assert cli("resume", "last", "--report", tmp_path / "a.json").code == 0
+    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert [stage["name"] for stage in found["stages"]] == ["text", "prepare", "denoise", "decode"]
+    assert found["stages"][0]["disk_read"] == 0  # the text came from the cache

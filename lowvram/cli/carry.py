@@ -1,0 +1,104 @@
+"""Carrying on with a job until its output is there, whatever kind it is: locked, shown while it runs, told at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode, say
+from lowvram.job import Job
+from lowvram.media.video import check_target
+from lowvram.offload.budget import format_bytes
+from lowvram.offload.io import write_atomic
+from lowvram.planning.plan import Plan
+from lowvram.report import Report, table
+from lowvram.state import JobFolder
+from lowvram.timeline import draw
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a job's result goes, and what is said of it."""
+
+    target: Path
+    """The video."""
+    overwrite: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    report: Path | None = None
+    """Where to write where memory, bytes and time went: JSON, or a drawing if its name ends with .svg."""
+    preview: int | None = None
+    """Steps between two looks at what the video will be."""
+
+    def check(self) -> None:
+        """Before anything else: an output that cannot be written ends the command at once."""
+        check_target(self.target, self.overwrite)
+
+    def progress(self, forecast: list[Forecast], plan: Plan) -> Progress:
+        """For work under `plan`."""
+        return Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(self.quiet, self.as_json))
+
+    def tell(self, job: Job, plan: Plan, report: Report) -> None:
+        """The file's path on stdout; on a terminal, where time and memory went."""
+        if self.report is not None:
+            write_report(report, plan, self.report)
+        if self.as_json:
+            emit_json(
+                {
+                    "schema": "lowvram.result/1",
+                    "output": str(self.target),
+                    "seed": job.seed,
+                    "report": report.to_json(),
+                }
+            )
+            return
+        if not self.quiet:
+            say(table(report))
+        emit(str(self.target))
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What is left of a job."""
+
+    forecast: list[Forecast]
+    about: list[str]
+    """Lines to begin with."""
+    make: Callable[[Progress], Report]
+    """Do it. What is finished meanwhile is in the job's folder."""
+
+
+def carry_on(folder: JobFolder, job: Job, plan: Plan, out: Output, find: Callable[[], Rest]) -> None:
+    """Do what `find` says is left. It is asked once the job is locked: until then another process may be at work."""
+    with folder.locked():
+        rest = find()
+        with out.progress(rest.forecast, plan) as progress:
+            try:
+                for line in rest.about:
+                    progress.note(line)
+                report = rest.make(progress)
+            except KeyboardInterrupt:
+                progress.note(f"saved: go on with `lowvram resume {folder.name}`")
+                raise
+        folder.finish()
+    out.tell(job, plan, report)
+
+
+def write_report(report: Report, plan: Plan, path: Path) -> None:
+    """The report as JSON, or as a drawing of the memory over time if the name ends with .svg."""
+    drawn = path.suffix.lower() == ".svg" and report.samples
+    said = draw(report.samples, plan.budget) if drawn else json.dumps(report.to_json(), indent=2) + "\n"
+    write_atomic(path, said.encode())
+
+
+def summary(job: Job, plan: Plan) -> str:
+    """One line about what is to come."""
+    blocks = plan.blocks()
+    places = ", ".join(f"{n} {where}" for where, n in blocks.items() if n)
+    return (
+        f"{job.model} {job.width}x{job.height}, {job.frames} frames, {len(job.schedule)} steps; "
+        f"at most {format_bytes(plan.vram)} of {format_bytes(plan.budget.vram)} VRAM; blocks: {places}"
+    )

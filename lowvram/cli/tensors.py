@@ -1,0 +1,55 @@
+"""Tensors in the folder of a job: written whole or not at all, and never taken for what was saved if they are damaged."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lowvram.errors import FileError
+from lowvram.offload.io import FileReader, write_atomic
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace the file by these, atomically."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, save(whole | {"checksum": torch.tensor(_checksum(whole))}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor] | None:
+    """What `save_tensors` wrote; None if nothing is there. FileError if it is damaged."""
+    if not path.exists():
+        return None
+    with FileReader(path) as reader:
+        data = reader.read_at(0, reader.size)
+    try:
+        tensors = load(data)
+    except Exception as problem:
+        raise damaged(path) from problem
+    checksum = tensors.pop("checksum", None)
+    if checksum is None or checksum.numel() != 1 or checksum.item() != _checksum(tensors):
+        raise damaged(path)
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of the bytes of all tensors in the order of their names: a flipped bit would become a wrong video."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(
+            tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes(), zlib.crc32(name.encode(), crc)
+        )
+    return crc
+
+
+def damaged(path: Path) -> FileError:
+    """The error for a file of this job that does not hold what was saved."""
+    return FileError(
+        "not a saved state, or a damaged one",
+        where=str(path),
+        advice="start the job again with `lowvram generate`",
+    )

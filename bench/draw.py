@@ -58,7 +58,7 @@ def document(recorded: Mapping[str, peaks.Peaks], found: Mapping[str, Results]) 
         ),
         "## Planned peaks of VRAM",
         (
-            "Plans at the true sizes, from the product's own code on fake tensors (rtx4090 profile, 64 GB of RAM, prompts of"
+            "Plans at the true sizes, from the product's own code on meta tensors (rtx4090 profile, 64 GB of RAM, prompts of"
             " full length). These are forecasts; the test suite fails when one grows by over 1 %."
         ),
         peaks_table(recorded),

@@ -3,8 +3,8 @@
     python -m lowvram.bench.peaks            record all cases in bench/peaks.json
     python -m lowvram.bench.peaks --check    compare with what is recorded; exit code 1 if a peak grew by over 1 %
 
-Plans come from the product's own code on fake tensors at the true sizes, for the rtx4090 profile with 64 GB of RAM and
-prompts of full length. A few seconds a case, no weights, no GPU.
+Plans come from the product's own code on meta tensors at the true sizes, for the rtx4090 profile with 64 GB of RAM and
+prompts of full length. No weights, no GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lowvram.bench.cases import GB
 from lowvram.errors import BudgetError
 from lowvram.job import make_job
 from lowvram.machine import machine_profile
+from lowvram.media.picture import Picture
 from lowvram.model import imagined_model
 from lowvram.offload.budget import Budget
 from lowvram.offload.io import read_small_text, write_atomic
@@ -31,12 +33,39 @@ TABLE = Path(__file__).parent / "peaks.json"
 TOLERANCE = 0.01
 """Share by which a peak may grow before the table has to be recorded again, with a reason."""
 BUDGETS = (16, 8, 6, 4)
-CASES: Mapping[str, tuple[str, str, int, int, int]] = {
-    f"{model} {weights} {width}x{height}x{frames}": (model, weights, width, height, frames)
-    for model, weights, width, height, frames in (
-        ("wan2.2-t2v-a14b", "fp8", 1280, 720, 121),
-        ("wan2.2-t2v-a14b", "fp8", 832, 480, 81),
-        ("wan2.2-ti2v-5b", "fp8", 1280, 704, 121),
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model in an encoding, and the video that it makes."""
+
+    model: str
+    weights: str
+    width: int
+    height: int
+    frames: int
+    pictured: bool = False
+    """Whether a picture is given where the model could do without."""
+
+    @property
+    def name(self) -> str:
+        words = f"{self.model} {self.weights} {self.width}x{self.height}x{self.frames}"
+        return f"{words} from a picture" if self.pictured else words
+
+
+CASES: Mapping[str, Case] = {
+    case.name: case
+    for case in (
+        Case("wan2.2-t2v-a14b", "fp8", 1280, 720, 121),
+        Case("wan2.2-t2v-a14b", "fp8", 1280, 720, 81),
+        Case("wan2.2-t2v-a14b", "fp8", 832, 480, 81),
+        Case("wan2.2-t2v-a14b", "q4_k_m", 1280, 720, 121),
+        Case("wan2.2-i2v-a14b", "fp8", 1280, 720, 121),
+        Case("wan2.2-ti2v-5b", "fp8", 1280, 704, 121),
+        Case("wan2.2-ti2v-5b", "fp8", 1280, 704, 121, pictured=True),
+        Case("wan2.2-animate-14b", "fp8", 1280, 720, 77),
+        Case("wan2.1-i2v-14b", "fp8", 832, 480, 81),
+        Case("wan2.1-t2v-1.3b", "fp8", 832, 480, 81),
     )
 }
 
@@ -46,10 +75,13 @@ Peaks = dict[str, dict[str, int]]
 
 def facts_of(name: str) -> Facts:
     """What a plan of the case knows before it is given a budget."""
-    model, weights, width, height, frames = CASES[name]
-    spec = model_preset(model)
-    job = make_job(spec, model=model, files={}, width=width, height=height, frames=frames)
-    return gather(job, imagined_model(model, spec, weights), machine_profile("rtx4090"))
+    case = CASES[name]
+    spec = model_preset(case.model)
+    size: dict[str, Any] = {"width": case.width, "height": case.height, "frames": case.frames}
+    if case.pictured:
+        size["image"] = Picture(path="", sha256="", width=case.width, height=case.height)
+    job = make_job(spec, model=case.model, files={}, **size)
+    return gather(job, imagined_model(case.model, spec, case.weights), machine_profile("rtx4090"))
 
 
 def peaks(name: str, budgets: tuple[int, ...] = BUDGETS, least: bool = True) -> Peaks:

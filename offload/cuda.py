@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowvram.errors import DeviceLostError, InternalError
+from lowvram.errors import InternalError
 from lowvram.offload.budget import Ledger, format_bytes, segment_size
-from lowvram.offload.device import Device, Event, Stall, exhausted
+from lowvram.offload.device import Device, Event, Stall, exhausted, lost
 from lowvram.offload.faults import Faults
 
 CUDA_CONTEXT = 500_000_000
@@ -178,8 +178,4 @@ def _cuda_errors(where: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except torch.AcceleratorError as error:
-        raise DeviceLostError(
-            f"the device stopped answering: {str(error).splitlines()[0]}",
-            where=where,
-            advice="check driver, power and temperature, then continue with `lowvram resume last`",
-        ) from error
+        raise lost(error, where) from error

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -24,6 +24,9 @@ from lowvram.offload.budget import Claim, Ledger, format_bytes
 from lowvram.offload.faults import FaultKind, Faults
 
 _PAGE = 4096
+_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""How the driver (at a launch, or when it loads a kernel), Triton, cuBLAS and cuDNN say it, none of them with torch's error
+for it."""
 
 
 class Event(Protocol):
@@ -197,6 +200,12 @@ class Device(ABC):
     def close(self) -> None:
         """Give back what the device object itself holds; its buffers are freed before."""
 
+    def what_failed(self, error: RuntimeError) -> Literal["memory", "device"] | None:
+        """What an error of torch says of the device: no memory, or that it stopped answering; None if neither."""
+        if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+            return "memory"
+        return "device" if isinstance(error, torch.AcceleratorError) else None
+
 
 @dataclass(frozen=True, slots=True)
 class _Past:
@@ -264,6 +273,15 @@ class CpuDevice(Device):
 
     def close(self) -> None:
         return
+
+
+def lost(error: RuntimeError, where: str) -> DeviceLostError:
+    """The error for a device that stopped answering."""
+    return DeviceLostError(
+        f"the device stopped answering: {str(error).splitlines()[0]}",
+        where=where,
+        advice="check driver, power and temperature, then continue with `lowvram resume last`",
+    )
 
 
 def exhausted(what: str, name: str, nbytes: int) -> OutOfMemoryError:

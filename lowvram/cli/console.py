@@ -287,8 +287,13 @@ class Progress:
             self._live = None
 
     def begin(self, stage: str) -> None:
-        """The next stage of this name of the forecast starts. Raises ValueError if there is none."""
-        index = [each.name for each in self._forecast].index(stage, self._next)
+        """The next stage of this name of the forecast starts, or, if there is none, the last one once more.
+
+        Raises ValueError if there never was one.
+        """
+        names = [each.name for each in self._forecast]
+        ahead = stage in names[self._next :]
+        index = names.index(stage, self._next) if ahead else len(names) - 1 - names[::-1].index(stage)
         self._next = index + 1
         self._durations, self._index = [], index
         self._began = self._last_step = self._last_line = self._clock()

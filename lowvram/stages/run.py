@@ -15,7 +15,7 @@ import torch
 from lowvram.errors import OutOfMemoryError
 from lowvram.model import Group
 from lowvram.offload.budget import format_bytes
-from lowvram.offload.device import Device
+from lowvram.offload.device import Device, lost
 from lowvram.offload.io import FileReader
 from lowvram.offload.placement import BlockId, Placement, block_name
 from lowvram.offload.slab import build_layout
@@ -154,8 +154,13 @@ class Run:
             try:
                 yield stack, traffic
                 self._sample(name)
-            except torch.OutOfMemoryError as error:
-                raise self._lack(planned) from error
+            except RuntimeError as error:
+                match self.device.what_failed(error):
+                    case "memory":
+                        raise self._lack(planned) from error
+                    case "device":
+                        raise lost(error, f"stage {name}") from error
+                raise
         moved = traffic.total
         self.reports.append(
             StageReport(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from lowvram import Runtime
 from lowvram.api import Pipeline
-from lowvram.errors import BudgetError, OutOfMemoryError
+from lowvram.cli.main import _run
+from lowvram.errors import BudgetError, DeviceLostError, OutOfMemoryError
 from lowvram.job import Job
 from lowvram.models import dit
 from lowvram.offload.budget import Budget, Ledger
@@ -54,15 +56,19 @@ def latent(run: Run, pipe: Pipeline, job: Job, save: Callable[[State], None]) ->
     )
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, calls: range) -> None:
-    """A forward whose calls of these numbers, from 1 on, find no memory."""
+def failing(
+    monkeypatch: pytest.MonkeyPatch,
+    calls: range,
+    said: RuntimeError = torch.OutOfMemoryError("made to fail"),  # noqa: B008 never changed
+) -> None:
+    """A forward whose calls of these numbers, from 1 on, fail as is `said`."""
     forward, n = dit.forward, 0
 
     def found(*args: Any, **kwargs: Any) -> Any:
         nonlocal n
         n += 1
         if n in calls:
-            raise torch.OutOfMemoryError("made to fail")
+            raise said
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(dit, "forward", found)
@@ -186,3 +192,54 @@ def test_more_ram_than_its_cap_is_given_back_by_reading_blocks_from_disk(
     assert "before step 2, this process holds" in note
     claims = [sample.ram for sample in greedy.samples if sample.stage == "denoise"]
     assert claims[-1] <= plan.stage("denoise").ram - excess
+
+
+# ---- as the libraries of a GPU say it
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_others_than_torch_miss_is_met_in_the_same_way(
+    said: RuntimeError, run: Run, pipe: Pipeline, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = latent(run, pipe, job, lambda state: None)
+    failing(monkeypatch, range(2, 3), said)
+    assert torch.equal(latent(run, pipe, job, lambda state: None), whole)
+    assert "memory ran out in step 2" in run.notes[-1]
+
+
+def test_a_device_that_stops_answering_ends_the_job_with_its_steps_saved(
+    run: Run, pipe: Pipeline, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, range(2, 3), torch.AcceleratorError("CUDA error: unspecified launch failure\nmore"))
+    saved: list[int] = []
+    with pytest.raises(DeviceLostError) as told:
+        latent(run, pipe, job, lambda state: saved.append(state.step))
+    assert (
+        told.value.found.endswith("unspecified launch failure") and "lowvram resume last" in told.value.advice
+    )
+    assert saved == [1] and run.device.ledger.used == 0 and run.device.ram.used == 0
+
+
+def test_what_is_neither_is_not_taken_for_it(
+    run: Run, pipe: Pipeline, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, range(1, 2), RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        latent(run, pipe, job, lambda state: None)
+
+
+def test_the_command_line_goes_on_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOWVRAM_STATE", str(tmp_path / "jobs"))
+    failing(monkeypatch, range(2, 3))
+    texts = ["generate", "a red circle", "--steps", "3", "--frames", "1", "--vram", "64MB", "--ram", "2GB"]
+    assert _run([*texts, "-o", str(tmp_path / "a.mp4")], debug=False, as_json=False) == 0
+    assert "memory ran out in step 2 (of 3 steps): planned again" in capsys.readouterr().err

@@ -39,11 +39,18 @@ def make_plan(job: Job, model: Model, budget: Budget, machine: Machine, *, text_
     return choose(gather(job, model, machine, text_cached=text_cached), budget)
 
 
-def choose(facts: Facts, budget: Budget) -> Plan:
-    """As `make_plan`, of facts already gathered."""
-    before, after = list(_planned(BEFORE, facts, budget)), list(_planned(AFTER, facts, budget))
+def plan_steps(job: Job, model: Model, budget: Budget, machine: Machine) -> Plan:
+    """As `make_plan`, of what is done once more when a step begins anew: the preparation and the denoise alone."""
+    return choose(gather(job, model, machine), budget, before=(plan_prepare,), after=())
+
+
+def choose(
+    facts: Facts, budget: Budget, *, before: Sequence[Planner] = BEFORE, after: Sequence[Planner] = AFTER
+) -> Plan:
+    """As `make_plan`, of facts already gathered, with these stages before and after the denoise."""
+    first, last = list(_planned(before, facts, budget)), list(_planned(after, facts, budget))
     way, tried = _fastest(facts, budget, ways(facts))
-    if not all(stage.inside(budget) for stage in (*before, stage_plan(facts, way, Room()), *after)):
+    if not all(stage.inside(budget) for stage in (*first, stage_plan(facts, way, Room()), *last)):
         raise refusal(facts, budget, _least)
     room = _fill(facts, budget, way)
     denoise = stage_plan(facts, way, room)
@@ -54,7 +61,7 @@ def choose(facts: Facts, budget: Budget) -> Plan:
         budget,
         facts.machine,
         facts.dtype,
-        (*before, replace(denoise, choices=words.choices(facts, budget, denoise, way, room)), *after),
+        (*first, replace(denoise, choices=words.choices(facts, budget, denoise, way, room)), *last),
         place(facts, way, room),
         way.lean,
         words.advice(facts, (way, room, denoise), (better, wider, stage_plan(facts, better, wider))),

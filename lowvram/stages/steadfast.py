@@ -12,7 +12,7 @@ from lowvram.errors import BudgetError, NonFiniteError, OutOfMemoryError
 from lowvram.job import Job
 from lowvram.model import Model
 from lowvram.offload.budget import Budget, format_bytes
-from lowvram.planning.choose import make_plan
+from lowvram.planning.choose import make_plan, plan_steps
 from lowvram.stages.denoise import State, denoise
 from lowvram.stages.room import SqueezedError
 from lowvram.stages.run import Run
@@ -79,7 +79,7 @@ def _smaller(run: Run, model: Model, job: Job, step: int, lack: OutOfMemoryError
     else:
         what, vram = f"memory ran out in step {step + 1}", min(vram, was.vram * 7 // 8)
     try:
-        plan = make_plan(job, model, Budget(max(1, vram), max(1, ram)), run.plan.machine)
+        plan = plan_steps(job, model, Budget(max(1, vram), max(1, ram)), run.plan.machine)
     except BudgetError:
         raise lack from None
     now = plan.stage("denoise")

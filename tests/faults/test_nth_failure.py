@@ -3,6 +3,7 @@ with an error meant for people, nothing stays claimed, no thread stays behind, a
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import numpy as np
@@ -12,13 +13,16 @@ from lowvram import Runtime
 from lowvram.api import Pipeline
 from lowvram.errors import DeviceLostError, LowvramError, OutOfMemoryError, StorageError
 from lowvram.job import Job
-from lowvram.offload.budget import Ledger
+from lowvram.offload.budget import Budget, Ledger
 from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.faults import FaultKind, FaultPlan, Faults
 from lowvram.offload.io import FileReader
+from lowvram.planning.choose import make_plan
+from lowvram.planning.facts import prompts_of
 from lowvram.planning.plan import Plan
 from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.run import Run
+from lowvram.stages.steadfast import denoise_steadfastly
 
 EXPECTED: dict[FaultKind, type[LowvramError]] = {
     "alloc": OutOfMemoryError,
@@ -45,12 +49,15 @@ def plan(pipe: Pipeline, job: Job) -> Plan:
     return pipe.plan_job(job)
 
 
-def render(device: Device, faults: Faults | None, pipe: Pipeline, job: Job, plan: Plan) -> np.ndarray:
+def render(
+    device: Device, faults: Faults | None, pipe: Pipeline, job: Job, plan: Plan, *, steadfastly: bool = False
+) -> np.ndarray:
     run = Run(device, plan, open_reader=lambda path: FileReader(path, faults=faults))
-    texts = text.encode(run, pipe.model, [job.prompt])
+    texts = text.encode(run, pipe.model, prompts_of(job))
     made = condition.condition(run, pipe.model, job)
     state = denoise.initial_state(job, pipe.model)
-    latent = denoise.denoise(run, pipe.model, job, texts, made, state, lambda state: None)
+    work = denoise_steadfastly if steadfastly else denoise.denoise
+    latent = work(run, pipe.model, job, texts, made, state, lambda state: None)
     return np.concatenate(list(decode.decode(run, pipe.model, job, latent)))
 
 
@@ -100,3 +107,20 @@ def test_the_next_job_on_the_same_device_works(
     with pytest.raises(OutOfMemoryError):
         render(device, faults, pipe, job, plan)
     assert np.array_equal(render(device, None, pipe, job, plan), undisturbed)
+
+
+def test_an_allocation_that_fails_once_while_denoising_is_made_good(pipe: Pipeline) -> None:
+    """With room for a smaller plan; a failure in another stage ends the job."""
+    job = pipe.job("a red circle", steps=1, frames=1)
+    plan = make_plan(job, pipe.model, Budget(64 * 10**6, 8 * 10**9), pipe.runtime.machine)
+    whole, healed = render(device_with(None, plan), None, pipe, job, plan), 0
+    for n in range(1, 400, 4):
+        faults = Faults(FaultPlan("alloc", n))
+        device = device_with(faults, plan)
+        with contextlib.suppress(OutOfMemoryError):
+            assert np.array_equal(render(device, faults, pipe, job, plan, steadfastly=True), whole)
+            healed += faults.struck
+        assert (device.ledger.used, device.ram.used) == (0, 0)
+        if not faults.struck:
+            break
+    assert healed >= 2 and not faults.struck

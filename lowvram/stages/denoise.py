@@ -100,6 +100,7 @@ def denoise(
     grid = (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
     tokens = grid[0] * grid[1] * grid[2]
     with run.stage("denoise") as (stack, traffic):
+        driving = _driving(condition, spec.dit, len(texts), device)
         rope = dit.rope_table(*grid, device=device)
         works = _workspaces(run, stack, job, spec.dit, tokens, len(texts) if lean.together else 1)
         stream = _open_stream(run, stack, traffic, layouts, job, model, state.step, stop)
@@ -108,9 +109,11 @@ def denoise(
             work, first = works[job.attention.of_step(i, len(schedule)).name], works[job.attention.ends]
             expert = experts[names[schedule.experts[i]]]
             passes = 2 if guidance.needs_uncond(schedule.guidance[i]) else 1
-            contexts = expert.contexts[:passes]
+            contexts = [
+                replace(c, driving=d) for c, d in zip(expert.contexts[:passes], driving[:passes], strict=True)
+            ]
             velocities: list[Tensor] = []
-            for shared in [contexts] if lean.together else [(c,) for c in contexts]:
+            for shared in [contexts] if lean.together else [[c] for c in contexts]:
                 blocks = (
                     to_params(groups[b[0]][f"blocks.{b[1]}"], v) for b, v in _take(stream, spec.dit.layers)
                 )
@@ -228,12 +231,7 @@ def _prepare(
                 image = None
                 if condition.image is not None:
                     image = dit.embed_image(outer, condition.image.to(device))
-                contexts = tuple(
-                    replace(dit.embed_text(outer, spec, text), image=image, driving=driving)
-                    for text, driving in zip(
-                        texts, _driving(condition, spec, len(texts), device), strict=True
-                    )
-                )
+                contexts = tuple(replace(dit.embed_text(outer, spec, text), image=image) for text in texts)
                 times = {}
                 for i, (t, e) in enumerate(zip(job.schedule.timesteps, job.schedule.experts, strict=True)):
                     if e == number:

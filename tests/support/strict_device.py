@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from lowvram import Runtime
-from lowvram.offload.budget import Ledger
+from lowvram.offload.budget import Ledger, allocated_size
 from lowvram.offload.device import CpuDevice, Device, Event
+from lowvram.offload.estimate import Tracker
 
 _setup_privateuseone_for_python_backend("strict")
 
@@ -118,6 +119,8 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         to_device = torch.device(raw_kwargs["device"]).type == DEVICE.type
         raw_kwargs["device"] = torch.device("cpu")
     result = func(*raw_args, **raw_kwargs)
+    if to_device:
+        Meter.made([t for t in tree_leaves(result) if isinstance(t, Tensor)], here, name)
 
     def outside(t: Tensor) -> Tensor:
         owner = owners.get(id(t))
@@ -127,6 +130,29 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         return OnDevice(t) if to_device else t
 
     return tree_map_only(Tensor, outside, result)
+
+
+class Meter:
+    """Counts what lies on the strict device: there, unlike on the CPU, no tensor of the host is among it."""
+
+    tracker: ClassVar[Tracker | None] = None
+
+    @classmethod
+    def made(cls, results: list[Tensor], given: list[OnDevice], where: str) -> None:
+        if cls.tracker is not None:
+            existing = {t.raw.untyped_storage()._cdata for t in given}
+            for t in results:
+                cls.tracker.made(t, existing, where)
+
+
+@contextmanager
+def metered() -> Iterator[Tracker]:
+    """Count, in sizes as torch's CUDA allocator makes of them."""
+    tracker = Meter.tracker = Tracker(allocated_size, None, "cpu")
+    try:
+        yield tracker
+    finally:
+        Meter.tracker = None
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -1,0 +1,36 @@
+"""The highest count of every stage of a job on the strict device, held against its plan."""
+
+from __future__ import annotations
+
+from lowvram.offload.estimate import Tracker
+from lowvram.planning.plan import Plan
+
+SLACK = 4096
+"""Bytes of tensors that hold a few numbers each: no plan counts them."""
+
+
+class Peaks:
+    """The highest count of every stage."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker, self.name = tracker, ""
+        self.peaks: dict[str, int] = {}
+
+    def begin(self, stage: str) -> None:
+        self.name = stage
+        self.tracker._peak_bytes = self.tracker.live_bytes
+
+    def step(self, vram: int | None = None) -> None:
+        return
+
+    def end(self) -> None:
+        self.peaks[self.name] = max(self.peaks.get(self.name, 0), self.tracker.peak().peak_bytes)
+
+
+def check(plan: Plan, stages: Peaks) -> None:
+    assert list(stages.peaks) == [stage.name for stage in plan.stages]
+    for stage in plan.stages:
+        measured = stages.peaks[stage.name]
+        assert measured <= stage.vram + SLACK, stage.name
+        # CLIP's tower is planned layer by layer with the rows of two layers: of a tiny one, most of it
+        assert stage.vram <= (1.05 if stage.name == "clip" else 1.03) * measured, stage.name

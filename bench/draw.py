@@ -10,15 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lowvram import timeline
 from lowvram.bench import peaks
 from lowvram.bench.plots import peaks_plot, peers_plot, roofline_plot, stalls_plot
 from lowvram.bench.results import Peer, Results, load
 from lowvram.bench.suite import table
-from lowvram.offload.budget import format_bytes
+from lowvram.offload.budget import Budget, format_bytes
 from lowvram.offload.io import write_atomic
 
 FOLDER = Path(__file__).parent
 NOT_YET = "not measured yet"
+PLOTS: Mapping[str, str] = {
+    "-memory.svg": "Memory of the tightest job over time",
+    "-stalls.svg": "Where the time of each job went",
+    "-roofline.svg": "FLOP/s reached, and what bounds it",
+}
 COMMAND = "python -m lowvram.bench.gpu --folder /disk/with/room"
 
 
@@ -34,11 +40,16 @@ def main() -> None:
 
 def pictures(recorded: Mapping[str, peaks.Peaks], found: Mapping[str, Results]) -> dict[str, str]:
     """Every plot, by file name."""
-    made = {"peaks.svg": peaks_plot(recorded)}
+    made = {"peaks.svg": peaks_plot(recorded)} if recorded else {}
     for name, results in found.items():
         stem = name.removesuffix(".json")
         if results.peers:
             made[f"{stem}.svg"] = peers_plot(results.peers)
+        jobs = [m for m in results.measurements if m.samples and m.case.split()[0] in ("pair", "job")]
+        if jobs:
+            tightest = min(jobs, key=lambda m: (m.vram_budget, m.ram_budget))
+            budget = Budget(tightest.vram_budget, tightest.ram_budget)
+            made[f"{stem}-memory.svg"] = timeline.draw(tightest.samples, budget)
         if results.measurements:
             made[f"{stem}-stalls.svg"] = stalls_plot(results.measurements)
         if results.measurements and results.ceilings is not None:
@@ -64,12 +75,23 @@ def document(recorded: Mapping[str, peaks.Peaks], found: Mapping[str, Results]) 
         peaks_table(recorded),
         "![Planned peak of every stage under each budget](results/peaks.svg)",
         "## On a GPU",
-        *(gpu_section(name, r) for name, r in on_gpu.items()),
+        *(measured_section(name, r) for name, r in on_gpu.items()),
     ]
     if not on_gpu:
         parts.append(
-            f"Times, measured peaks, the streaming tax and the hand-over: {NOT_YET}. `{COMMAND}` measures them."
+            f"Times, measured peaks, memory over time, waits, the streaming tax and the hand-over: {NOT_YET}."
+            f" `{COMMAND}` measures them."
         )
+    on_cpu = {name: r for name, r in found.items() if r.environment.kind == "cpu" and r.measurements}
+    if on_cpu:
+        parts += [
+            "## The embedded model on a CPU",
+            (
+                "What `lowvram bench --dry` leaves: that every case runs and is measured. How fast a card is, it does not"
+                " say, and the machine was not quiet."
+            ),
+            *(measured_section(name, r) for name, r in on_cpu.items()),
+        ]
     parts += ["## Beside other programs"]
     for name, results in with_peers.items():
         stem = name.removesuffix(".json")
@@ -100,18 +122,17 @@ def peers_words(name: str, results: Results) -> str:
     )
 
 
-def gpu_section(name: str, results: Results) -> str:
-    """What one card did."""
+def measured_section(name: str, results: Results) -> str:
+    """What one machine did."""
     rows = [f"| {p.name} | {p.outcome} | {p.seconds:.0f} s | {p.why} |" for p in results.parts]
     acceptance = "\n".join(["| part | outcome | time | |", "|---|---|---|---|", *rows])
     shown = table(results.measurements) if results.measurements else NOT_YET
-    stem = name.removesuffix(".json")
-    text = f"### {results.environment.device}, {results.date} (`{name}`)\n\n{acceptance}\n\n```text\n{shown}\n```"
-    if results.measurements:
-        text += f"\n\n![Where the time of each job went](results/{stem}-stalls.svg)"
-    if results.measurements and results.ceilings is not None:
-        text += f"\n\n![FLOP/s reached, and what bounds it](results/{stem}-roofline.svg)"
-    return text
+    drawn = pictures({}, {name: results})
+    images = [
+        f"![{words}](results/{file})" for end, words in PLOTS.items() for file in drawn if file.endswith(end)
+    ]
+    head = f"### {results.environment.device}, {results.date} (`{name}`)"
+    return "\n\n".join([head, *([acceptance] if rows else []), f"```text\n{shown}\n```", *images])
 
 
 def peaks_table(recorded: Mapping[str, peaks.Peaks]) -> str:

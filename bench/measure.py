@@ -29,7 +29,7 @@ from lowvram.offload.budget import allocated_size
 from lowvram.offload.device import Device
 from lowvram.offload.estimate import track
 from lowvram.planning.plan import Plan
-from lowvram.report import StageReport
+from lowvram.report import Sample, StageReport
 
 Clock = Callable[[], float]
 
@@ -111,6 +111,7 @@ class Round:
     seconds: float
     watch: Stopwatch
     stages: tuple[StageReport, ...]
+    samples: tuple[Sample, ...]
     checksum: str
 
 
@@ -165,6 +166,7 @@ def measure(request: Request, clock: Clock = time.perf_counter) -> Measurement:
         rss=peak_rss(),
         pinned=runtime.pinned,
         stages=[stage_of(s) for s in last.stages],
+        samples=list(last.samples),
         flops=work.flops,
         fraction=fraction(work, seconds, machine.matmul, machine.attention),
         checksum=last.checksum,
@@ -196,7 +198,7 @@ def do_case(pipe: Pipeline, case: Case, job: Job, plan: Plan, watch: Stopwatch) 
             seconds = handover(watch.steps, job.schedule.experts) or 0.0
         case "pair" | "job":
             seconds = sum(by_name.values())
-    return Round(seconds, watch, stages, digest.hexdigest()[:16])
+    return Round(seconds, watch, stages, tuple(video.samples), digest.hexdigest()[:16])
 
 
 def handover(steps: list[float], experts: tuple[int, ...]) -> float | None:

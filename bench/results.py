@@ -14,6 +14,7 @@ import psutil  # type: ignore[import-untyped]
 from lowvram import __version__
 from lowvram.errors import FileError
 from lowvram.offload.io import read_small_text, write_atomic
+from lowvram.report import Sample
 from lowvram.survey import Place
 
 MAX_BYTES = 16 << 20
@@ -91,13 +92,16 @@ class Measurement(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     """Seconds that the first step of the second expert took more than its others."""
     vram_predicted: int
     vram_allocated: int | None
-    """Peak that the allocator saw, context included; on a CPU, of tensors counted one by one."""
+    """Peak that the allocator saw, context included; on a CPU, of tensors counted one by one, with
+    the latent and the frame just delivered, which on a GPU are in host memory."""
     vram_driver: int | None
     """Peak that the driver saw, less what was taken before."""
     ram_predicted: int
     rss: int
     pinned: int
     stages: list[Stage]
+    samples: list[Sample] = []
+    """Memory when stages and steps of the last run began and ended."""
     flops: float
     fraction: float | None
     """Ideal over measured seconds: 1 is the ceiling of this machine."""

@@ -84,7 +84,7 @@ class WatchedRuntime(Runtime):
 
 @pytest.fixture(scope="module")
 def pipe(tiny_model: Path) -> Pipeline:
-    return Runtime(GB, 2 * GB, "cpu").load(str(tiny_model))
+    return Runtime(GB, 2 * GB, "cpu", cache=False).load(str(tiny_model))
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_budgets_choose_the_placement_and_give_the_same_frames(
 
 def test_the_smallest_budget_gives_the_same_video_within_rounding(tiny_model: Path, resident: Video) -> None:
     with pytest.raises(BudgetError) as refused:
-        Runtime(1000, 2 * GB, "cpu").load(str(tiny_model)).plan(PROMPT, **SETTINGS)
+        Runtime(1000, 2 * GB, "cpu", cache=False).load(str(tiny_model)).plan(PROMPT, **SETTINGS)
     least = refused.value.minimum_vram
     assert least is not None
     runtime = WatchedRuntime(least, 2 * GB)

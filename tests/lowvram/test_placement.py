@@ -69,7 +69,7 @@ class WatchedRuntime(Runtime):
     """A runtime on this processor whose ledgers are watched."""
 
     def __init__(self, vram: int, ram: int) -> None:
-        super().__init__(vram, ram, "cpu")
+        super().__init__(vram, ram, "cpu", cache=False)
         self.log = Log()
 
     @contextmanager

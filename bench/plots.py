@@ -90,7 +90,9 @@ def peers_plot(peers: Sequence[Peer]) -> str:
 
 
 def stalls_plot(measurements: Sequence[Measurement]) -> str:
-    """How much of each job's time was computing, and how much waiting for weights, by cause."""
+    """How much of each job's time was computing, and how much waiting for weights, by cause. A hand-over is the
+    difference of two times, and not among them."""
+    measurements = [m for m in measurements if m.handover is None or m.case.split()[0] != "handover"]
     row, left, top, right = 30, 270, 56, 90
     causes = {"copy": "waiting for copies", "disk": "waiting for the disk"}
     out = [text(16, 24, "Where the time of a job went", size=15, weight="bold")]
@@ -129,7 +131,7 @@ def roofline_plot(measurements: Sequence[Measurement], ceilings: Ceilings) -> st
     """
     points = [(m, *reached(m)) for m in measurements if m.flops and m.seconds > 0]
     points = [p for p in points if p[1] > 0]
-    left, right, top, base = 80, 210, 50, 330
+    left, right, top, base = 80, 250, 50, 330
     xs = [p[1] for p in points] + [ceilings.matmul / ceilings.link, ceilings.matmul / ceilings.disk]
     ys = [p[2] for p in points] + [ceilings.matmul, ceilings.attention]
     x0, x1 = math.floor(math.log10(min(xs))), math.ceil(math.log10(max(xs)))

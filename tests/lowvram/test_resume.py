@@ -29,6 +29,7 @@ PATIENCE = 120.0
 
 CHILD = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
 from lowvram.cli import main, work
 from lowvram.stages import decode
 

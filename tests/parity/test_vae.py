@@ -74,14 +74,19 @@ def test_encode_equals_the_reference_posterior_mean(
 def test_decode_equals_the_reference(
     case: Any, truth: Any, noise: Noise, error: Error, clip: tuple[int, int, int]
 ) -> None:
-    """diffusers clamps to -1..1, so only what lies inside is compared: enough of it, and not all."""
+    """diffusers clamps to -1..1, so only what lies inside is compared: enough of it, and not all.
+
+    How far float32 comes depends on the processor's order of summation, and diffusers' own float32 is up to 8e-6 away:
+    where that is more than half of the bound, as far again is allowed.
+    """
     z = latent(case, noise, *clip)
     with torch.no_grad():
         expected = truth.decode(z.double() * case.std + case.mean).sample
+        theirs = error(case.reference.decode(z * case.std + case.mean).sample, expected)
     pixels = decode(case, z)
     inside = (pixels.abs() < 1).float().mean()
     assert 0.5 < inside < 0.97
-    assert error(pixels.clamp(-1, 1), expected) <= EXACT
+    assert error(pixels.clamp(-1, 1), expected) <= max(EXACT, 2 * theirs)
 
 
 @pytest.mark.parametrize("tiling", [Tiling(2, 3), Tiling(3, 1, visit=2, kept=False)])

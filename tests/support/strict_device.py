@@ -18,14 +18,25 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from lowvram import Runtime
 from lowvram.offload.budget import Ledger, allocated_size
 from lowvram.offload.device import CpuDevice, Device, Event
 from lowvram.offload.estimate import Tracker
 
-_setup_privateuseone_for_python_backend("strict")
+
+class _Module(_DummyBackendModule):  # type: ignore[misc]
+    """What torch asks of the device's module. Nothing is drawn there: noise comes from the CPU."""
+
+    def get_rng_state(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor) -> None:
+        return
+
+
+_setup_privateuseone_for_python_backend("strict", _Module())
 
 DEVICE = torch.device("strict", 0)
 

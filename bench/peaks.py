@@ -28,6 +28,7 @@ from lowvram.offload.io import read_small_text, write_atomic
 from lowvram.planning.choose import choose
 from lowvram.planning.facts import Facts, gather
 from lowvram.sampling.presets import model_preset
+from lowvram.triton_kernels import dispatch
 
 TABLE = Path(__file__).parent / "peaks.json"
 TOLERANCE = 0.01
@@ -46,17 +47,21 @@ class Case:
     frames: int
     pictured: bool = False
     """Whether a picture is given where the model could do without."""
+    attention: str = "sdpa"
 
     @property
     def name(self) -> str:
         words = f"{self.model} {self.weights} {self.width}x{self.height}x{self.frames}"
-        return f"{words} from a picture" if self.pictured else words
+        if self.pictured:
+            words += " from a picture"
+        return words if self.attention == "sdpa" else f"{words} {self.attention}"
 
 
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
         Case("wan2.2-t2v-a14b", "fp8", 1280, 720, 121),
+        Case("wan2.2-t2v-a14b", "fp8", 1280, 720, 121, attention="int8-fp16"),
         Case("wan2.2-t2v-a14b", "fp8", 1280, 720, 81),
         Case("wan2.2-t2v-a14b", "fp8", 832, 480, 81),
         Case("wan2.2-t2v-a14b", "q4_k_m", 1280, 720, 121),
@@ -80,8 +85,10 @@ def facts_of(name: str) -> Facts:
     size: dict[str, Any] = {"width": case.width, "height": case.height, "frames": case.frames}
     if case.pictured:
         size["image"] = Picture(path="", sha256="", width=case.width, height=case.height)
-    job = make_job(spec, model=case.model, files={}, **size)
-    return gather(job, imagined_model(case.model, spec, case.weights), machine_profile("rtx4090"))
+    machine = machine_profile("rtx4090")
+    attention = dispatch.choose(case.attention, machine.arch, frozenset(dispatch.PACKAGES))
+    job = make_job(spec, model=case.model, files={}, attention=attention, **size)
+    return gather(job, imagined_model(case.model, spec, case.weights), machine)
 
 
 def peaks(name: str, budgets: tuple[int, ...] = BUDGETS, least: bool = True) -> Peaks:
@@ -91,6 +98,7 @@ def peaks(name: str, budgets: tuple[int, ...] = BUDGETS, least: bool = True) -> 
         try:
             plan = choose(facts, Budget(budget * GB, 64 * GB))
         except BudgetError:
+            found[f"{budget} GB"] = {}  # it does not fit
             continue
         found[f"{budget} GB"] = {s.name: s.vram for s in plan.stages} | {"ram": plan.ram}
     if least:
@@ -121,7 +129,7 @@ def load() -> dict[str, Peaks]:
 
 def record() -> dict[str, Peaks]:
     """Measure all cases and write them down."""
-    found = {name: peaks(name) for name in CASES}
+    found = {name: {b: stages for b, stages in peaks(name).items() if stages} for name in CASES}
     write_atomic(
         TABLE, json.dumps({"machine": "rtx4090", "ram": 64 * GB, "cases": found}, indent=1).encode() + b"\n"
     )

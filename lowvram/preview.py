@@ -33,6 +33,8 @@ class Colours:
     """[C, 3]"""
     bias: Tensor
     """[3]"""
+    first: Colours | None = None
+    """The map of the first latent frame, where it is another."""
 
     def __call__(self, latent: Tensor) -> Pixels:
         """[C, H, W] on the host -> [H, W, 3] uint8."""
@@ -44,7 +46,10 @@ def colours_of(vae: VaeSpec) -> Colours:
     """The map of a VAE. UsageError if none is known for it."""
     for known in preview_maps():
         if (known.version, known.decoder_base, known.z) == (vae.version, vae.decoder_base, vae.z):
-            return Colours(torch.tensor(known.factors), torch.tensor(known.bias))
+            first = None
+            if known.first_factors:
+                first = Colours(torch.tensor(known.first_factors), torch.tensor(known.first_bias))
+            return Colours(torch.tensor(known.factors), torch.tensor(known.bias), first)
     raise UsageError(
         "no preview is known for this model's VAE",
         where="--preview",
@@ -59,7 +64,8 @@ def pictures(x: Tensor, v: Tensor, sigma: float, colours: Colours) -> Iterator[P
     x, v: latent and velocity [C, F, h, w] float32 on any device; frame by frame, so that nothing of their size is made.
     """
     for n in range(x.shape[1]):
-        yield colours(x[:, n].cpu() - sigma * v[:, n].cpu())
+        colour = colours.first if n == 0 and colours.first is not None else colours
+        yield colour(x[:, n].cpu() - sigma * v[:, n].cpu())
 
 
 def animated(frames: Sequence[Pixels], milliseconds: int) -> bytes:

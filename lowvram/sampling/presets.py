@@ -74,6 +74,9 @@ class PreviewMap:
     factors: tuple[tuple[float, float, float], ...]
     """By channel."""
     bias: tuple[float, float, float]
+    first_factors: tuple[tuple[float, float, float], ...] = ()
+    """Those of the first latent frame, where they are others."""
+    first_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 def preview_maps() -> tuple[PreviewMap, ...]:

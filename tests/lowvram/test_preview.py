@@ -69,6 +69,19 @@ def test_the_guess_is_what_is_left_of_the_noise() -> None:
     assert np.abs(found[..., :2] - expected).max() <= 1 and not found[..., 2].any()
 
 
+def test_every_frame_of_nano_has_the_colours_of_its_pixels(pipe: Pipeline) -> None:
+    """The first latent frame too, whose components are others than those of the frames after it."""
+    video = pipe.run(pipe.job(PROMPT, preset="lightning-4", seed=0))
+    shown = np.stack(list(video.frames())).astype(np.float32)
+    groups = [shown[:1], *np.split(shown[1:], video.latent.shape[1] - 1)]
+    clean = torch.zeros_like(video.latent)
+    for seen, frames in zip(
+        pictures(video.latent, clean, 0.0, colours_of(pipe.model.spec.vae)), groups, strict=True
+    ):
+        cells = frames.reshape(len(frames), 8, 8, 8, 8, 3).mean((0, 2, 4))
+        assert np.sqrt(np.mean((seen - cells) ** 2)) < 12  # of 255
+
+
 def test_every_vae_of_wan_has_a_map_and_another_is_refused() -> None:
     for spec in load_models().values():
         colours = colours_of(spec.vae)

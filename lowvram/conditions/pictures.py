@@ -11,6 +11,7 @@ experts, see the same channels.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -87,16 +88,25 @@ def encode_frames(run: Run, model: Model, job: Job, frames: int) -> Tensor:
     plan = run.plan.stage("encode").encode
     assert plan is not None
     with run.stage("encode") as (_, traffic):
-        return encode(run, model, given_clip(model.spec, job, frames), plan, traffic)
+        return encode(run, model, GivenClip(model.spec, job, frames), plan, traffic)
 
 
-def given_clip(spec: ModelSpec, job: Job, frames: int) -> Iterator[Tensor]:
-    """Frames [3, H, W] float32 on the host: the first picture, grey, and the last picture if there is one."""
-    assert job.image is not None
-    yield _frame(spec, job, job.image)
-    grey = torch.zeros(3, job.height, job.width)
-    for n in range(1, frames):
-        yield grey if job.last_image is None or n < job.frames - 1 else _frame(spec, job, job.last_image)
+@dataclass(frozen=True, slots=True)
+class GivenClip:
+    """The first `frames` frames of what is given, iterated over as often as needed: memory may run out in an encode."""
+
+    spec: ModelSpec
+    job: Job
+    frames: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Frames [3, H, W] float32 on the host: the first picture, grey, and the last picture if there is one."""
+        spec, job = self.spec, self.job
+        assert job.image is not None
+        yield _frame(spec, job, job.image)
+        grey = torch.zeros(3, job.height, job.width)
+        for n in range(1, self.frames):
+            yield grey if job.last_image is None or n < job.frames - 1 else _frame(spec, job, job.last_image)
 
 
 def _frame(spec: ModelSpec, job: Job, picture: Picture) -> Tensor:

@@ -10,18 +10,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram import Runtime
 from lowvram.api import Pipeline
+from lowvram.conditions.pictures import GivenClip
 from lowvram.errors import OutOfMemoryError
 from lowvram.job import Job
+from lowvram.media.picture import open_picture
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger
 from lowvram.offload.device import CpuDevice
@@ -135,6 +139,26 @@ def test_encoding_goes_on_in_smaller_tiles_if_the_frames_can_come_again(
     assert len(scarce.tilings) == 2
     assert float((latent - whole).abs().max() / whole.abs().max()) <= 1e-5
     assert run.device.ledger.used == run.device.ram.used == 0
+
+
+def test_given_pictures_are_encoded_in_smaller_tiles_where_memory_runs_out(
+    pipe: Pipeline, job: Job, run: Run, scarce: Scarce, tmp_path: Path
+) -> None:
+    """The pictures are read again: the clip that they make begins anew."""
+    noise = np.random.default_rng(1).integers(0, 256, (2, 144, 128, 3), np.uint8)
+    for name, pixels in zip("ab", noise, strict=True):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    first, last = (open_picture(tmp_path / f"{name}.png") for name in "ab")
+    clip = GivenClip(pipe.model.spec, replace(job, frames=9, image=first, last_image=last), 9)
+    plan = plan_encode(pipe.model, (9, 144, 128), GB, GB, run.plan.machine)
+    whole = encode.encode(run, pipe.model, clip, plan, Traffic())
+    count = scarce.made
+    for nth in (count // 3, count - 1):
+        scarce.nth, scarce.made, scarce.tilings = nth, 0, []
+        latent = encode.encode(run, pipe.model, clip, plan, Traffic())
+        assert len(scarce.tilings) == 2 and scarce.tilings[0] == plan.tiling != scarce.tilings[1]
+        assert float((latent - whole).abs().max() / whole.abs().max()) <= 1e-5
+        assert run.device.ledger.used == run.device.ram.used == 0
 
 
 def test_frames_that_come_only_once_end_in_the_error(

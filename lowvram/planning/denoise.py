@@ -156,8 +156,9 @@ def _scratch(facts: Facts, lean: Lean) -> int:
             factors = footprint.factor_bytes(tokens) - footprint.factor_bytes(n) if group else 0
             found.append(inside + factors)
         if spec.face_blocks:
-            face = spec, block, tokens, facts.latent[1], facts.dtype, lean.chunk
-            found.append(footprint.attend_scratch(*face))
+            face = tokens, facts.latent[1], facts.dtype, lean.chunk
+            attend = partial(footprint.attend_scratch, spec, block, *face)
+            found.append(facts.measured(attend, "face", kind_of(block), *face))
     for outer in kinds(groups["outer"] for groups in facts.groups.values()):
         ends = spec, outer, facts.grid, facts.dtype
         key = kind_of(outer), facts.grid, facts.dtype

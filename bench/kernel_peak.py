@@ -1,4 +1,4 @@
-"""Peak memory of a 14B forward at 1280x720, 121 frames, in each attention mode: the product's code on fake tensors.
+"""Peak memory of a 14B forward at 1280x720, 121 frames, in each attention mode: the product's code on meta tensors.
 
 One of the 40 blocks is run: the others repeat it. Weights are not counted, the residual stream and all
 buffers are.

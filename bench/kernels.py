@@ -2,7 +2,7 @@
 
     python bench/kernels.py aot [--json] [--quick]    every configuration built for every architecture
     python bench/kernels.py accuracy [--json]         error of each 8-bit attention on synthetic data
-    python bench/kernels.py peak [--json]             peak memory of a 14B forward at 720p in each mode, fake tensors
+    python bench/kernels.py peak [--json]             peak memory of a 14B forward at 720p in each mode, meta tensors
     python bench/kernels.py nano [--json]             each mode end to end on the embedded model: PSNR and score
     python bench/kernels.py tune [--json]             on a card: time of every tile, of torch's and others' attention
 

@@ -1,4 +1,4 @@
-"""What decoding and encoding 121 frames takes, whole and in tiles: planned on fake tensors, no weights and no GPU.
+"""What decoding and encoding 121 frames takes, whole and in tiles: planned on meta tensors, no weights and no GPU.
 
     python bench/vae_peaks.py > bench/vae_peaks.md
 
@@ -59,7 +59,7 @@ def rows(version: str, width: int, height: int, budgets: tuple[float, ...], ways
 def main() -> None:
     print(
         "# What the autoencoders take\n\n"
-        f"{FRAMES} frames, planned by `python bench/vae_peaks.py`: predictions on fake tensors, not measured on a GPU.\n"
+        f"{FRAMES} frames, planned by `python bench/vae_peaks.py`: predictions on meta tensors, not measured on a GPU.\n"
         "The peak is of the whole stage, CUDA context (0.5 GB) and weights included, and does not depend on the number\n"
         "of frames; RAM is beside the program's own. Every row gives the same pixels. `least` is the least there is.\n"
         "More work is what tiles compute twice; moved is what goes to RAM and back over the clip.\n"

@@ -1,4 +1,4 @@
-"""What the networks allocate while they run: the product's own code on fake tensors, at the real geometry.
+"""What the networks allocate while they run: the product's own code on meta tensors, at the real geometry.
 
 Every function returns bytes above what its inputs take. Buffers that are allocated once, by name, are inputs.
 """
@@ -47,11 +47,11 @@ class _Imitated(Encoded):
         return like.new_empty(self.shape, dtype=dtype)
 
 
-def _fake_params(group: Group, dtype: torch.dtype = torch.float32) -> Params:
+def _meta_params(group: Group, dtype: torch.dtype = torch.float32) -> Params:
     """Parameters as `carve` would give them, each part a tensor of its own: fewer operations to imitate.
 
-    Weights of one encoding and shape are decoded to `dtype` once, and from then on imitated. To be called inside a
-    meta mode.
+    Weights of one encoding and shape are decoded to `dtype` once, and from then on imitated. To be called where
+    tensors are made on META.
     """
     views = {
         ref.name: {p.role: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]) for p in ref.parts}
@@ -97,7 +97,7 @@ def block_scratch(
     """
     n = min(tokens, 2 * chunk)
     with META:
-        p = _fake_params(block, dtype)
+        p = _meta_params(block, dtype)
         rows = 2 if per_frame else 1
         # some chunk holds tokens of both rows
         first = min(per_frame, n // 2) or n
@@ -137,7 +137,7 @@ def time_bytes(spec: DitSpec, time_rows: int) -> int:
 def unpacked_nbytes(block: Group, dtype: torch.dtype) -> int:
     """Bytes of the buffer for the matrices of a block in `dtype`; 0 if they are stored in it."""
     with META:
-        return _fake_params(block, dtype).unpacked_nbytes(dtype)
+        return _meta_params(block, dtype).unpacked_nbytes(dtype)
 
 
 def context_rows(spec: DitSpec, words: int) -> int:
@@ -149,7 +149,7 @@ def embed_scratch(spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype
     """Transient bytes of `dit.embed_framewise_`."""
     _, rows, columns = grid
     with META:
-        p = _fake_params(outer, dtype)
+        p = _meta_params(outer, dtype)
         latent = torch.empty(spec.out_channels, 1, 2 * rows, 2 * columns)
         beside = spec.in_channels - spec.out_channels
         given = torch.empty(beside, *latent.shape[1:]) if beside else None
@@ -162,7 +162,7 @@ def prepare_scratch(
 ) -> int:
     """Bytes at the peak of using one transformer's outer weights: what is kept of them included."""
     with META:
-        p = _fake_params(outer, dtype)
+        p = _meta_params(outer, dtype)
         text = torch.empty(max(lengths), spec.text_dim, dtype=dtype)
         tokens = torch.empty(spec.image_tokens, spec.image_dim, dtype=dtype)
 
@@ -184,7 +184,7 @@ def attend_scratch(
     if spec.face is None or not any(ref.name.startswith(FACE_SCOPE) for ref in block.refs):
         return 0
     with META:
-        p = _fake_params(block, dtype).scope(FACE_SCOPE)
+        p = _meta_params(block, dtype).scope(FACE_SCOPE)
         per_slot = tokens // slots
         x = torch.empty(-(-min(tokens, 2 * chunk) // per_slot) * per_slot, spec.dim, dtype=dtype)
         kv = torch.empty(2, x.shape[0] // per_slot, spec.heads, spec.face.tokens, HEAD_DIM, dtype=dtype)
@@ -195,7 +195,7 @@ def faces_scratch(spec: DitSpec, encoders: Group, adapter: Group, frames: int, d
     """Transient bytes of a clip's faces on their way to keys and values, what is kept of them included."""
     assert spec.face is not None
     with META:
-        p, q = _fake_params(encoders), _fake_params(adapter)
+        p, q = _meta_params(encoders), _meta_params(adapter)
         face = torch.empty(1, 3, FACE_PIXELS, FACE_PIXELS)
 
     def run(face: Tensor) -> None:
@@ -214,7 +214,7 @@ def head_scratch(
     tokens = numel(grid)
     n = min(tokens, 2 * chunk)
     with META:
-        p = _fake_params(outer, dtype)
+        p = _meta_params(outer, dtype)
         time = dit.Time(torch.empty(1, spec.dim), torch.empty(1, 6, spec.dim), n)
         x = torch.empty(n, spec.dim, dtype=dtype)
         out, whole = (torch.empty(rows, 4 * spec.out_channels) for rows in (n, tokens))
@@ -227,21 +227,19 @@ def head_scratch(
 def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) -> int:
     """Transient bytes of one text layer on `rows` tokens."""
     with META:
-        p = _fake_params(layer, dtype)
+        p = _meta_params(layer, dtype)
         x, buckets = torch.empty(rows, spec.dim, dtype=dtype), umt5.relative_buckets(rows)
     return _peak(lambda x: umt5.layer(p, spec, x, buckets), x)
 
 
-def clip_scratch(spec: ClipSpec, outer: Group, layer: Group, dtype: torch.dtype) -> int:
-    """Transient bytes of the embedding or of one layer of the CLIP vision tower on one picture."""
+def clip_scratch(spec: ClipSpec, outer: Group, layer: Group, dtype: torch.dtype) -> tuple[int, int]:
+    """Transient bytes of the embedding and of one layer of the CLIP vision tower on one picture, results included."""
     with META:
-        first, p = _fake_params(outer, dtype), _fake_params(layer, dtype)
+        first, p = _meta_params(outer, dtype), _meta_params(layer, dtype)
         picture = torch.empty(3, spec.side, spec.side)
         x = torch.empty(spec.tokens, spec.dim, dtype=dtype)
-    return max(
-        _peak(lambda picture: clip.embed(first, spec, picture, dtype), picture),
-        _peak(lambda x: clip.layer(p, spec, x), x),
-    )
+    embed = _peak(lambda picture: clip.embed(first, spec, picture, dtype), picture)
+    return embed, _peak(lambda x: clip.layer(p, spec, x), x)
 
 
 class _UnderWay(PackedHistory):
@@ -299,7 +297,7 @@ def _middle_scratch(
     excess = max(1.0, plane[0] * plane[1] / PLANE)
     size = round(plane[0] / excess), plane[1]
     with META:
-        w = Dense(_fake_params(weights), dtype)
+        w = Dense(_meta_params(weights), dtype)
         history = _under_way(memories(layers, size, spec.shapes()), dtype)
         like = torch.empty((), dtype=dtype)
     with torch.no_grad():
@@ -345,7 +343,7 @@ def _tile_scratch(
     dtype: torch.dtype,
 ) -> int:
     with META:
-        w = Dense(_fake_params(weights), dtype)
+        w = Dense(_meta_params(weights), dtype)
         history = _under_way(tile_memories(tile, spec.shapes()), dtype)
         like = torch.empty((), dtype=dtype)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Attention as ops, so that a plan on fake tensors sees what they allocate: their results, never the logits.
+"""Attention as ops, so that a plan on meta tensors sees what they allocate: their results, never the logits.
 
     attention(q, k, v, bias)       softmax(q k^T / sqrt(d) + bias) v, by torch's scaled_dot_product_attention: R0.
                                    The reference, the fallback, and what cross attention uses.

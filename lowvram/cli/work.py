@@ -43,7 +43,7 @@ def start(
     else:
         job = pipe.job(prompt, **settings)
         check_complete(pipe.model.spec, job)
-        if out.preview is not None:
+        if out.preview is not None:  # known before a folder is made
             colours_of(pipe.model.spec.vae)
         tell_preset(pipe, flags, job, silent)
     plan = pipe.plan_job(job)

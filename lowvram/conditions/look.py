@@ -50,10 +50,14 @@ def plan_look(facts: Facts, pictures: int, ram: int) -> StagePlan:
     groups = clip_groups(facts.model, spec)
     layouts = _layouts(groups)
     traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
-    rows = allocated_size(spec.tokens * spec.dim * facts.dtype.itemsize)
+    rows = pictures * allocated_size(spec.tokens * spec.dim * facts.dtype.itemsize)
+    look = allocated_size(12 * spec.side**2)
+    embed, layer = footprint.clip_scratch(spec, groups[0], groups[1], facts.dtype)
+    # picture by picture, what the tower is shown becomes rows: first all are pictures, before the last one is
+    peak = max(embed + pictures * look, embed + look + rows - rows // pictures, layer + rows)
     claims = traffic.device_claims(facts.footprint) | {
-        "clip rows": pictures * (rows + allocated_size(12 * spec.side**2)),
-        "clip scratch": footprint.clip_scratch(spec, groups[0], groups[1], facts.dtype),
+        "clip rows": rows,
+        "clip scratch": peak - rows,
     }
     nbytes = sum(layout.nbytes for layout in layouts.values())
     parameters = sum(numel(s) for s in spec.layer_shapes().values()) * clip.layers_used(spec)

@@ -1,7 +1,7 @@
 """Job + model + budget + machine -> Plan: what will be claimed, moved and waited for, before anything is loaded.
 
 Every large buffer is a named claim, made here and taken by the stages under the same name. What the networks
-allocate besides comes from running their own code on fake tensors (`lowvram.footprint`).
+allocate besides comes from running their own code on meta tensors (`lowvram.footprint`).
 
     plan      the nouns: Plan, StagePlan, Lean
     facts     what does not depend on the budget

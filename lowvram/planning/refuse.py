@@ -10,6 +10,7 @@ from lowvram.model import imagined_model
 from lowvram.offload.budget import Budget, format_bytes
 from lowvram.planning.facts import Facts, gather
 from lowvram.planning.plan import StagePlan
+from lowvram.triton_kernels.modes import SDPA
 
 Least = Callable[[Facts, Budget], Iterator[StagePlan]]
 """Every stage as small as a budget asks for; what it returns if none fits, `lowvram.planning.choose.Planner` says."""
@@ -82,6 +83,8 @@ def nearest(facts: Facts, budget: Budget, least: Least) -> dict[str, str]:
         if fits(facts.with_job(replace(facts.job, width=width, height=height))):
             found["size"] = f"{width}x{height}"
             break
+    if facts.job.attention.mode != "sdpa" and fits(facts.with_job(replace(facts.job, attention=SDPA))):
+        found["attention"] = "sdpa"
     heaviest = max(layout.nbytes for layout in facts.layouts.values())
     for weights in SMALLER_WEIGHTS:
         imagined = imagined_model(facts.model.name, facts.spec, weights).transformers

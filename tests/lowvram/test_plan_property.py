@@ -119,7 +119,7 @@ def check_fits(case: Case, budget: Budget, **changes: Any) -> None:
         assert 0 < stage.vram == sum(stage.claims.values()) <= budget.vram
         assert 0 < stage.ram == sum(stage.ram_claims.values()) <= budget.ram
         assert min(stage.claims.values()) >= 0 and min(stage.ram_claims.values()) >= 0
-        assert stage.seconds >= 0 and stage.h2d >= stage.disk_read * 0
+        assert stage.seconds >= 0 and stage.h2d >= stage.disk_read >= 0
     depth = case.model.spec.dit.layers * len(case.model.transformers)
     assert sum(found.blocks().values()) == depth
     assert found.choices and found.advice

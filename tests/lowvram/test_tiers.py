@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 
 import pytest
 
@@ -11,9 +12,11 @@ from lowvram.job import make_job
 from lowvram.machine import machine_profile
 from lowvram.model import imagined_model
 from lowvram.offload.budget import Budget
-from lowvram.planning.choose import choose
+from lowvram.planning.choose import choose, make_plan
 from lowvram.planning.facts import gather
 from lowvram.sampling.presets import model_preset
+from lowvram.triton_kernels import dispatch
+from lowvram.triton_kernels.modes import SDPA
 
 GB = 10**9
 MACHINE = machine_profile("rtx4090")
@@ -43,3 +46,16 @@ def test_memory_costs_no_time_down_to_6_gb(name: str, width: int, height: int, f
     with pytest.raises(BudgetError) as refused:
         choose(facts, Budget(GB, 8 * GB))
     assert GB < (refused.value.minimum_vram or 0) <= 4 * GB
+
+
+def test_a_refusal_says_so_if_exact_attention_would_fit() -> None:
+    spec = model_preset("wan2.2-t2v-a14b")
+    model = imagined_model("wan2.2-t2v-a14b", spec, "fp8")
+    fast = dispatch.choose("int8-fp16", MACHINE.arch, frozenset(dispatch.PACKAGES))
+    job = make_job(spec, model=model.name, files={}, width=1280, height=720, frames=121, attention=fast)
+    budget = Budget(3 * GB, 16 * GB)
+    with pytest.raises(BudgetError, match="--attention sdpa") as refused:
+        make_plan(job, model, budget, MACHINE)
+    assert refused.value.nearest["attention"] == "sdpa"
+    exact = make_plan(replace(job, attention=SDPA), model, budget, MACHINE)
+    assert exact.vram <= budget.vram and exact.ram <= budget.ram

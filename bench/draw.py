@@ -88,7 +88,7 @@ def document(recorded: Mapping[str, peaks.Peaks], found: Mapping[str, Results]) 
             "## The embedded model on a CPU",
             (
                 "What `lowvram bench --dry` leaves: that every case runs and is measured. How fast a card is, it does not"
-                " say, and the machine was not quiet."
+                " say; a share over 100 % means that the sizes by which the ceiling was measured were slower."
             ),
             *(measured_section(name, r) for name, r in on_cpu.items()),
         ]

@@ -40,6 +40,7 @@ from lowvram.quant.files.shards import INDEX_SUFFIX
 from lowvram.quant.files.torch_zip import SUFFIXES
 from lowvram.quant.identify import Checkpoint, identify_path
 from lowvram.quant.refs import Part
+from lowvram.quant.vocabulary import Vocabulary, sentencepiece_model
 
 _WEIGHTS = (".safetensors", ".sft", ".gguf")
 
@@ -92,7 +93,7 @@ def plan_conversion(source: Path, out: Path, to: str, overwrite: bool = False) -
     gguf = isinstance(encoding_by_name(to), Blocks)
     folder, names = _targets(found, out, gguf)
     identity = _identity(found, to)
-    files = tuple(plan_files(found, to, names, f"{__version__} {to} {identity}"))
+    files = tuple(plan_files(found, to, names, f"{__version__} {to} {identity}", _tokenizer(found)))
     index = _index_name(found, files)
     task = Task(found, files, folder, index, _beside(found, source, folder == out, to))
     if not overwrite:
@@ -104,6 +105,14 @@ def plan_conversion(source: Path, out: Path, to: str, overwrite: bool = False) -
             advice="free space there, or write to another disk",
         )
     return task
+
+
+def _tokenizer(found: Checkpoint) -> Part | bytes | None:
+    """What the new file carries: a copy of the sentencepiece model, or the one that a GGUF's vocabulary makes."""
+    if not isinstance(found.tokenizer, Vocabulary):
+        return found.tokenizer
+    with FileReader(found.tokenizer.file) as reader:
+        return sentencepiece_model(found.tokenizer, reader)
 
 
 def run_conversion(task: Task) -> Iterator[Done]:

@@ -27,6 +27,7 @@ from lowvram.quant.identify import Checkpoint, identify_path
 from lowvram.quant.lora import LoraPair, LoraSet, match_lora
 from lowvram.quant.refs import Part, Shape, TensorRef
 from lowvram.quant.spec import CLIP_TOKENS, ClipSpec, DitSpec, ModelSpec, TextSpec, VaeSpec
+from lowvram.quant.vocabulary import Vocabulary
 from lowvram.sampling.presets import load_models
 
 
@@ -169,8 +170,8 @@ class Model:
     """By expert: "high" and "low", or "single"."""
     vae: Mapping[str, TensorRef]
     text: Mapping[str, TensorRef]
-    tokenizer: Path | Part | None
-    """A sentencepiece file, or the copy of one inside the text encoder's file."""
+    tokenizer: Path | Part | Vocabulary | None
+    """A sentencepiece file, or what is one inside the text encoder's file."""
     clip: Mapping[str, TensorRef] = field(default_factory=dict)
     """Empty where the transformer has no branch for it."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lowvram.errors import FileError
 from lowvram.model import Model
 from lowvram.offload.io import FileReader
 from lowvram.quant.refs import Part
+from lowvram.quant.vocabulary import Vocabulary, sentencepiece_model
 
 END = 1
 """Id of </s>, which closes every prompt; the empty prompt is this one token."""
@@ -27,14 +29,9 @@ def tokenize(model: Model, prompts: Sequence[str]) -> list[list[int]]:
             "no tokenizer was found",
             where=model.name,
             expected="spiece.model (the sentencepiece model of google/umt5-xxl)",
-            advice="give it with --tokenizer FILE, or use a text encoder file that carries it (ComfyUI's do)",
+            advice="give it with --tokenizer FILE, or use a text encoder file that carries it (ComfyUI's and GGUF ones do)",
         )
-    path = source.file if isinstance(source, Part) else source
-    with FileReader(path) as reader:
-        offset, nbytes = (source.offset, source.nbytes) if isinstance(source, Part) else (0, reader.size)
-        if not 0 < nbytes <= MAX_BYTES:
-            raise _refused(str(path))
-        data = reader.read_at(offset, nbytes)
+    path, data = _serialized(source)
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)
@@ -49,6 +46,18 @@ def tokenize(model: Model, prompts: Sequence[str]) -> list[list[int]]:
             advice="give the tokenizer that belongs to this text encoder",
         )
     return ids
+
+
+def _serialized(source: Path | Part | Vocabulary) -> tuple[Path, bytes]:
+    """The file that holds it, and the sentencepiece model itself."""
+    path = source if isinstance(source, Path) else source.file
+    with FileReader(path) as reader:
+        if isinstance(source, Vocabulary):
+            return path, sentencepiece_model(source, reader)
+        offset, nbytes = (source.offset, source.nbytes) if isinstance(source, Part) else (0, reader.size)
+        if not 0 < nbytes <= MAX_BYTES:
+            raise _refused(str(path))
+        return path, reader.read_at(offset, nbytes)
 
 
 def _refused(path: str) -> FileError:

@@ -83,10 +83,13 @@ class NewFile:
     """Of the stored tensors, for an index."""
 
 
-def plan_files(found: Checkpoint, to: str, files: Mapping[Path, str], source: str) -> list[NewFile]:
+def plan_files(
+    found: Checkpoint, to: str, files: Mapping[Path, str], source: str, tokenizer: Part | bytes | None = None
+) -> list[NewFile]:
     """The files that hold the network `found` in the format `to` (a name that `--weights` knows).
 
     files: for each file of the network the name of the new file that takes its tensors.
+    tokenizer: the sentencepiece model that goes with a text encoder, or where it lies.
     source: a text that tells these sources from all others; it is written into the new files.
     UsageError if the network cannot be stored so, or if nothing of it would change.
     """
@@ -105,8 +108,8 @@ def plan_files(found: Checkpoint, to: str, files: Mapping[Path, str], source: st
             continue
         # What speaks of all files stands in the first.
         markers = file_markers(encodings.values()) if number == 0 else {}
-        tokenizer = found.tokenizer if number == 0 and found.kind == "text" else None
-        made.append(_safetensors(name, refs, encodings, rename, markers, tokenizer, _metadata(found, source)))
+        words = tokenizer if number == 0 else None
+        made.append(_safetensors(name, refs, encodings, rename, markers, words, _metadata(found, source)))
     return made
 
 
@@ -214,7 +217,7 @@ def _safetensors(
     encodings: Mapping[str, Encoding],
     rename: Callable[[str], str],
     markers: Mapping[str, str],
-    tokenizer: Part | None,
+    tokenizer: Part | bytes | None,
     metadata: Mapping[str, str],
 ) -> NewFile:
     entries: list[Entry] = []
@@ -238,14 +241,17 @@ def _safetensors(
             entries.append(Entry(layer + suffix, "F32", ()))
             constants[layer + suffix] = b"\x00\x00\x80\x3f"
     entries += [Entry(marker, dtype, (0,)) for marker, dtype in markers.items()]
-    if tokenizer is not None:
+    if isinstance(tokenizer, Part):
         entries.append(Entry(TOKENIZER, "U8", tokenizer.shape))
+    elif tokenizer is not None:
+        entries.append(Entry(TOKENIZER, "U8", (len(tokenizer),)))
+        constants[TOKENIZER] = tokenizer
     head = safetensors_head(entries, {**metadata, **file_metadata(layers)})
     conversions = tuple(
         Conversion(ref, encodings[ref.name], {role: head.offsets[n] for role, n in parts[ref.name].items()})
         for ref in refs
     )
-    copied = {} if tokenizer is None else {head.offsets[TOKENIZER]: tokenizer}
+    copied = {head.offsets[TOKENIZER]: tokenizer} if isinstance(tokenizer, Part) else {}
     placed = {head.offsets[n]: data for n, data in constants.items()}
     return NewFile(name, head, conversions, placed, copied, tuple(e.name for e in entries))
 

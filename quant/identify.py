@@ -35,6 +35,7 @@ from lowvram.quant.names import (
 )
 from lowvram.quant.refs import Part, Shape, TensorRef
 from lowvram.quant.stored import Group, Stored, group_by_weight, make_ref, recognise_group, refuse_packed
+from lowvram.quant.vocabulary import Vocabulary, find_vocabulary
 
 Kind = Literal["dit", "vae", "text", "clip", "lora"]
 
@@ -69,8 +70,8 @@ class Checkpoint:
     """Header metadata of all files; where two disagree, of the first."""
     style: str = "native"
     """How the file names its tensors: "native", "diffusers", "hf", "gguf"."""
-    tokenizer: Part | None = None
-    """The sentencepiece model that ComfyUI text encoders carry."""
+    tokenizer: Part | Vocabulary | None = None
+    """The sentencepiece model that ComfyUI text encoders carry, or the vocabulary of llama.cpp's."""
 
 
 def fingerprint(shapes: Shapes) -> str:
@@ -154,7 +155,9 @@ def _network(
     _check_complete(spec.shapes(), shapes, extra, where)
     _check_scales(refs, where)
     files = tuple(dict.fromkeys(part.file for ref in refs.values() for part in ref.parts))
-    tokenizer = _tokenizer(groups, style.prefix) if style.kind == "text" else None
+    tokenizer: Part | Vocabulary | None = None
+    if style.kind == "text":
+        tokenizer = _tokenizer(groups, style.prefix) or find_vocabulary(headers)
     return Checkpoint(style.kind, spec, variant, refs, files, metadata, style.style, tokenizer)
 
 

@@ -348,7 +348,7 @@ def missing_error(chosen: Chosen, entries: Sequence[Entry], where: str) -> FileE
         return FileError(
             f"no tokenizer was found for {chosen.model}",
             where=where,
-            expected="spiece.model of google/umt5-xxl, or a text encoder that carries it (ComfyUI's do)",
+            expected="spiece.model of google/umt5-xxl, or a text encoder that carries it (ComfyUI's and GGUF ones do)",
             advice="give it with --tokenizer FILE",
         )
     found = (

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from lowvram.errors import FileError
 from lowvram.quant.encodings.kquants import BLOCK_SIZES
-from lowvram.quant.files.header import Header, StoredTensor, shown
+from lowvram.quant.files.header import STRINGS, Header, StoredTensor, shown
 from lowvram.quant.files.safetensors import MAX_TENSORS
 from lowvram.quant.files.sniff import HEAD_BYTES, recognise_content
 from lowvram.quant.files.strict_json import Malformed
@@ -55,6 +55,9 @@ _SCALARS: Mapping[int, str] = MappingProxyType(
 )
 """struct formats of the types of keys."""
 _UINT32, _INT32, _STRING, _ARRAY = 4, 5, 8, 9
+_VOCABULARY = "tokenizer.ggml."
+_ARRAYS: Mapping[int, str] = MappingProxyType({0: "U8", 1: "I8", 4: "U32", 5: "I32", 6: "F32", 8: STRINGS})
+"""Dtype code of the elements of arrays that a vocabulary is made of."""
 
 _AGAIN = "the file is damaged or was not made by a GGUF writer; download it again"
 _TRUNCATED = "the download is not complete; download it again"
@@ -64,7 +67,8 @@ def read_gguf_header(reader: Reader) -> Header:
     """The checked header of a GGUF file; FileError if it is anything else, or not whole.
 
     Looks at no tensor data. Every tensor of the result lies inside the file. Shapes are in torch's order; the dtype of
-    a block format is the name of its type. Of the keys, single values and short texts become metadata.
+    a block format is the name of its type. Of the keys, single values and short texts become metadata; of the arrays of
+    a vocabulary the places are kept.
     """
     cursor = _Cursor(reader)
     try:
@@ -80,6 +84,7 @@ class _Keys:
     metadata: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, Shape] = field(default_factory=dict)
     """Shapes that keys give for tensors, by name of the tensor."""
+    arrays: dict[str, StoredTensor] = field(default_factory=dict)
     alignment: int = 32
     seen: set[str] = field(default_factory=set)
 
@@ -195,7 +200,7 @@ def _parse(cursor: _Cursor) -> Header:
     ordered = tuple(
         StoredTensor(t.name, t.dtype, t.shape, start + t.offset, t.nbytes) for t in tensors.values()
     )
-    return Header(reader.path, reader.size, ordered, keys.metadata)
+    return Header(reader.path, reader.size, ordered, keys.metadata, arrays=keys.arrays)
 
 
 def _check_magic(reader: Reader) -> None:
@@ -231,9 +236,12 @@ def _read_key(cursor: _Cursor, keys: _Keys) -> None:
     if key == "general.alignment":
         keys.alignment = _read_alignment(cursor, kind)
     elif kind == _ARRAY:
-        values = _read_array(cursor, keep=key.startswith(_ORIGINAL_SHAPE))
-        if values is not None:
-            keys.shapes[key.removeprefix(_ORIGINAL_SHAPE)] = values
+        if key.startswith(_ORIGINAL_SHAPE):
+            keys.shapes[key.removeprefix(_ORIGINAL_SHAPE)] = _read_shape(cursor)
+        else:
+            array = _skip_array(cursor, key)
+            if key.startswith(_VOCABULARY):
+                keys.arrays[key] = array
     elif kind == _STRING:
         length = cursor.number("<Q")
         if length > MAX_KEPT_BYTES:
@@ -254,18 +262,22 @@ def _read_alignment(cursor: _Cursor, kind: int) -> int:
     return alignment
 
 
-def _read_array(cursor: _Cursor, *, keep: bool) -> Shape | None:
-    """Past an array; with `keep` its values, which must be a few whole numbers."""
+def _read_shape(cursor: _Cursor) -> Shape:
     kind, count = cursor.number("<I"), cursor.number("<Q")
-    if keep:
-        if kind != _INT32 or count > MAX_DIMS:
-            raise Malformed("an original shape that is none", f"up to {MAX_DIMS} 32-bit numbers")
-        return tuple(cursor.number("<i") for _ in range(count))
+    if kind != _INT32 or count > MAX_DIMS:
+        raise Malformed("an original shape that is none", f"up to {MAX_DIMS} 32-bit numbers")
+    return tuple(cursor.number("<i") for _ in range(count))
+
+
+def _skip_array(cursor: _Cursor, key: str) -> StoredTensor:
+    """Past an array, whose bytes are not looked at: where they lie."""
+    kind, count = cursor.number("<I"), cursor.number("<Q")
+    start = cursor.at
     if kind == _STRING:
         cursor.skip_strings(count)
     else:
         cursor.skip(count * struct.calcsize(_scalar_form(kind, "an array")))
-    return None
+    return StoredTensor(key, _ARRAYS.get(kind, f"type {kind}"), (count,), start, cursor.at - start)
 
 
 def _scalar_form(kind: int, what: str) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from lowvram.quant.refs import Shape
 
+STRINGS = "STRINGS"
+"""Dtype of an array of texts, each behind its length in 8 bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -33,6 +36,8 @@ class Header:
     metadata: Mapping[str, str]
     notes: Mapping[str, bytes] = field(default_factory=dict)
     """Bytes of the small JSON texts stored as tensors, by name of the tensor."""
+    arrays: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Arrays among the keys of a GGUF that make a vocabulary, by key."""
 
 
 def shown(text: str, limit: int = 80) -> str:

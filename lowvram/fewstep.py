@@ -55,7 +55,7 @@ def with_preset(settings: Mapping[str, Any], files: Mapping[str, str]) -> dict[s
     made_for = {
         preset_of(Path(path), "dit") for part, path in files.items() if part in ("high", "low", "single")
     }
-    presets = {preset_of(Path(lora.path), "lora") for lora in loras if lora.strength} | made_for
+    presets = {preset_of(Path(lora.path), "lora") for lora in loras if lora.acts} | made_for
     presets.discard(None)
     if by_hand or len(presets) != 1:
         return dict(settings)
@@ -173,7 +173,7 @@ def _distilled(job: Job, spec: ModelSpec) -> list[Distilled]:
         if part in spec.expert_names() and (preset := preset_of(Path(path), "dit")) is not None
     ]
     for lora in job.loras:
-        preset = preset_of(Path(lora.path), "lora") if lora.strength else None
+        preset = preset_of(Path(lora.path), "lora") if lora.acts else None
         if preset is not None:
             found.append(Distilled(lora.path, preset, acts_on(lora, spec)))
     return found
@@ -188,7 +188,7 @@ def acts_on(lora: LoraChoice, spec: ModelSpec) -> tuple[str, ...]:
 
 
 def _with_any_lora(job: Job, spec: ModelSpec) -> set[str]:
-    return {expert for lora in job.loras if lora.strength for expert in acts_on(lora, spec)}
+    return {expert for lora in job.loras if lora.acts for expert in acts_on(lora, spec)}
 
 
 def _guidance(job: Job, spec: ModelSpec) -> list[tuple[str, float]]:

@@ -33,9 +33,19 @@ class LoraChoice:
     path: str
     expert: str = "both"
     """"high", "low", or "both"."""
-    strength: float = 1.0
+    strength: float | tuple[float, ...] = 1.0
+    """One number, or one for each equal share of the steps."""
     partial: bool = False
     """Whether a LoRA that fits in part is taken all the same."""
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        return self.strength if isinstance(self.strength, tuple) else (self.strength,)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does anything at any step."""
+        return any(self.strengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +130,7 @@ def make_job(
             f"{fps} frames a second", where="--fps", expected="1 to 120", advice="leave --fps out"
         )
     for lora in loras:
-        if not math.isfinite(lora.strength):
+        if not all(map(math.isfinite, lora.strengths)):
             raise UsageError(
                 f"strength {lora.strength}",
                 where="--lora",
@@ -133,6 +143,15 @@ def make_job(
                 where="--lora",
                 advice=f"leave :{lora.expert} out",
             )
+    schedule = _schedule(spec, width * height, steps, solver, shift, guidance, preset)
+    for lora in loras:
+        if not 1 <= len(lora.strengths) <= len(schedule):
+            raise UsageError(
+                f"{len(lora.strengths)} strengths for {len(schedule)} steps",
+                where="--lora",
+                expected="one for each equal share of the steps",
+                advice=f"give at most {len(schedule)}, as in FILE@1,0.5",
+            )
     return Job(
         model=model,
         files=files,
@@ -144,7 +163,7 @@ def make_job(
         frames=frames,
         fps=fps or spec.fps,
         seed=seed,
-        schedule=_schedule(spec, width * height, steps, solver, shift, guidance, preset),
+        schedule=schedule,
         preset=preset,
         image=image,
         last_image=last_image,

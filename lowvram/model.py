@@ -36,9 +36,14 @@ class Lora:
     """A LoRA on one transformer."""
 
     matched: LoraSet
-    strength: float
+    strengths: tuple[float, ...]
+    """One for each equal share of the steps."""
     ratios: Mapping[str, float]
     """alpha / rank by the native name of the weight."""
+
+    def told(self) -> str:
+        """Its strengths as they are typed."""
+        return ",".join(f"{strength:g}" for strength in self.strengths)
 
     def report(self) -> str:
         """How much of the file is used, in a few words."""
@@ -51,11 +56,21 @@ class Lora:
             f" and {len(found.unused) - 2} more" if len(found.unused) > 2 else ""
         )
 
-    def scale(self, pair: LoraPair) -> LoraScale:
+    def strength(self, step: int, steps: int) -> float:
+        """How strongly it acts in one of `steps` steps."""
+        return self.strengths[step * len(self.strengths) // steps]
+
+    @property
+    def outside_blocks(self) -> bool:
+        """Whether it changes anything outside the blocks."""
+        targets = (part.target for part in (*self.matched.pairs, *self.matched.deltas))
+        return any(not target.startswith("blocks.") for target in targets)
+
+    def scale(self, pair: LoraPair, strength: float) -> LoraScale:
         ratio = self.ratios[pair.target]
         if pair.magnitude is None:
-            return LoraScale(self.strength * ratio)
-        return LoraScale(ratio, self.strength, pair.of_base)
+            return LoraScale(strength * ratio)
+        return LoraScale(ratio, strength, pair.of_base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +93,15 @@ class Transformer:
     face_blocks: range = range(0)
     """Blocks that a face adapter follows."""
 
-    def groups(self) -> dict[str, Group]:
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Of each LoRA at the first step."""
+        return tuple(lora.strengths[0] for lora in self.loras)
+
+    def groups(self, strengths: tuple[float, ...] | None = None) -> dict[str, Group]:
         """ "outer" and "blocks.0" to "blocks.N": each with the names its tensors have inside it.
+
+        strengths: of each LoRA, those at the first step if left out. They change no tensor and no place.
 
         With a face branch also "face", its two encoders, and "face.0" to "face.N", what makes the keys and values of
         an adapter; the rest of an adapter belongs to the block that it follows.
@@ -90,20 +112,20 @@ class Transformer:
         for name, ref in self.refs.items():
             group, inner = self._split(name)
             refs.setdefault(group, {})[inner] = replace(ref, name=inner)
-        for lora in self.loras:
+        for lora, strength in zip(self.loras, strengths or self.strengths, strict=True):
             for pair in lora.matched.pairs:
                 group, inner = self._split(pair.target.removesuffix(".weight"))
                 scales = branches.setdefault(group, {})
                 index = len(scales.get(inner, ()))
-                scales[inner] = (*scales.get(inner, ()), lora.scale(pair))
+                scales[inner] = (*scales.get(inner, ()), lora.scale(pair, strength))
                 for part in (pair.down, pair.up, pair.magnitude):
                     if part is not None:
                         _add(refs[group], branch_name(inner, index, part.role), part)
             for delta in lora.matched.deltas:
                 group, inner = self._split(delta.target)
-                strengths = deltas.setdefault(group, {})
-                index = len(strengths.get(inner, ()))
-                strengths[inner] = (*strengths.get(inner, ()), lora.strength)
+                added = deltas.setdefault(group, {})
+                index = len(added.get(inner, ()))
+                added[inner] = (*added.get(inner, ()), strength)
                 _add(refs[group], delta_name(inner, index), delta.part)
         return {g: Group(tuple(r.values()), branches.get(g, {}), deltas.get(g, {})) for g, r in refs.items()}
 
@@ -232,7 +254,7 @@ def with_loras(model: Model, choices: tuple[LoraChoice, ...]) -> Model:
         matched = match_lora(headers, model.spec.dit, choice.partial)
         ratios = _ratios(matched)
         for expert in _experts_of(choice, model):
-            loras[expert].append(Lora(matched, choice.strength, ratios))
+            loras[expert].append(Lora(matched, choice.strengths, ratios))
     return replace(
         model, transformers={e: replace(t, loras=tuple(loras[e])) for e, t in model.transformers.items()}
     )

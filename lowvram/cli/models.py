@@ -237,7 +237,7 @@ def tell_preset(pipe: Pipeline, flags: o.JobFlags, job: Job, quiet: bool) -> Non
     for expert, transformer in with_loras(pipe.model, job.loras).transformers.items():
         for lora in transformer.loras:
             path = printable(str(lora.matched.files[0]))
-            say(f"lora      {path}  ({source}{expert}, strength {lora.strength:g}: {lora.report()})")
+            say(f"lora      {path}  ({source}{expert}, strength {lora.told()}: {lora.report()})")
 
 
 def record(entry: Entry) -> dict[str, Any]:

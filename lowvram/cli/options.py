@@ -74,7 +74,10 @@ AttentionEnds = Annotated[
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="Few-step schedule, such as lightning-4.")]
 Lora = Annotated[
-    list[str] | None, typer.Option("--lora", help="FILE[:high|:low][@STRENGTH]; may be given several times.")
+    list[str] | None,
+    typer.Option(
+        "--lora", help="FILE[:high|:low][@STRENGTH, or @1,0.5,0 over the steps]; may be given several times."
+    ),
 ]
 LoraPartial = Annotated[
     bool, typer.Option("--lora-partial", help="Take LoRAs of which less than 95 % fit the model.")
@@ -231,7 +234,7 @@ def parse_guidance(text: str | None) -> dict[str, tuple[float, float]]:
 
 
 def parse_loras(texts: list[str] | None, partial: bool = False) -> dict[str, Any]:
-    """FILE[:high|:low][@STRENGTH] each -> LoraChoices; nothing for none."""
+    """FILE[:high|:low][@STRENGTH[,STRENGTH...]] each -> LoraChoices; nothing for none."""
     if not texts:
         return {}
     from lowvram.job import LoraChoice
@@ -240,17 +243,19 @@ def parse_loras(texts: list[str] | None, partial: bool = False) -> dict[str, Any
     for text in texts:
         match = re.fullmatch(r"(?P<path>.+?)(?::(?P<expert>high|low))?(?:@(?P<strength>[^@/\\]+))?", text)
         try:
-            strength = float(match["strength"]) if match and match["strength"] else 1.0
+            given = match["strength"].split(",") if match and match["strength"] else ["1"]
+            strengths = tuple(map(float, given))
         except ValueError:
             raise UsageError(
                 f'"{text}"',
                 where="--lora",
                 expected="FILE[:high|:low][@STRENGTH]",
-                advice="STRENGTH is a number",
+                advice="STRENGTH is a number, or several for equal shares of the steps: @1,0.5,0",
             ) from None
         assert match is not None
         # Absolute: a job that goes on from another folder must find it again.
         path = str(Path(match["path"]).expanduser().absolute())
         expert = match["expert"] or "both"
+        strength = strengths if len(strengths) > 1 else strengths[0]
         choices.append(LoraChoice(path=path, expert=expert, strength=strength, partial=partial))
     return {"loras": tuple(choices)}

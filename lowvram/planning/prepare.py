@@ -9,6 +9,7 @@ from lowvram.model import kinds
 from lowvram.models import dit
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.slab import build_layout
+from lowvram.phases import outer_phases
 from lowvram.planning.facts import Facts, kind_of
 from lowvram.planning.plan import StagePlan
 
@@ -42,9 +43,12 @@ def plan_prepare(facts: Facts, budget: Budget) -> tuple[StagePlan]:
 
 
 def kept_claims(facts: Facts, experts: int = 0, steps: int = 0) -> dict[str, int]:
-    """What the preparation leaves behind for the steps; of one expert with so many steps, or of all."""
+    """What the preparation leaves behind for the steps; of one expert with so many steps, or of all.
+
+    An expert counts once for each strength that a LoRA changes what is outside its blocks with.
+    """
     spec, width = facts.spec.dit, facts.dtype.itemsize
-    experts, steps = experts or len(facts.groups), steps or len(facts.job.schedule)
+    experts, steps = experts or _outsides(facts), steps or len(facts.job.schedule)
     rows = [footprint.context_rows(spec, n) for n in facts.lengths]
     contexts = sum(allocated_size(n * spec.dim * width) + allocated_size(4 * n) for n in rows)
     contexts += allocated_size(spec.image_tokens * spec.dim * width)
@@ -58,3 +62,8 @@ def kept_claims(facts: Facts, experts: int = 0, steps: int = 0) -> dict[str, int
         "time rows": steps * footprint.time_bytes(spec, facts.time_rows),
         "ends": experts * ends,
     }
+
+
+def _outsides(facts: Facts) -> int:
+    transformers = tuple(facts.model.transformers.values())
+    return sum(len(outer_phases(facts.job, transformers, e)) for e in range(len(transformers)))

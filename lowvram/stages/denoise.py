@@ -20,6 +20,7 @@ from lowvram.offload.placement import BlockId
 from lowvram.offload.rows import HostRows
 from lowvram.offload.slab import BlockLayout
 from lowvram.offload.stream import BlockStream, Views
+from lowvram.phases import outer_phase, outer_phases, phase
 from lowvram.planning.visits import layouts_of, step_visits, visiting_order
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import DitSpec
@@ -47,15 +48,14 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class _Expert:
-    """What one transformer needs outside its blocks, made before the first step."""
+class _Outside:
+    """What a step needs of the weights outside the blocks, made before the first step."""
 
     ends: Params
     """patch embedding and head"""
     contexts: tuple[dit.Context, ...]
     """of the prompt and, if any step guides, of the negative prompt"""
-    times: dict[int, dit.Time]
-    """by step"""
+    time: dit.Time
 
 
 def initial_state(job: Job, model: Model) -> State:
@@ -90,9 +90,11 @@ def denoise(
     stop = len(job.schedule) if stop is None else stop
     schedule, spec, lean = job.schedule, model.spec, run.plan.lean
     names = spec.expert_names()
-    experts = _prepare(run, model, job, texts, condition)
-    groups = {e: t.groups() for e, t in model.transformers.items()}
-    layouts = {k: v for e in names for k, v in layouts_of(groups[e], e).items()}
+    outside = _prepare(run, model, job, texts, condition)
+    transformers = tuple(model.transformers.values())
+    phases = [phase(job, transformers, i) for i in range(len(schedule))]
+    groups = {p: transformers[p.expert].groups(p.strengths) for p in phases}
+    layouts = {k: v for p, found in groups.items() for k, v in layouts_of(found, names[p.expert]).items()}
     device = run.device.torch_device
     x, memory = state.x.to(device), _solver_to(state.solver, device)
     fixed, channels = (None if t is None else t.to(device) for t in (condition.fixed, condition.channels))
@@ -107,22 +109,20 @@ def denoise(
         for i in range(state.step, stop):
             finite = torch.ones(spec.dit.layers, 2, dtype=torch.bool, device=device)
             work, first = works[job.attention.of_step(i, len(schedule)).name], works[job.attention.ends]
-            expert = experts[names[schedule.experts[i]]]
+            around, inside = outside[i], groups[phases[i]]
             passes = 2 if guidance.needs_uncond(schedule.guidance[i]) else 1
             contexts = [
-                replace(c, driving=d) for c, d in zip(expert.contexts[:passes], driving[:passes], strict=True)
+                replace(c, driving=d) for c, d in zip(around.contexts[:passes], driving[:passes], strict=True)
             ]
             velocities: list[Tensor] = []
             for shared in [contexts] if lean.together else [[c] for c in contexts]:
-                blocks = (
-                    to_params(groups[b[0]][f"blocks.{b[1]}"], v) for b, v in _take(stream, spec.dit.layers)
-                )
+                blocks = (to_params(inside[f"blocks.{n}"], v) for (_, n), v in _take(stream, spec.dit.layers))
                 velocities += dit.forward(
-                    expert.ends,
+                    around.ends,
                     blocks,
                     spec.dit,
                     x,
-                    expert.times[i],
+                    around.time,
                     shared,
                     rope,
                     work,
@@ -218,29 +218,35 @@ def _take(stream: BlockStream | None, n: int) -> Iterator[tuple[BlockId, Views]]
 
 def _prepare(
     run: Run, model: Model, job: Job, texts: list[Tensor], condition: Condition
-) -> dict[str, _Expert]:
-    """Use what lies outside the blocks once, and keep only what every step needs of it."""
+) -> dict[int, _Outside]:
+    """Use what lies outside the blocks once, and keep only what every step needs of it, by step."""
     spec, device = model.spec.dit, run.device.torch_device
     _, frames, h, w = model.spec.denoised_shape(job.width, job.height, job.frames)
     fixed = 0 if condition.fixed is None else condition.fixed.shape[1]
-    experts = {}
+    transformers = tuple(model.transformers.values())
+    wanted = [outer_phase(job, transformers, i) for i in range(len(job.schedule))]
+    outside: dict[int, _Outside] = {}
     with run.stage("prepare") as (_, traffic):
         for number, (name, transformer) in enumerate(model.transformers.items()):
-            group = transformer.groups()["outer"]
-            with run.loaded(f"{name} outer", group, traffic) as outer:
-                image = None
-                if condition.image is not None:
-                    image = dit.embed_image(outer, condition.image.to(device))
-                contexts = tuple(replace(dit.embed_text(outer, spec, text), image=image) for text in texts)
-                times = {}
-                for i, (t, e) in enumerate(zip(job.schedule.timesteps, job.schedule.experts, strict=True)):
-                    if e == number:
+            with run.carried(f"{name} outer", transformer.groups()["outer"], traffic) as views:
+                for now in outer_phases(job, transformers, number):
+                    outer = to_params(transformer.groups(now.strengths)["outer"], views)
+                    image = None
+                    if condition.image is not None:
+                        image = dit.embed_image(outer, condition.image.to(device))
+                    contexts = tuple(
+                        replace(dit.embed_text(outer, spec, text), image=image) for text in texts
+                    )
+                    times = {}
+                    for i in (i for i, each in enumerate(wanted) if each == now):
                         # the given frames are clean
-                        rows = torch.tensor([0.0] * fixed + [t], dtype=torch.float64, device=device)
+                        t = [0.0] * fixed + [job.schedule.timesteps[i]]
+                        rows = torch.tensor(t, dtype=torch.float64, device=device)
                         times[i] = dit.embed_time(outer, spec, rows, h * w // 4 * (1 if fixed else frames))
-                experts[name] = _Expert(outer.copied(dit.ENDS), contexts, times)
+                    ends = outer.copied(dit.ENDS)
+                    outside |= {i: _Outside(ends, contexts, time) for i, time in times.items()}
             run.step("prepare")
-    return experts
+    return outside
 
 
 def _driving(

@@ -19,7 +19,7 @@ from lowvram.offload.device import Device, lost
 from lowvram.offload.io import FileReader
 from lowvram.offload.placement import BlockId, Placement, block_name
 from lowvram.offload.slab import build_layout
-from lowvram.offload.stream import BlockStats, BlockStream
+from lowvram.offload.stream import BlockStats, BlockStream, Views
 from lowvram.planning.plan import Plan, StagePlan
 from lowvram.preview import Preview
 from lowvram.quant.linear import Params
@@ -197,7 +197,13 @@ class Run:
 
     @contextmanager
     def loaded(self, name: str, group: Group, traffic: Traffic) -> Iterator[Params]:
-        """A group of tensors on the device for as long as the block lasts: a stream of one visit."""
+        """A group of tensors on the device for as long as the block lasts."""
+        with self.carried(name, group, traffic) as views:
+            yield to_params(group, views)
+
+    @contextmanager
+    def carried(self, name: str, group: Group, traffic: Traffic) -> Iterator[Views]:
+        """The stored bytes of a group on the device for as long as the block lasts: a stream of one visit."""
         block = (name, 0)
         with BlockStream(
             {block: build_layout(group.refs)},
@@ -208,7 +214,7 @@ class Run:
             clock=self.clock,
         ) as stream:
             _, views = next(stream)
-            yield to_params(group, views)
+            yield views
         traffic.add(stream)
 
 

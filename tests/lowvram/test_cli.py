@@ -77,6 +77,8 @@ USAGE: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--ram", "lots"], ["--ram", "lots"]),
     ([*GENERATE, "--lora", "a.safetensors@strong"], ["strong"]),
     ([*GENERATE, "--lora", "a.safetensors@nan"], ["nan"]),
+    ([*GENERATE, "--lora", "a.safetensors@1,"], ['"a.safetensors@1,"', "equal shares"]),
+    ([*GENERATE, "--steps", "2", "--lora", "a.safetensors@1,0.5,0"], ["3 strengths for 2 steps"]),
     ([*GENERATE, "--offload_model", "True"], ["--offload_model", "--vram"]),
     ([*GENERATE, "--t5_cpu"], ["--t5_cpu", "--vram"]),
     (["generate", "x", "-o", "exists.mp4"], ["exists.mp4", "--overwrite"]),

@@ -148,7 +148,9 @@ def saved(**settings: Any) -> Saved:
 
 def test_a_saved_job_comes_back_equal(jobs: Path) -> None:
     lora = LoraChoice(path="/a.safetensors", expert="high", strength=0.1)
-    whole = saved(prompt="кот 猫", seed=2**62, guidance=(4.0, 3.5), loras=(lora,), solver="dpm++", steps=7)
+    fading = LoraChoice(path="/b.safetensors", strength=(1.0, 0.5, 0.0))
+    loras = (lora, fading)
+    whole = saved(prompt="кот 猫", seed=2**62, guidance=(4.0, 3.5), loras=loras, solver="dpm++", steps=7)
     folder = new_job(whole, jobs, "20260101-000000")
     assert folder.load() == whole
     assert find_job("last", jobs) == find_job(folder.name, jobs) == folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from lowvram import Pipeline, Runtime
 from lowvram.errors import FileError, UsageError
 from lowvram.job import LoraChoice
 from lowvram.model import with_loras
+from lowvram.phases import phase
 from lowvram.quant.linear import Dora
 from lowvram.sampling.presets import model_preset
+from lowvram.stages.denoise import State
 
 PROMPT = "a red circle moves left on a black background"
 SETTINGS: dict[str, Any] = {"seed": 5, "steps": 2, "shift": 3.0, "guidance": (1.0, 1.0)}
@@ -132,6 +135,51 @@ def test_streamed_and_resident_are_equal_and_the_plan_prices_every_part(lora: Pa
         plan = tight.plan_job(job)
         assert plan.blocks()["resident"] < roomy.blocks()["resident"]
         assert torch.equal(tight.run(job, plan=plan).latent, whole)
+
+
+def test_strength_over_steps_is_what_each_step_merged_with_its_own_gives(
+    parts: Weights, lora: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Two steps: the first of a model merged at one strength, the second of one merged at another."""
+    pipes = [
+        Runtime(GB, 2 * GB, "cpu").load(
+            str(model_with(tmp_path / f"{s}", tiny_model, lambda w, s=s: merged(w, parts, s)))
+        )
+        for s in (0.8, -0.3)
+    ]
+    states: list[State] = []
+    job = pipes[0].job(PROMPT, **SETTINGS)
+    pipes[0].run(job, save=states.append)
+    expected = pipes[1].run(replace(job, files=pipes[1].files), state=states[0]).latent
+    pipe = Runtime(GB, 2 * GB, "cpu").load(str(tiny_model))
+    found = pipe(PROMPT, loras=(LoraChoice(path=str(lora), strength=(0.8, -0.3)),), **SETTINGS).latent
+    first = pipe(PROMPT, loras=(LoraChoice(path=str(lora), strength=0.8),), **SETTINGS).latent
+    assert (found - first).abs().max() > 0.01
+    assert (found - expected).abs().max() < 2e-4
+
+
+def test_a_changing_strength_is_kept_resumed_and_priced(lora: Path, tiny_model: Path) -> None:
+    pipe = Runtime(GB, 2 * GB, "cpu").load(str(tiny_model))
+    settings = SETTINGS | {"steps": 6}
+    choice = LoraChoice(path=str(lora), strength=(1.0, 0.5, 0.0), expert="low")
+    job = pipe.job(PROMPT, loras=(choice,), **settings)
+    transformers = tuple(with_loras(pipe.model, job.loras).transformers.values())
+    told = [(p.expert, p.strengths) for p in (phase(job, transformers, i) for i in range(6))]
+    assert told == [(0, ())] * 2 + [(1, (0.5,))] * 2 + [(1, (0.0,))] * 2
+    states: list[State] = []
+    whole = pipe.run(job, save=states.append).latent
+    assert torch.equal(pipe.run(job, state=states[2]).latent, whole)
+    steady = pipe.plan(PROMPT, loras=(replace(choice, strength=1.0),), **settings).stage("denoise").claims
+    changing = pipe.plan_job(job).stage("denoise").claims
+    # The LoRA changes what is outside the blocks too: each of its strengths has a copy of its own.
+    for claim in ("ends", "contexts"):
+        assert changing[claim] * 2 == steady[claim] * 3
+
+
+def test_more_strengths_than_steps_are_refused(lora: Path, tiny_model: Path) -> None:
+    pipe = Runtime(GB, 2 * GB, "cpu").load(str(tiny_model))
+    with pytest.raises(UsageError, match="3 strengths for 2 steps"):
+        pipe.job(PROMPT, loras=(LoraChoice(path=str(lora), strength=(1.0, 0.5, 0.0)),), **SETTINGS)
 
 
 def test_dora_with_the_norms_of_the_base_changes_nothing() -> None:

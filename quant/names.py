@@ -342,6 +342,7 @@ _LAYER_SUFFIXES: Mapping[str, str] = MappingProxyType(
         "weight_global_scale": "global_scale", "input_global_scale": "input_global_scale", "alpha": "alpha",
         "input_absmax": "input_absmax",
         "_weight_qdata": "weight", "_weight_scale": "scale", "weight:qdata": "weight", "weight:scale": "scale",
+        "_weight_zero_point": "zero_point",
         "SCB": "scb", "weight_format": "weight_format",
     }
 )  # fmt: skip

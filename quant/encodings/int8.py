@@ -2,7 +2,7 @@
 
 Layouts read (checkpoint families in brackets): weight int8 [N, K] with a scale [N, 1] (LightX2V int8; quanto
 qint8) or [] (ComfyUI int8_tensorwise), W = q * scale; the same, rotated in groups of columns (ComfyUI convrot);
-and SCB [N], W = q * SCB / 127 (bitsandbytes).
+the same with zero points, W = (q - zero) * scale (torchao Int8Tensor); and SCB [N], W = q * SCB / 127 (bitsandbytes).
 """
 
 from __future__ import annotations
@@ -50,18 +50,25 @@ class Int8(Encoding):
     """Dtype code of the scales."""
     group: int = 0
     """Columns rotated together, or 0 for a weight that is not rotated."""
+    zeros: bool = False
+    """Whether a part "zero_point" in int8, shaped like the scales, is what stands for 0."""
 
     @property
     def name(self) -> str:
-        body = {"tensor": "int8_tensor", "row": "int8", "absmax": "int8_bnb"}[self.scaling]
+        body = {"tensor": "int8_tensor", "row": "int8", "absmax": "int8_bnb"}[
+            self.scaling
+        ] + "_zero" * self.zeros
         if not self.group:
             return body
         return f"{body}_convrot" if self.group == 256 else f"{body}_convrot{self.group}"
 
     def layout(self, shape: Shape) -> tuple[PartLayout, ...]:
+        beside = self._scale_shape(shape)
+        zeros = (part_layout("zero_point", "I8", beside),) if self.zeros else ()
         return (
             part_layout("weight", "I8", shape),
-            part_layout(self._scale_role, self.scale_code, self._scale_shape(shape)),
+            part_layout(self._scale_role, self.scale_code, beside),
+            *zeros,
         )
 
     def fits(self, shape: Shape) -> bool:
@@ -86,10 +93,13 @@ class Int8(Encoding):
         scale = scale.reshape(()) if self.scaling == "tensor" else scale.reshape(shape[0], 1)
         if self.group:
             scale = scale / root(self.group)
+        zero = parts["zero_point"].to(torch.float32).reshape(scale.shape) if self.zeros else None
         source, target = weight.reshape(matrix), out.view(matrix)
         for rows in row_chunks(*matrix):
-            part = scale if self.scaling == "tensor" else scale[rows]
-            target[rows].copy_(self._decode_rows(source[rows], part))
+            q, part = source[rows], scale if self.scaling == "tensor" else scale[rows]
+            if zero is not None:
+                q = q - (zero if self.scaling == "tensor" else zero[rows])
+            target[rows].copy_(self._decode_rows(q, part))
         return out
 
     def _decode_rows(self, q: Tensor, scale: Tensor) -> Tensor:
@@ -115,7 +125,9 @@ class Int8(Encoding):
         for rows in row_chunks(*source.shape):
             part = unit if self.scaling == "tensor" else unit[rows]
             weight[rows] = (self._values(source[rows]) / part).round_().clamp_(-128, 127).to(torch.int8)
-        return {"weight": weight.view(shape), self._scale_role: scale.reshape(self._scale_shape(shape))}
+        beside = self._scale_shape(shape)
+        parts = {"weight": weight.view(shape), self._scale_role: scale.reshape(beside)}
+        return parts | {"zero_point": torch.zeros(beside, dtype=torch.int8)} if self.zeros else parts
 
     def _values(self, source: Tensor) -> Tensor:
         """Rows as they are stored but for the scale: float32, rotated."""
@@ -160,10 +172,13 @@ def _encoding(shape: Shape, stored: Mapping[str, StoredPart]) -> Int8 | None:
     group = rotation_of(stored.get("comfy_quant"))
     if group is None or (group and not is_rotation(group)):
         return None
+    zero = stored.get("zero_point")
+    if zero is not None and (group or zero.dtype != "I8" or zero.shape != scale.shape):
+        return None
     if scale.shape in ((), (1,), (1, 1)):
-        return Int8("tensor", scale.dtype, group)
+        return Int8("tensor", scale.dtype, group, zero is not None)
     if scale.shape in ((shape[0],), (shape[0], 1)):
-        return Int8("row", scale.dtype, group)
+        return Int8("row", scale.dtype, group, zero is not None)
     return None
 
 

@@ -49,7 +49,7 @@ def read_torch_header(reader: Reader) -> Header:
     if not head.startswith(b"PK\x03\x04"):
         content = recognise_content(head)
         if content is not None and head.startswith(b"\x80"):
-            advice = "use the .safetensors version of the same model"
+            advice = "save it anew in Python, torch.save(torch.load(FILE, weights_only=True), NEW), or use a .safetensors version"
             _refuse(reader, "a pickle in the form of torch before 1.6", "a zip archive", advice)
         found = content.found if content is not None else f"something that starts with {ascii(head[:4])[1:]}"
         _refuse(

@@ -188,6 +188,26 @@ def test_a_checkpoint_in_any_format_is_read_from_where_it_lies(writer, state, tm
     check(found, state, LOSS.get(encoding, 0.17))
 
 
+@pytest.mark.parametrize("writer", ["quanto qint8", "quanto qint4", "bitsandbytes nf4 nested"])
+def test_the_parts_of_a_weight_may_lie_in_different_shards(writer, state, tmp_path, open_file):
+    """As a writer of shards cuts that knows nothing of weights: by size, in the order of names."""
+    encoding, write = WRITERS[writer]
+    stored = {n: t.contiguous() for n, t in write(state).items()}
+    names = sorted(stored)
+    shards = [f"diffusion_pytorch_model-0000{n + 1}-of-00003.safetensors" for n in range(3)]
+    weight_map = {name: shards[i * 3 // len(names)] for i, name in enumerate(names)}
+    for i, name in enumerate(n for n in names if n.endswith(("_scale", ".absmax"))):
+        weight_map[name] = shards[i % 3]
+    for shard in shards:
+        save_file({n: stored[n] for n, file in weight_map.items() if file == shard}, tmp_path / shard)
+    index = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
+    found = identify_path(tmp_path, open_file)
+    assert any(len({part.file for part in found.refs[name].parts}) > 1 for name in MATRICES)
+    assert {found.refs[name].encoding.name for name in MATRICES} == {encoding}
+    check(found, state, LOSS.get(encoding, 0.17))
+
+
 @pytest.mark.parametrize("kind", BLOCK_SIZES)
 def test_a_gguf_checkpoint_decodes_to_what_gguf_py_makes_of_it(kind, state, tmp_path, open_file):
     path = tmp_path / "model.gguf"

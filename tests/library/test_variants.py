@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from headers import authors_clip
 
 from lowvram.library.entries import models_with
 from lowvram.quant.encodings.base import Encoding
+from lowvram.quant.face_spec import FaceSpec
 from lowvram.quant.identify import identify
-from lowvram.quant.names import DIT, TEXT, TEXT_GGUF, vae_renames
+from lowvram.quant.names import CLIP, DIT, TEXT, TEXT_GGUF, vae_renames
 from lowvram.quant.refs import Shape
-from lowvram.quant.spec import DitSpec, VaeSpec
+from lowvram.quant.spec import ClipSpec, DitSpec, VaeSpec
 from lowvram.sampling.presets import load_models, model_preset
 
 Shapes = Mapping[str, Shape]
@@ -28,6 +31,24 @@ NETWORKS: dict[str, tuple[Any, str, str, list[str]]] = {
     "ti2v 5B": (DitSpec(3072, 14336, 30, 48, 48), "dit", "ti2v", ["wan2.2-ti2v-5b"]),
     "t2v 1.3B": (DitSpec(1536, 8960, 30, 16, 16), "dit", "t2v", ["wan2.1-t2v-1.3b"]),
     "i2v 14B 2.1": (DitSpec(**A14B, in_channels=36, image_tokens=257), "dit", "i2v-clip", ["wan2.1-i2v-14b"]),
+    "flf2v 14B 2.1": (
+        DitSpec(**A14B, in_channels=36, image_tokens=514),
+        "dit",
+        "flf2v",
+        ["wan2.1-flf2v-14b"],
+    ),
+    "animate 14B": (
+        DitSpec(**A14B, in_channels=36, image_tokens=257, face=FaceSpec()),
+        "dit",
+        "animate",
+        ["wan2.2-animate-14b"],
+    ),
+    "CLIP": (
+        ClipSpec(),
+        "clip",
+        "clip",
+        ["wan2.1-i2v-14b", "wan2.1-flf2v-14b", "wan2.2-animate-14b"],
+    ),
     "VAE 2.1": (model_preset("wan2.2-t2v-a14b").vae, "vae", "2.1", OF_21_VAE),
     "VAE 2.2": (model_preset("wan2.2-ti2v-5b").vae, "vae", "2.2", ["wan2.2-ti2v-5b"]),
     "UMT5": (model_preset("wan2.2-t2v-a14b").text, "text", "umt5", ALL),
@@ -100,6 +121,47 @@ TEXT_STYLES = {
 }
 
 
+BLUR_FILTERS = {
+    f"motion_encoder.enc.net_app.convs.{n}.{leaf}.0.kernel": (4, 4)
+    for n in range(1, 8)
+    for leaf in ("conv2", "skip")
+}
+
+
+def animate_in_diffusers(shapes: Shapes) -> Entries:
+    """Keys and values of the face adapters apart, biases of the motion encoder without their ones."""
+    apart: dict[str, Shape] = {}
+    for name, (rows, *rest) in shapes.items():
+        if ".linear1_kv." in name:
+            apart |= {name.replace("_kv", f"_{half}"): (rows // 2, *rest) for half in "kv"}
+        else:
+            apart[name] = (rows, *rest)
+    entries = renamed(DIT)(apart)
+    return {n: (code, s[1:2] if "act_fn" in n else s) for n, (code, s) in entries.items()}
+
+
+ANIMATE_STYLES = {
+    **DIT_STYLES,
+    "authors', with blur filters": lambda shapes: native({**shapes, **BLUR_FILTERS}),
+    "diffusers": animate_in_diffusers,
+}
+
+
+def hf_clip(prefix: str) -> Callable[[Shapes], Entries]:
+    def write(shapes: Shapes) -> Entries:
+        entries = {f"{prefix}{name}": part for name, part in renamed(CLIP)(shapes).items()}
+        return entries | {"visual_projection.weight": ("F16", (1024, 1280))}
+
+    return write
+
+
+CLIP_STYLES = {
+    "authors'": lambda shapes: authors_clip(ClipSpec()),
+    "hf": hf_clip("vision_model."),
+    "hf of transformers 5": hf_clip(""),
+}
+
+
 def vae_styles(spec: VaeSpec) -> dict[str, Callable[[Shapes], Entries]]:
     return {
         "native": native,
@@ -109,8 +171,11 @@ def vae_styles(spec: VaeSpec) -> dict[str, Callable[[Shapes], Entries]]:
 
 
 def styles(what: str) -> dict[str, Callable[[Shapes], Entries]]:
-    spec, kind, *_ = NETWORKS[what]
-    return DIT_STYLES if kind == "dit" else TEXT_STYLES if kind == "text" else vae_styles(spec)
+    spec, kind, variant, _ = NETWORKS[what]
+    if kind == "vae":
+        return vae_styles(spec)
+    tables = {"text": TEXT_STYLES, "clip": CLIP_STYLES, "dit": DIT_STYLES}
+    return ANIMATE_STYLES if variant == "animate" else tables[kind]
 
 
 @pytest.mark.parametrize(("what", "style"), [(what, style) for what in NETWORKS for style in styles(what)])
@@ -118,7 +183,18 @@ def test_a_network_is_known_in_every_style(what: str, style: str, header_of: Cal
     spec, kind, variant, names = NETWORKS[what]
     found = identify([header_of(styles(what)[style](spec.shapes()))])
     assert (found.kind, found.variant) == (kind, variant)
+    if (variant, style) == ("animate", "diffusers"):
+        spec = replace(spec, face=FaceSpec(split_kv=True))
     assert {name: ref.shape for name, ref in found.refs.items()} == spec.shapes()
     fits, standard = models_with(found)
     assert ([name for name in fits if name != "nano"], standard) == (names, True)
     assert all(isinstance(ref.encoding, Encoding) for ref in found.refs.values())
+
+
+def test_every_model_of_the_registry_is_among_them() -> None:
+    known = {name for _, kind, _, names in NETWORKS.values() if kind == "dit" for name in names}
+    assert known == set(ALL)
+    models = [load_models()[name] for name in ALL]
+    assert {(m.variant, m.dit) for m in models} == {
+        (load_models()[names[0]].variant, spec) for spec, kind, _, names in NETWORKS.values() if kind == "dit"
+    }

@@ -18,6 +18,7 @@ from headers import (
     TEXT_TINY,
     TI2V,
     VAE_22,
+    authors_clip,
     fp8_scaled,
     plain,
     renamed,
@@ -29,7 +30,7 @@ from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import keeps_precision
 from lowvram.quant.face_spec import FaceSpec
 from lowvram.quant.identify import identify, identify_path, kinds
-from lowvram.quant.names import CLIP, CLIP_OPEN, DIT, TEXT, vae_renames
+from lowvram.quant.names import CLIP, DIT, TEXT, vae_renames
 from lowvram.quant.spec import ClipSpec, TextSpec, VaeSpec
 
 MODELS = [
@@ -239,20 +240,6 @@ def test_loras_are_recognised_without_a_spec(header_of, refusal):
     assert (found.kind, found.spec, found.variant) == ("lora", None, "lora")
     assert found.refs.keys() == lora.keys() and kinds([header_of(lora)]) == ("lora",)
     assert "expected a transformer" in refusal(lora, "dit")
-
-
-def authors_clip(spec):
-    """The picture half as the authors' file holds it: one matrix for query, key and value, batches of one."""
-    entries = {}
-    for name, shape in spec.shapes().items():
-        if ".attn.k." in name or ".attn.v." in name:
-            continue
-        if ".attn.q." in name:
-            name, shape = name.replace(".attn.q.", ".attn.qkv."), (3 * shape[0], *shape[1:])
-        ones = {"class_embedding": (1, 1), "position_embedding.weight": (1,)}.get(name, ())
-        entries[f"visual.{CLIP_OPEN.from_native(name)}"] = ("F16", (*ones, *shape))
-    beside = {"visual.head": (spec.dim, 8), "log_scale": (), "textual.norm.weight": (8,)}
-    return entries | {name: ("F16", shape) for name, shape in beside.items()}
 
 
 def test_every_style_of_a_clip_encoder_is_the_same_network(header_of, refusal):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowvram.quant.face_spec import FaceSpec
+from lowvram.quant.names import CLIP_OPEN
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, DitSpec, TextSpec, VaeSpec
 
 A14B = {"dim": 5120, "ffn": 13824, "layers": 40, "out_channels": 16}
@@ -41,3 +42,17 @@ def fp8_scaled(shapes, scale="scale_weight", scale_shape=(), extras=("scale_inpu
         else:
             entries[name] = ("BF16", shape)
     return entries
+
+
+def authors_clip(spec):
+    """The picture half as the authors' file holds it: one matrix for query, key and value, batches of one."""
+    entries = {}
+    for name, shape in spec.shapes().items():
+        if ".attn.k." in name or ".attn.v." in name:
+            continue
+        if ".attn.q." in name:
+            name, shape = name.replace(".attn.q.", ".attn.qkv."), (3 * shape[0], *shape[1:])
+        ones = {"class_embedding": (1, 1), "position_embedding.weight": (1,)}.get(name, ())
+        entries[f"visual.{CLIP_OPEN.from_native(name)}"] = ("F16", (*ones, *shape))
+    beside = {"visual.head": (spec.dim, 8), "log_scale": (), "textual.norm.weight": (8,)}
+    return entries | {name: ("F16", shape) for name, shape in beside.items()}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lowvram.quant.encodings.registry import planned_encoding
+from lowvram.quant.files.writing import Entry, gguf_head
 from lowvram.quant.refs import Shape, stored_bytes
 from lowvram.quant.spec import DitSpec
 from lowvram.sampling.presets import model_preset
@@ -72,6 +74,21 @@ def quanto_int8(shapes: Mapping[str, Shape]) -> Entries:
     return entries
 
 
+def write_gguf(path: Path, shapes: Mapping[str, Shape], mix: str, architecture: str = "wan") -> Path:
+    """A GGUF at its real size, its data a hole: matrices as the mix `mix` stores them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for name, shape in shapes.items():
+        encoding = planned_encoding(name, shape, mix)
+        kind = {"fp32": "F32", "bf16": "BF16"}.get(encoding.name, encoding.name.upper())
+        entries.append(Entry(name, kind, shape))
+    head = gguf_head(entries, {"general.architecture": architecture})
+    with open(path, "wb") as file:
+        file.write(head.data)
+        file.truncate(head.nbytes)
+    return path
+
+
 def lora(dit: DitSpec, rank: int = 64) -> Entries:
     """lora_down, lora_up and alpha for every matrix of the blocks."""
     entries: dict[str, tuple[str, Shape]] = {}
@@ -126,6 +143,12 @@ def files() -> Mapping[str, Callable[..., Entries]]:
 @pytest.fixture
 def sparse() -> Callable[[Path, Entries], Path]:
     return write_sparse
+
+
+@pytest.fixture
+def sparse_gguf() -> Callable[..., Path]:
+    """(path, shapes, mix, architecture): see `write_gguf`."""
+    return write_gguf
 
 
 @pytest.fixture

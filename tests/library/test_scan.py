@@ -16,6 +16,7 @@ import pytest
 from lowvram.library.cache import Cache, load_cache, save_cache
 from lowvram.library.places import Place, given_places, usual_places, yaml_places
 from lowvram.library.scan import Library, scan
+from lowvram.quant.names import TEXT_GGUF
 from lowvram.sampling.presets import model_preset
 
 T2V = model_preset("wan2.2-t2v-a14b")
@@ -64,6 +65,34 @@ def test_renamed_files_are_known_by_what_they_hold_and_nested_ones_are_found(
         "my favourite.safetensors": ("vae", "bf16", None),
         "x.safetensors": ("dit", "fp8_scaled", "high"),
     }
+
+
+def test_gguf_is_found_renamed_nested_and_by_yaml(
+    tmp_path: Path, sparse_gguf: Callable[..., Path], files: Any, sparse: Callable[..., Path]
+) -> None:
+    """ComfyUI-GGUF's users: transformers on a shelf that only a yaml names, a text encoder of llama.cpp's names."""
+    comfy, shelf = tmp_path / "ComfyUI", tmp_path / "disk" / "models"
+    (comfy / "models").mkdir(parents=True)
+    (comfy / "extra_model_paths.yaml").write_text(
+        f"shelf:\n  base_path: {shelf}\n  unet_gguf: unet\n  unet: unet\n  clip: text\n  vae: vae\n"
+    )
+    text = {str(TEXT_GGUF.from_native(name)): shape for name, shape in T2V.text.shapes().items()}
+    sparse_gguf(
+        shelf / "unet" / "Wan" / "T2V" / "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf", T2V.dit.shapes(), "q4_k_m"
+    )
+    sparse_gguf(shelf / "unet" / "mine" / "LowNoise" / "renamed.gguf", T2V.dit.shapes(), "q4_k_m")
+    sparse_gguf(shelf / "text" / "old" / "encoder.gguf", text, "q8_0", "t5encoder")
+    sparse(shelf / "vae" / "v.safetensors", files["bf16"](T2V.vae.shapes()))
+    library = scan(given_places([str(comfy)]), Cache())
+    assert found(library) == {
+        "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": ("dit", "q4_k", "high"),
+        "renamed.gguf": ("dit", "q4_k", "low"),
+        "encoder.gguf": ("text", "q8_0", None),
+        "v.safetensors": ("vae", "bf16", None),
+    }
+    by_name = {Path(e.path).name: e for e in library.entries}
+    assert by_name["renamed.gguf"].models == ("wan2.2-t2v-a14b", "wan2.1-t2v-14b")
+    assert all(not entry.problem and entry.standard for entry in library.entries)
 
 
 def test_a_published_hash_tells_the_expert_of_a_renamed_file(machine: Any, files: Any) -> None:

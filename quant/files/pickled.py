@@ -18,8 +18,8 @@ from lowvram.quant.files.header import shown
 from lowvram.quant.files.strict_json import Malformed
 from lowvram.quant.refs import DTYPE_BITS, Shape
 
-MAX_INSTRUCTIONS = 400_000
-"""Several times what a pickle of the largest number of tensors has."""
+MAX_INSTRUCTIONS = 200_000
+"""A tensor takes about forty: three times what any Wan file has, and a tenth of a second at most."""
 MAX_DIMS = 8
 
 _STORAGES: Mapping[str, str] = MappingProxyType(

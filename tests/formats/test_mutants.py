@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import subprocess
+import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,3 +48,22 @@ def test_a_mutant_is_read_or_refused(name: str) -> None:
 def test_any_bytes_are_read_or_refused(name: str, data: bytes) -> None:
     with suppress(FileError):
         fuzz.TARGETS[name][1](data)
+
+
+def test_the_guided_fuzzer_runs_where_atheris_is(tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="atheris is not installed")
+    script = Path(__file__).parents[2] / "bench" / "fuzz_guided.py"
+    command = [sys.executable, str(script), "index", str(tmp_path / "index"), "--", "-runs=300"]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Done 300 runs" in done.stderr, done.stderr[-2000:]
+
+
+def test_a_parse_that_is_slow_once_is_timed_again() -> None:
+    waits = [1.5 * fuzz.SLOW, 0.0]
+
+    def work() -> None:
+        end = time.process_time() + waits.pop(0)
+        while time.process_time() < end:
+            pass
+
+    assert fuzz.seconds(work) < fuzz.SLOW and not waits

@@ -6,6 +6,7 @@ cp.async nor ldmatrix, and the build says nothing.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowvram.triton_kernels import attention_triton, modulate_triton, norm_rope_triton, tiles
+from lowvram.triton_kernels import attention_triton, dequant_triton, modulate_triton, norm_rope_triton, tiles
 from lowvram.triton_kernels.attention import KEY_TILE, QUERY_TILE, V_PEAK, V_RUN
 from lowvram.triton_kernels.modes import ARCHS
 from lowvram.triton_kernels.norm_rope import EPS, LEAST
@@ -60,6 +61,8 @@ class Build:
     """What makes it fast: name, and pattern that its PTX must hold."""
     quick: bool = False
     """Whether the test suite builds it."""
+    exact: bool = False
+    """Whether a product is rounded before anything is added to it, and small numbers stay."""
 
 
 def builds() -> Iterator[Build]:
@@ -67,6 +70,7 @@ def builds() -> Iterator[Build]:
     for arch in ARCHS:
         yield from _attention(arch)
         yield from _producers(arch)
+        yield from _decoders(arch)
 
 
 def _attention(arch: str) -> Iterator[Build]:
@@ -169,6 +173,25 @@ def _producers(arch: str) -> Iterator[Build]:
     )
 
 
+def _decoders(arch: str) -> Iterator[Build]:
+    for form, scales in itertools.product(("e4m3", "e5m2", "int8"), ("none", "row", "tile")):
+        if form == "int8" and scales != "row":
+            continue
+        yield Build(
+            dequant_triton.scaled_kernel,
+            f"{form} scales={scales}",
+            arch,
+            {"weight": "*i8" if form == "int8" else "*u8", "scale": "*fp32", "out": "*bf16"},
+            {"FORMAT": form, "SCALES": scales, "ROWS": 128, "COLUMNS": 128, "FACTOR": 1.0,
+             "BLOCK": dequant_triton.BLOCK},
+            dequant_triton.WARPS,
+            ragged=frozenset({"chunks", "scale_row"}),
+            instructions={"wide loads": r"ld\.global\S*\.v2", "wide stores": r"st\.global\S*\.v4"},
+            quick=arch == "sm_86" and form == "e4m3" and scales == "row",
+            exact=True,
+        )  # fmt: skip
+
+
 def report(build: Build) -> dict[str, object]:
     """Compile, and say what came out: one object of `kernels.py aot --json`."""
     names = build.kernel.arg_names
@@ -191,11 +214,15 @@ def report(build: Build) -> dict[str, object]:
     )
     target = GPUTarget("cuda", int(build.arch.removeprefix("sm_")), 32)
     compiled = triton.compile(
-        source, target=target, options={"num_warps": build.warps, "num_stages": build.stages}
+        source,
+        target=target,
+        options={"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": not build.exact},
     )
     registers, spilled = _resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     missing = [name for name, pattern in build.instructions.items() if not re.search(pattern, ptx)]
+    if build.exact and re.search(r"\bfma\.|\.ftz", ptx):
+        missing.append("the arithmetic of torch")
     limit = SHARED_LIMIT_SM90 if build.arch == "sm_90" else SHARED_LIMIT
     shared = compiled.metadata.shared
     return {

@@ -222,6 +222,7 @@ class Pipeline:
             run = Run(device, plan, listener or Silent(), clock, preview=preview)
             if device.kind == "cuda":
                 run.notes.append(f"attention of torch by {dispatch.sdpa_backend_of(device.torch_device)}")
+                run.choose_decoders(model)
             texts = text.features(run, model, job, self.runtime.texts)
             if made is None:
                 made = condition.condition(run, model, job)

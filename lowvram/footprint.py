@@ -66,7 +66,7 @@ def _meta_params(group: Group, dtype: torch.dtype = torch.float32) -> Params:
             if key not in peaks:
                 decode = partial(value.encoding.decode, shape=value.shape, dtype=dtype)
                 peaks[key] = peak_memory(decode, value.parts, rounding=allocated_size).peak_bytes
-            value = _Imitated(value.encoding, value.shape, value.parts, dtype, peaks[key])
+            value = _Imitated(value.encoding, value.shape, value.parts, known=dtype, peak=peaks[key])
         tensors[name] = value
     return replace(params, tensors=tensors)
 

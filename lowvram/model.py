@@ -17,7 +17,7 @@ from lowvram.job import Job, LoraChoice
 from lowvram.library.naming import expert_of
 from lowvram.library.parts import FLAGS, PART_NAMES
 from lowvram.offload.io import FileReader
-from lowvram.quant.encodings.base import TORCH_DTYPES
+from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import planned_encoding
 from lowvram.quant.face_spec import ADAPTERS, ENCODERS, FACE_SCOPE, KEPT_LEAVES
@@ -196,6 +196,16 @@ class Model:
     """A sentencepiece file, or what is one inside the text encoder's file."""
     clip: Mapping[str, TensorRef] = field(default_factory=dict)
     """Empty where the transformer has no branch for it."""
+
+    def encodings(self) -> Mapping[Encoding, Shape]:
+        """How weights outside the VAE are stored that are not plain numbers, and the shape of the largest of each."""
+        refs = [
+            ref
+            for t in (*(t.refs for t in self.transformers.values()), self.text, self.clip)
+            for ref in t.values()
+        ]
+        found = {ref.encoding: ref.shape for ref in sorted(refs, key=lambda ref: ref.nbytes)}
+        return {encoding: shape for encoding, shape in found.items() if not isinstance(encoding, Plain)}
 
 
 def open_model(name: str, files: Mapping[str, str]) -> Model:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowvram.quant import fused
+
 if TYPE_CHECKING:
     from lowvram.quant.encodings.base import Encoding
 
@@ -27,9 +29,15 @@ class Encoded:
     shape: tuple[int, ...]
     """Logical shape, [out, in] for a Linear."""
     parts: Mapping[str, Tensor]
+    by_kernel: bool = False
+    """Whether a kernel decodes it, to the same bits: `fused.choose` settles it."""
 
     def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight as a dense tensor of `shape` in `dtype`: in `out`, or newly allocated unless the parts are it."""
+        if self.by_kernel:
+            if out is None:
+                out = next(iter(self.parts.values())).new_empty(self.shape, dtype=dtype)
+            return fused.decode(self.encoding, self.parts, out)
         return self.encoding.decode(self.parts, self.shape, dtype, out)
 
 

@@ -214,10 +214,13 @@ def try_ops(device: torch.device, ops: Ops = FUSED) -> str:
     return ""
 
 
-def ops_obstacle(device: torch.device, arch: str) -> str:
-    """Why the operations between multiplications are those of torch on a device; "" if the fused ones run."""
+def kernels_obstacle(arch: str) -> str:
+    """Why kernels of Triton cannot run on an architecture, here; "" if nothing stands in their way."""
     if arch not in ARCHS:
         return "no NVIDIA card" if not arch else f"no kernels for {arch}"
-    if "triton" not in installed():
-        return "triton is not installed"
-    return try_ops(device)
+    return "" if "triton" in installed() else "triton is not installed"
+
+
+def ops_obstacle(device: torch.device, arch: str) -> str:
+    """Why the operations between multiplications are those of torch on a device; "" if the fused ones run."""
+    return kernels_obstacle(arch) or try_ops(device)

@@ -22,7 +22,6 @@ from lowvram.planning.visits import all_on_disk
 from lowvram.quant.face_spec import FACE_PIXELS, FaceSpec
 from lowvram.quant.spec import HEAD_DIM, DitSpec, numel
 from lowvram.stages.run import Run
-from lowvram.stages.weights import to_params
 
 FACE_BYTES = 3 * FACE_PIXELS**2
 """Of a face crop."""
@@ -106,7 +105,7 @@ def hear(run: Run, model: Model, faces: Iterable[Tensor], frames: int, passes: i
         )
         tokens: list[Tensor] = []
         for (_, n), views in stream:
-            p = to_params(groups[n], views)
+            p = run.params(groups[n], views)
             if n == 0:
                 basis = animate.directions(p)
                 vectors = torch.empty(frames, basis.shape[0], device=device)

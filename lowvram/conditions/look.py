@@ -21,7 +21,6 @@ from lowvram.planning.plan import StagePlan
 from lowvram.planning.visits import all_on_disk
 from lowvram.quant.spec import ClipSpec, numel
 from lowvram.stages.run import Run
-from lowvram.stages.weights import to_params
 
 
 def clip_groups(model: Model, spec: ClipSpec) -> list[Group]:
@@ -92,7 +91,7 @@ def look(run: Run, model: Model, pictures: Iterable[Tensor]) -> Tensor:
             )
         )
         for (_, n), views in stream:
-            p = to_params(groups[n], views)
+            p = run.params(groups[n], views)
             for i, x in enumerate(rows):
                 rows[i] = clip.layer(p, spec, x) if n else clip.embed(p, spec, x, dtype)
             run.step("clip")

@@ -27,7 +27,6 @@ from lowvram.quant.spec import DitSpec
 from lowvram.sampling import guidance, solvers
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.run import Run, Traffic
-from lowvram.stages.weights import to_params
 from lowvram.triton_kernels.dispatch import half_of
 from lowvram.triton_kernels.keys import carve, stored_bytes
 from lowvram.triton_kernels.ops import FUSED, TORCH
@@ -116,7 +115,9 @@ def denoise(
             ]
             velocities: list[Tensor] = []
             for shared in [contexts] if lean.together else [[c] for c in contexts]:
-                blocks = (to_params(inside[f"blocks.{n}"], v) for (_, n), v in _take(stream, spec.dit.layers))
+                blocks = (
+                    run.params(inside[f"blocks.{n}"], v) for (_, n), v in _take(stream, spec.dit.layers)
+                )
                 velocities += dit.forward(
                     around.ends,
                     blocks,
@@ -230,7 +231,7 @@ def _prepare(
         for number, (name, transformer) in enumerate(model.transformers.items()):
             with run.carried(f"{name} outer", transformer.groups()["outer"], traffic) as views:
                 for now in outer_phases(job, transformers, number):
-                    outer = to_params(transformer.groups(now.strengths)["outer"], views)
+                    outer = run.params(transformer.groups(now.strengths)["outer"], views)
                     image = None
                     if condition.image is not None:
                         image = dit.embed_image(outer, condition.image.to(device))

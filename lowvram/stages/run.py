@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from lowvram.errors import OutOfMemoryError
-from lowvram.model import Group
+from lowvram.model import Group, Model
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.device import Device, lost
 from lowvram.offload.io import FileReader
@@ -22,6 +22,8 @@ from lowvram.offload.slab import build_layout
 from lowvram.offload.stream import BlockStats, BlockStream, Views
 from lowvram.planning.plan import Plan, StagePlan
 from lowvram.preview import Preview
+from lowvram.quant import fused
+from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.linear import Params
 from lowvram.report import BlockReport, Sample, StageReport
 from lowvram.stages.room import check_room
@@ -110,6 +112,8 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
     preview: Preview | None = None
     """Who wants to see what becomes of the latent."""
+    by_kernel: frozenset[Encoding] = frozenset()
+    """Encodings that kernels decode here."""
     rss: Callable[[], int] = resident_set
     """Bytes of RAM that this process holds."""
     began: int = field(default_factory=resident_set)
@@ -199,7 +203,19 @@ class Run:
     def loaded(self, name: str, group: Group, traffic: Traffic) -> Iterator[Params]:
         """A group of tensors on the device for as long as the block lasts."""
         with self.carried(name, group, traffic) as views:
-            yield to_params(group, views)
+            yield self.params(group, views)
+
+    def choose_decoders(self, model: Model) -> None:
+        """Try the kernels that decode the weights of a model, and note where torch has to do it."""
+        dtypes = dict.fromkeys((self.plan.dtype, torch.float32))
+        self.by_kernel, notes = fused.choose(
+            model.encodings(), self.device.torch_device, self.plan.machine.arch, tuple(dtypes)
+        )
+        self.notes += notes
+
+    def params(self, group: Group, views: Views) -> Params:
+        """The parameters of a group whose parts are `views`."""
+        return to_params(group, views, self.by_kernel)
 
     @contextmanager
     def carried(self, name: str, group: Group, traffic: Traffic) -> Iterator[Views]:

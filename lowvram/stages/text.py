@@ -18,7 +18,6 @@ from lowvram.planning.text import text_groups
 from lowvram.planning.visits import all_on_disk, layouts_of
 from lowvram.quant.rows import gather_rows
 from lowvram.stages.run import Run
-from lowvram.stages.weights import to_params
 from lowvram.text_cache import TextCache, text_key
 from lowvram.tokenizer import tokenize
 
@@ -83,7 +82,7 @@ def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
             )
         )
         for (_, n), views in stream:
-            p = to_params(groups[f"blocks.{n}"], views)
+            p = run.params(groups[f"blocks.{n}"], views)
             rows = [umt5.layer(p, model.spec.text, x, b) for x, b in zip(rows, buckets, strict=True)]
             run.step("text")
         stream.close()

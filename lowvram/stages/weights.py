@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowvram.model import Group, branch_name, delta_name
+from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.linear import Branch, Delta, Dora, Encoded, Params
 
@@ -16,14 +17,16 @@ Views = Mapping[str, Mapping[str, Tensor]]
 """Parts by tensor name and role, as `lowvram.offload.slab.carve` gives them."""
 
 
-def to_params(group: Group, views: Views) -> Params:
-    """The parameters of `group`, whose parts are `views`. Nothing is copied."""
+def to_params(group: Group, views: Views, by_kernel: frozenset[Encoding] = frozenset()) -> Params:
+    """The parameters of `group`, whose parts are `views`; kernels decode the encodings `by_kernel`. Nothing is copied."""
     tensors: dict[str, Tensor | Encoded] = {}
     for ref in group.refs:
         parts = views[ref.name]
         plain = isinstance(ref.encoding, Plain)
         tensors[ref.name] = (
-            parts["weight"].view(ref.shape) if plain else Encoded(ref.encoding, ref.shape, parts)
+            parts["weight"].view(ref.shape)
+            if plain
+            else Encoded(ref.encoding, ref.shape, parts, ref.encoding in by_kernel)
         )
 
     def taken(name: str) -> Tensor:

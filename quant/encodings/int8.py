@@ -34,7 +34,7 @@ from lowvram.quant.spec import numel
 
 Scaling = Literal["tensor", "row", "absmax"]
 
-_BNB_FACTOR = 7.874015718698502e-3
+BNB_FACTOR = 7.874015718698502e-3
 """1/127 in float32, as bitsandbytes has it."""
 
 
@@ -107,7 +107,7 @@ class Int8(Encoding):
         if self.group:
             return rotate_whole(q, self.group).mul_(scale)
         values = q * scale.expand(q.shape[0], 1)
-        return values.mul_(_BNB_FACTOR) if self.scaling == "absmax" else values
+        return values.mul_(BNB_FACTOR) if self.scaling == "absmax" else values
 
     def encode(self, tensor: Tensor) -> dict[str, Tensor]:
         """Rounds to nearest even; scales are amax / 127 (for "scb": amax) of the rotated weight."""

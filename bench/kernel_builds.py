@@ -20,7 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowvram.triton_kernels import attention_triton, dequant_triton, modulate_triton, norm_rope_triton, tiles
+from lowvram.quant.encodings.kquants import BLOCK_SIZES
+from lowvram.triton_kernels import (
+    attention_triton,
+    dequant_triton,
+    ggml_triton,
+    modulate_triton,
+    norm_rope_triton,
+    tiles,
+)
 from lowvram.triton_kernels.attention import KEY_TILE, QUERY_TILE, V_PEAK, V_RUN
 from lowvram.triton_kernels.modes import ARCHS
 from lowvram.triton_kernels.norm_rope import EPS, LEAST
@@ -188,6 +196,20 @@ def _decoders(arch: str) -> Iterator[Build]:
             ragged=frozenset({"chunks", "scale_row"}),
             instructions={"wide loads": r"ld\.global\S*\.v2", "wide stores": r"st\.global\S*\.v4"},
             quick=arch == "sm_86" and form == "e4m3" and scales == "row",
+            exact=True,
+        )  # fmt: skip
+    for kind, (groups, width) in ggml_triton.GROUPS.items():
+        yield Build(
+            ggml_triton.blocks_kernel,
+            kind,
+            arch,
+            {"weight": "*u8", "out": "*bf16"},
+            {"UNPACK": ggml_triton.UNPACK[kind], "NBYTES": BLOCK_SIZES[kind][1], "GROUPS": groups,
+             "WIDTH": width, "BLOCKS": ggml_triton.WEIGHTS // (groups * width)},
+            ggml_triton.WARPS,
+            ragged=frozenset({"count"}),
+            instructions={"wide stores": r"st\.global\S*\.v4"},
+            quick=arch == "sm_86" and kind == "Q4_K",
             exact=True,
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
 from lowvram.quant.encodings.fp8 import Fp8
 from lowvram.quant.encodings.int8 import BNB_FACTOR, Int8
+from lowvram.quant.encodings.kquants import BLOCK_SIZES, Blocks
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
 from lowvram.triton_kernels import dequant
@@ -48,7 +49,14 @@ def _int8(encoding: Int8, parts: Parts, out: Tensor) -> None:
     dequant.scaled_(out.view(shape), weight, scale.reshape(-1), "int8", "row", [1, 1], factor)
 
 
-_DECODERS: Mapping[type[Encoding], Callable[..., None]] = MappingProxyType({Fp8: _fp8, Int8: _int8})
+def _blocks(encoding: Blocks, parts: Parts, out: Tensor) -> None:
+    elements, nbytes = BLOCK_SIZES[encoding.kind]
+    dequant.blocks_(out.view(-1, elements), parts["weight"].reshape(-1, nbytes), encoding.kind)
+
+
+_DECODERS: Mapping[type[Encoding], Callable[..., None]] = MappingProxyType(
+    {Fp8: _fp8, Int8: _int8, Blocks: _blocks}
+)
 
 
 def has_kernel(encoding: Encoding) -> bool:

@@ -29,3 +29,16 @@ def _(
     out: Tensor, weight: Tensor, scale: Tensor, form: str, scales: str, tile: list[int], factor: float
 ) -> None:
     return None
+
+
+@torch.library.custom_op("lowvram::decode_blocks_", mutates_args=("out",))
+def blocks_(out: Tensor, weight: Tensor, kind: str) -> None:
+    """out [n, weights of a block] = the GGUF blocks weight, uint8 [n, bytes of a block]; kind: "Q8_0", "Q4_K", ..."""
+    from lowvram.triton_kernels import ggml_triton
+
+    ggml_triton.blocks(out, weight, kind)
+
+
+@blocks_.register_fake
+def _(out: Tensor, weight: Tensor, kind: str) -> None:
+    return None

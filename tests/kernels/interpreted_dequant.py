@@ -9,6 +9,7 @@ from lowvram.quant import fused
 from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.encodings.fp8 import Fp8
 from lowvram.quant.encodings.int8 import Int8
+from lowvram.quant.encodings.kquants import BLOCK_SIZES, Blocks
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -24,6 +25,7 @@ CASES: list[tuple[Encoding, tuple[int, ...]]] = [
     (Int8("row"), (5, 1041)),
     (Int8("tensor", "F16"), (6, 200)),
     (Int8("absmax"), (5, 77)),
+    *((Blocks(kind), (3, 256 * 13)) for kind in BLOCK_SIZES),
 ]
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram import __version__
+from lowvram.drift import Colours, Gauge, drift_note
 from lowvram.driving import Driving
 from lowvram.errors import FileError
 from lowvram.job import Job, describe
 from lowvram.media.join import join
 from lowvram.media.sound import check_sound
-from lowvram.media.video import VideoWriter, check_size, check_target
+from lowvram.media.video import VideoWriter, check_size, check_target, read_frames
 from lowvram.model import with_loras
 from lowvram.planning.plan import Plan
 from lowvram.quant.spec import ModelSpec
@@ -83,17 +84,32 @@ class Animation:
         assert driving is not None
         if stand.segment == driving.segments(job.frames):
             return Report(())
-        model = with_loras(pipe.model, job.loras)
+        model, colours = with_loras(pipe.model, job.loras), _seen(parts, stand.segment)
         with pipe.runtime.device() as device:
             run = Run(device, self.plan, self.listener, self.clock)
             texts = [each.cpu() for each in text.features(run, model, job, pipe.runtime.texts)]
             for number, frames in segments(run, model, job, texts, stand, keeper):
+                gauge = Gauge()
                 with VideoWriter(
                     part_path(parts, number), job.width, job.height, job.fps, overwrite=True
                 ) as writer:
-                    for frame in frames:
+                    for frame in gauge.watch(frames):
                         writer.write(frame[None])
-        return Report(tuple(run.reports), tuple(run.notes), tuple(run.samples))
+                colours += [c for c in (gauge.colours(number),) if c is not None]
+        drifted = drift_note(colours, matched=driving.match_colours)
+        notes = (*run.notes, *([drifted] if drifted else []))
+        return Report(tuple(run.reports), notes, tuple(run.samples), tuple(colours))
+
+
+def _seen(parts: Path, begun: int) -> list[Colours]:
+    """The colours of the first segment, if an earlier run has made it."""
+    if begun == 0:
+        return []
+    gauge = Gauge()
+    for _ in gauge.watch(read_frames(part_path(parts, 0))):
+        pass
+    first = gauge.colours(0)
+    return [] if first is None else [first]
 
 
 def part_path(folder: Path, segment: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from lowvram.drift import Colours, shift
 from lowvram.offload.budget import format_bytes
 
 SCHEMA = "lowvram.report/1"
@@ -96,6 +97,8 @@ class Report:
     """What went otherwise than planned."""
     samples: tuple[Sample, ...] = ()
     """The memory when stages and steps began and ended."""
+    colours: tuple[Colours, ...] = ()
+    """Of the segments of a driven video; the first one is always there, of the others those that this run made."""
 
     @property
     def seconds(self) -> float:
@@ -143,7 +146,20 @@ class Report:
                 }
                 for s in self.samples
             ],
+            "colours": [_colours_json(c, self.colours[0]) for c in self.colours],
         }
+
+
+def _colours_json(colours: Colours, first: Colours) -> dict[str, object]:
+    """Levels 0..255 of red, green and blue, and by how many they differ from the first segment's."""
+    mean, spread = shift(colours, first)
+    return {
+        "segment": colours.segment,
+        "mean": list(colours.mean),
+        "spread": list(colours.spread),
+        "mean_shift": list(mean),
+        "spread_shift": list(spread),
+    }
 
 
 def merged(report: Report) -> Report:

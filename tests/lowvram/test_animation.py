@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from strict_device import StrictRuntime, metered
 from torch import Tensor
 
+from lowvram import drift
 from lowvram.animation import Animation
 from lowvram.api import Pipeline, Runtime
 from lowvram.driving import open_folder
@@ -123,8 +124,14 @@ def plan(pipe: Pipeline, drive: Callable[..., Path]) -> Plan:
 
 @pytest.mark.parametrize("mode", ["animate", "replace"])
 def test_a_video_of_three_segments_is_as_long_as_its_driving_video(
-    pipe: Pipeline, plan: Plan, drive: Callable[..., Path], tmp_path: Path, mode: str
+    pipe: Pipeline,
+    plan: Plan,
+    drive: Callable[..., Path],
+    tmp_path: Path,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(drift, "NOTABLE", 0.0)
     output = tmp_path / "out.mp4"
     job = pipe.driven_job(open_folder(drive(20), mode), **SETTINGS)
     report = Animation(pipe, job, plan).save(output)
@@ -133,6 +140,11 @@ def test_a_video_of_three_segments_is_as_long_as_its_driving_video(
     names = [stage.name for stage in report.stages]
     assert names == ["text", "clip", "faces", "encode", "prepare", "denoise", "decode"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4"]
+    # the last segments show frames 9 to 16 and 17 to 19; the codec clips what noise is out of range
+    assert [c.segment for c in report.colours] == [0, 1, 2]
+    for colours, part in zip(report.colours, np.split(frames_of(output), [9, 17]), strict=True):
+        assert colours.mean == pytest.approx(part.mean((0, 1, 2)), abs=3)
+    assert report.notes[-1].startswith("colours: segment ")
 
 
 def test_the_plan_is_that_of_a_segment_for_any_length(
@@ -281,8 +293,10 @@ def test_a_video_killed_in_a_later_segment_goes_on_to_the_same_file(
     assert not output.exists() and not job.finished
     assert sorted(p.name for p in job.path.glob("segment-*")) == ["segment-00000.mp4", "segment-00001.mp4"]
 
-    said = cli("resume", "last", "--quiet")
+    said = cli("resume", "last", "--json")
     assert said.code == 0, said.err
+    # what is not made again is not measured again, but the first segment, which the others are held against
+    assert [c["segment"] for c in said.objects[-1]["report"]["colours"]] == [0, 2]
     assert job.finished and not list(job.path.glob("segment-*"))
     again = tmp_path / "again.mp4"
     report = tmp_path / "report.json"

@@ -232,14 +232,18 @@ def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) ->
     return _peak(lambda x: umt5.layer(p, spec, x, buckets), x)
 
 
-def clip_scratch(spec: ClipSpec, outer: Group, layer: Group, dtype: torch.dtype) -> tuple[int, int]:
-    """Transient bytes of the embedding and of one layer of the CLIP vision tower on one picture, results included."""
+def clip_embed_scratch(spec: ClipSpec, outer: Group, dtype: torch.dtype) -> int:
+    """Transient bytes of the embedding of one picture in the CLIP vision tower, its rows included."""
     with META:
-        first, p = _meta_params(outer, dtype), _meta_params(layer, dtype)
-        picture = torch.empty(3, spec.side, spec.side)
-        x = torch.empty(spec.tokens, spec.dim, dtype=dtype)
-    embed = _peak(lambda picture: clip.embed(first, spec, picture, dtype), picture)
-    return embed, _peak(lambda x: clip.layer(p, spec, x), x)
+        p, picture = _meta_params(outer, dtype), torch.empty(3, spec.side, spec.side)
+    return _peak(lambda picture: clip.embed(p, spec, picture, dtype), picture)
+
+
+def clip_layer_scratch(spec: ClipSpec, layer: Group, dtype: torch.dtype) -> int:
+    """Transient bytes of one layer of the CLIP vision tower on one picture, its result included."""
+    with META:
+        p, x = _meta_params(layer, dtype), torch.empty(spec.tokens, spec.dim, dtype=dtype)
+    return _peak(lambda x: clip.layer(p, spec, x), x)
 
 
 class _UnderWay(PackedHistory):

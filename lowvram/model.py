@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,7 +63,8 @@ class Lora:
     @property
     def outside_blocks(self) -> bool:
         """Whether it changes anything outside the blocks."""
-        targets = (part.target for part in (*self.matched.pairs, *self.matched.deltas))
+        pairs, deltas = self.matched.pairs, self.matched.deltas
+        targets = [*(pair.target for pair in pairs), *(delta.target for delta in deltas)]
         return any(not target.startswith("blocks.") for target in targets)
 
     def scale(self, pair: LoraPair, strength: float) -> LoraScale:
@@ -153,6 +154,11 @@ class Group:
     deltas: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By name of a parameter: the strength of each difference that is added to it."""
 
+    @property
+    def kind(self) -> Hashable:
+        """What a footprint depends on: names, shapes and encodings, but not where the bytes lie."""
+        return tuple((ref.name, ref.shape, ref.encoding) for ref in self.refs)
+
 
 def vae_group(model: Model, prefixes: tuple[str, ...]) -> Group:
     """The tensors of the VAE whose names begin with one of `prefixes`: one of its halves."""
@@ -164,7 +170,7 @@ def kinds(groups: Iterable[Group]) -> list[Group]:
 
     The blocks of a network may be stored differently, by depth or by expert, and have different LoRA branches.
     """
-    return list({tuple((ref.name, ref.shape, ref.encoding) for ref in g.refs): g for g in groups}.values())
+    return list({group.kind: group for group in groups}.values())
 
 
 def branch_name(linear: str, index: int, role: str) -> str:

@@ -7,11 +7,11 @@ that tile's history, closely enough to choose by; a run of the tile on meta tens
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil, log
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -107,6 +107,16 @@ def _cells(half: Half, spec: VaeSpec, size: int, count: int) -> NDArray[np.int64
     return np.array([[m.shape[1] for m in tile_memories(tile, shapes)] for tile in tiles])
 
 
+class Measured(Protocol):
+    """The result of `measure`, or of an earlier call that was told the same `what`."""
+
+    def __call__(self, measure: Callable[[], int], *what: Hashable) -> int: ...
+
+
+def _anew(measure: Callable[[], int], *what: Hashable) -> int:
+    return measure()
+
+
 @dataclass
 class Codings(ABC):
     """The ways to bring one clip through half of an autoencoder."""
@@ -121,6 +131,7 @@ class Codings(ABC):
     dtype: torch.dtype
     rounding: Rounding
     """What the device gives up for a long-lived buffer."""
+    measured: Measured = _anew
     _known: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict, init=False)
     """By rows and columns of tiles: history of the largest, of all, scratch of the largest."""
     _cut: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, init=False)
@@ -193,7 +204,10 @@ class Codings(ABC):
         half, cells = self._half, self._half.cells
         plane = self.plane[0] * cells, self.plane[1] * cells
         rows, columns = tiling.spans(half.tiled, plane)
-        scratch = self.tile_scratch(make_tile(half.tiled, plane, rows[row], columns[column]))
+        tile = make_tile(half.tiled, plane, rows[row], columns[column])
+        scratch = self.measured(
+            partial(self.tile_scratch, tile), "tile", *self._of_half, tile.window, repr(tile)
+        )
         self._known[tiling.grid] = int(sizes.max()), int(sizes.sum()), scratch
 
     def _decoding(self, tiling: Tiling, largest: int, total: int, tile_scratch: int) -> Decoding:
@@ -269,7 +283,12 @@ class Codings(ABC):
 
     @cached_property
     def _middle_scratch(self) -> int:
-        return self.middle_scratch()
+        return self.measured(self.middle_scratch, "middle", *self._of_half, self.plane)
+
+    @property
+    def _of_half(self) -> tuple[Hashable, ...]:
+        """What its footprints depend on beside the size."""
+        return type(self), self.spec, self.dtype, self.weights.kind
 
 
 class Decodings(Codings):
@@ -329,12 +348,18 @@ class EncodePlan:
     """The tiling and its reason, in words."""
 
 
-def encodings(model: Model, shape: tuple[int, int, int], dtype: torch.dtype, rounding: Rounding) -> Encodings:
+def encodings(
+    model: Model,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    rounding: Rounding,
+    measured: Measured = _anew,
+) -> Encodings:
     """The ways to encode a clip of `shape`: frames, rows and columns of pixels."""
     frames, height, width = shape
     latent = model.spec.latent_shape(width, height, frames)
     group = vae_group(model, ENCODER)
-    return Encodings(model.spec.vae, group, latent, 12 * height * width, dtype, rounding)
+    return Encodings(model.spec.vae, group, latent, 12 * height * width, dtype, rounding, measured)
 
 
 def decodings(model: Model, shape: tuple[int, int, int], dtype: torch.dtype, rounding: Rounding) -> Decodings:
@@ -352,6 +377,7 @@ def plan_encode(
     ram: int,
     machine: Machine,
     dtype: torch.dtype = torch.float32,
+    measured: Measured = _anew,
 ) -> EncodePlan:
     """The fastest way to encode `shape` pixels inside `vram` and `ram` bytes; the smallest if none fits.
 
@@ -361,7 +387,7 @@ def plan_encode(
     """
     spec = model.spec.vae
     rounding = segment_size if machine.kind == "cuda" else exact_size
-    ways = encodings(model, shape, dtype, rounding)
+    ways = encodings(model, shape, dtype, rounding, measured)
     stored, latent = build_layout(ways.weights.refs).nbytes, ways.latent
     # 2.1: 18 TFLOP per latent at 1280x720 (wan-models 6.5), in the format that `matmul` was measured in
     native = 2 if machine.kind == "cuda" else 4

@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from lowvram.errors import OutOfMemoryError
 from lowvram.offload.budget import exact_size, format_bytes
@@ -167,6 +167,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tracker, self._imagine = tracker, imagine
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._whole: set[Any] = set()  # operations that have no parts
+        self._made: dict[Any, tuple[Sequence[int], Sequence[int], torch.dtype]] = {}
         self._torch_folder = str(Path(torch.__file__).parent)
 
     @classmethod
@@ -198,12 +199,24 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(
                 *args, **named | {"device": torch.device("meta")}
             )  # it leaves the device: not counted
-        result = func(*args, **named)
+        result = self._results(func, args, named) if self._imagine else func(*args, **named)
         existing = set() if constant else {t.untyped_storage()._cdata for t in inputs}
         where = ""
         for tensor in _tensors(result):
             where = where or f"{func} at {self._caller()}"
             self._tracker.made(tensor, existing, where)
+        return result
+
+    def _results(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What `func` returns. Networks repeat themselves, and torch takes a millisecond to say what some operations
+        would make: it is asked once for every combination of operation and arguments."""
+        what = func, _signature(args), _signature(tuple(named.items()))
+        if what in self._made:
+            shape, stride, dtype = self._made[what]
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        result = func(*args, **named)
+        if isinstance(result, Tensor) and _is_new(result, _tensors((args, named))):
+            self._made[what] = result.shape, result.stride(), result.dtype
         return result
 
     def _as_meta(self, tensor: Tensor) -> Tensor:
@@ -224,5 +237,33 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+def _is_new(result: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether `result` has memory of its own that holds nothing else."""
+    storage = result.untyped_storage()
+    if result.device.type != "meta" or any(storage._cdata == t.untyped_storage()._cdata for t in inputs):
+        return False
+    like = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+    return storage.nbytes() == like.untyped_storage().nbytes()
+
+
+def _signature(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What the size of a result depends on. Numbers are told apart by type: 1, 1.0 and True are equal otherwise."""
+    return tuple(
+        (a.shape, a.stride(), a.dtype)
+        if isinstance(a, Tensor)
+        else _signature(a)
+        if isinstance(a, (list, tuple))
+        else (type(a), a)
+        for a in arguments
+    )
+
+
 def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """All tensors in the arguments or the results of an operation."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [tensor for part in tree for tensor in _tensors(part)]

@@ -162,7 +162,9 @@ def _plan_encode(facts: Facts, budget: Budget) -> StagePlan:
     device = resting(facts)
     host = facts.host({"pictures": picture_ram(facts), "driving frames": frames})
     vram, ram = budget.vram - sum(device.values()), budget.ram - sum(host.values())
-    plan = plan_encode(facts.model, (job.frames, job.height, job.width), vram, ram, facts.machine)
+    plan = plan_encode(
+        facts.model, (job.frames, job.height, job.width), vram, ram, facts.machine, measured=facts.measured
+    )
     latents = facts.spec.latent_shape(job.width, job.height, job.frames)[1]
     return StagePlan(
         "encode",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -47,7 +48,8 @@ def plan_faces(facts: Facts) -> StagePlan:
     groups = face_groups(facts.model)
     layouts = {("faces", n): build_layout(group.refs) for n, group in enumerate(groups)}
     traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
-    scratch = footprint.faces_scratch(spec, groups[0], groups[1], frames, facts.dtype)
+    encode = partial(footprint.faces_scratch, spec, groups[0], groups[1], frames, facts.dtype)
+    scratch = facts.measured(encode, "faces", groups[0].kind, groups[1].kind, frames, facts.dtype)
     # what the second pass adds: a second clip of vectors and of tokens
     kept = numel((facts.latent[1], spec.face.tokens, spec.dim)) * facts.dtype.itemsize
     second = (facts.passes - 1) * (allocated_size(kept) + allocated_size(4 * frames * spec.face.motion))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,7 +52,12 @@ def plan_look(facts: Facts, pictures: int, ram: int) -> StagePlan:
     traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
     rows = pictures * allocated_size(spec.tokens * spec.dim * facts.dtype.itemsize)
     look = allocated_size(12 * spec.side**2)
-    embed, layer = footprint.clip_scratch(spec, groups[0], groups[1], facts.dtype)
+    embed, layer = (
+        facts.measured(partial(measure, spec, group, facts.dtype), "clip", spec, group.kind, facts.dtype)
+        for measure, group in zip(
+            (footprint.clip_embed_scratch, footprint.clip_layer_scratch), groups[:2], strict=True
+        )
+    )
     # picture by picture, what the tower is shown becomes rows: first all are pictures, before the last one is
     peak = max(embed + pictures * look, embed + look + rows - rows // pictures, layer + rows)
     claims = traffic.device_claims(facts.footprint) | {

@@ -69,7 +69,7 @@ def plan_frames(facts: Facts, budget: Budget, frames: int) -> StagePlan:
     device, host = resting(facts), facts.host({"pictures": picture_ram(facts)})
     shape = (frames, facts.job.height, facts.job.width)
     vram, ram = budget.vram - sum(device.values()), budget.ram - sum(host.values())
-    plan = plan_encode(facts.model, shape, vram, ram, facts.machine)
+    plan = plan_encode(facts.model, shape, vram, ram, facts.machine, measured=facts.measured)
     return StagePlan(
         "encode",
         facts.spec.latent_shape(facts.job.width, facts.job.height, frames)[1],

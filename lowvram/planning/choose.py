@@ -73,10 +73,11 @@ def _planned(planners: Iterable[Planner], facts: Facts, budget: Budget) -> Itera
 
 
 def _least(facts: Facts, budget: Budget) -> Iterator[StagePlan]:
-    """Every stage, the denoise with no more room for blocks than it needs; what is planned in no time comes first."""
-    yield from _planned(BEFORE, facts, budget)
+    """Every stage, the denoise with no more room for blocks than it needs; what is planned in no time comes first, and
+    pictures and decoding last: their tiles take longest to plan, and denoise is what most often does not fit."""
+    yield from _planned((plan_text, plan_prepare), facts, budget)
     yield stage_plan(facts, _fastest(facts, budget, ways(facts))[0], Room())
-    yield from _planned(AFTER, facts, budget)
+    yield from _planned((plan_condition, *AFTER), facts, budget)
 
 
 def _fastest(facts: Facts, budget: Budget, found: Iterable[Way]) -> tuple[Way, list[Way]]:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
-from functools import partial
-
 from lowvram.media.video import AHEAD
 from lowvram.model import Group, Model
 from lowvram.models import vae
-from lowvram.models.vae_tiles import Tile
 from lowvram.offload.budget import Budget
 from lowvram.offload.slab import build_layout
-from lowvram.planning.facts import Facts, kind_of
+from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
 from lowvram.tiling import Decoding, Decodings
@@ -24,25 +19,6 @@ WRITER_FRAMES = 16 + AHEAD
 def decoder_group(model: Model) -> Group:
     """The half of the VAE that makes pictures."""
     return Group(tuple(ref for name, ref in model.vae.items() if name.startswith(vae.DECODER)), {})
-
-
-@dataclass
-class _Decodings(Decodings):
-    """As they are, but what was measured in an earlier search is not measured again."""
-
-    facts: Facts
-
-    def tile_scratch(self, tile: Tile) -> int:
-        return self.facts.measured(
-            partial(super().tile_scratch, tile), "tile", self._kind, tile.window, repr(tile)
-        )
-
-    def middle_scratch(self) -> int:
-        return self.facts.measured(super().middle_scratch, "middle", self._kind, self.latent[2:])
-
-    @property
-    def _kind(self) -> Hashable:
-        return self.spec, self.dtype, kind_of(self.weights)
 
 
 def plan_decode(facts: Facts, budget: Budget) -> tuple[StagePlan]:
@@ -61,7 +37,7 @@ def plan_decode(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     def seconds(decoding: Decoding) -> float:
         return decoding.work * flops / machine.matmul + 2 * decoding.moved / machine.link
 
-    ways = _Decodings(spec, group, latent, frame, facts.dtype, facts.footprint, facts)
+    ways = Decodings(spec, group, latent, frame, facts.dtype, facts.footprint, facts.measured)
     found = ways.choose(budget.vram - sum(device.values()), budget.ram - sum(host.values()), seconds)
     host["frames"] += found.frames
     return (

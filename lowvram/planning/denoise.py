@@ -11,7 +11,7 @@ from lowvram.model import kinds
 from lowvram.models.self_attention import CHUNK
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.placement import BlockId, Placement, Where, plan_buffers, spread, visits_of
-from lowvram.planning.facts import Facts, kind_of
+from lowvram.planning.facts import Facts
 from lowvram.planning.plan import Lean, StagePlan
 from lowvram.planning.prepare import kept_claims
 from lowvram.planning.visits import visiting_order
@@ -152,16 +152,16 @@ def _scratch(facts: Facts, lean: Lean) -> int:
                 unpacked=lean.unpacked, attention=mode, ops=ops,
             )  # fmt: skip
             how = group, lean.chunk, lean.unpacked, mode.name, ops is FUSED
-            inside = facts.measured(measure, "block", kind_of(block), *what, *how)
+            inside = facts.measured(measure, "block", block.kind, *what, *how)
             factors = footprint.factor_bytes(tokens) - footprint.factor_bytes(n) if group else 0
             found.append(inside + factors)
         if spec.face_blocks:
             face = tokens, facts.latent[1], facts.dtype, lean.chunk
             attend = partial(footprint.attend_scratch, spec, block, *face)
-            found.append(facts.measured(attend, "face", kind_of(block), *face))
+            found.append(facts.measured(attend, "face", block.kind, *face))
     for outer in kinds(groups["outer"] for groups in facts.groups.values()):
         ends = spec, outer, facts.grid, facts.dtype
-        key = kind_of(outer), facts.grid, facts.dtype
+        key = outer.kind, facts.grid, facts.dtype
         head = facts.measured(
             partial(footprint.head_scratch, *ends, chunk=lean.chunk), "head", *key, lean.chunk
         )
@@ -174,7 +174,7 @@ def _unpacked_bytes(facts: Facts) -> int:
     """Of a block's matrices in the compute dtype; 0 if they are stored in it."""
     return max(
         facts.measured(
-            partial(footprint.unpacked_nbytes, block, facts.dtype), "unpacked", kind_of(block), facts.dtype
+            partial(footprint.unpacked_nbytes, block, facts.dtype), "unpacked", block.kind, facts.dtype
         )
         for block in facts.block_kinds
     )

@@ -136,11 +136,6 @@ def gather(
     )
 
 
-def kind_of(group: Group) -> Hashable:
-    """What a footprint depends on: names, shapes and encodings, but not where the bytes lie."""
-    return tuple((ref.name, ref.shape, ref.encoding) for ref in group.refs)
-
-
 def compute_dtype(machine: Machine) -> torch.dtype:
     """What networks compute in there."""
     return torch.bfloat16 if machine.kind == "cuda" else torch.float32

@@ -10,7 +10,7 @@ from lowvram.models import dit
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.slab import build_layout
 from lowvram.phases import outer_phases
-from lowvram.planning.facts import Facts, kind_of
+from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 
 
@@ -23,7 +23,7 @@ def plan_prepare(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     what = facts.lengths, steps, facts.time_rows, facts.dtype
     peak = max(
         facts.measured(
-            partial(footprint.prepare_scratch, facts.spec.dit, outer, *what), "prepare", kind_of(outer), *what
+            partial(footprint.prepare_scratch, facts.spec.dit, outer, *what), "prepare", outer.kind, *what
         )
         for outer in outers
     )

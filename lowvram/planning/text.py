@@ -10,7 +10,7 @@ from lowvram import footprint
 from lowvram.model import Group, Model, kinds
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.placement import plan_traffic
-from lowvram.planning.facts import Facts, kind_of
+from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.planning.visits import all_on_disk, layouts_of
 from lowvram.quant.spec import numel
@@ -43,7 +43,7 @@ def plan_text(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     scratch = max(
         facts.measured(
             partial(footprint.text_scratch, spec, layer, rows, facts.dtype),
-            "text", kind_of(layer), rows, facts.dtype,
+            "text", layer.kind, rows, facts.dtype,
         )
         for layer in layers
     )  # fmt: skip

@@ -94,9 +94,9 @@ class Imagined(dict[Hashable, int]):
                 return int(40_000 * numel(grid[1:]))
             case ("head", _, grid, *_):
                 return 900 * numel(grid)
-            case ("tile", (spec, *_), window, _):
+            case ("tile", _, spec, _, _, window, _):
                 return int(40 * spec.decoder_base * 64 * numel([span.size for span in window]))
-            case ("middle", (spec, *_), plane):
+            case ("middle", _, spec, _, _, plane):
                 return int(90 * spec.decoder_base * numel(plane))
         raise AssertionError(what)
 

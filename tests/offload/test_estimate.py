@@ -96,6 +96,19 @@ def test_views_and_in_place_operations_add_nothing() -> None:
     assert peak_memory(look, x).peak_bytes == real_peak(look, x).peak_bytes == 3 * 10 * 4
 
 
+def test_an_operation_seen_before_is_counted_like_the_first_time() -> None:
+    def repeated(x: Tensor) -> list[Tensor]:
+        kept = []
+        for _ in range(3):
+            y = x.transpose(1, 2) @ x  # a view of what a batched product made
+            kept.append(y.to(memory_format=torch.contiguous_format) + x.norm(dim=2, keepdim=True).sum())
+            kept.append(x[:, ::2].clamp_min(1) if len(kept) > 2 else x[:, ::2].clamp_min(1.0))
+        return kept
+
+    x = torch.randn(2, 30, 30)
+    assert peak_memory(repeated, x).peak_bytes == real_peak(repeated, x).peak_bytes
+
+
 def test_out_arguments_are_counted_as_large_as_they_become() -> None:
     def grown(x: Tensor) -> Tensor:
         out = torch.empty(0)

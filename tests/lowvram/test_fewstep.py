@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,3 +152,29 @@ def test_of_models_that_nobody_published_only_the_lora_is_asked_for() -> None:
     check(make_job(nano, loras=(MINE,), **settings), nano)
     with pytest.raises(UsageError, match="no LoRA on the high and the low-noise expert"):
         check(make_job(nano, **settings), nano)
+
+
+NANO_LORAS = Path(__file__).parents[2] / "lowvram" / "assets" / "nano" / "loras"
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--steps", "20", "--guidance", "1"], "20 steps with a file made for 4"),
+        (["--steps", "4", "--guidance", "4"], "guidance 4 on a transformer that has it distilled in"),
+        (["--preset", "fastwan-5b-3"], "was made for lightning-4"),
+    ],
+)
+def test_the_command_refuses_and_force_goes_on(
+    flags: list[str], found: str, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    loras = []
+    for expert in ("high", "low"):
+        path = tmp_path / f"wan2.2_t2v_lightx2v_4steps_lora_v1.1_{expert}_noise.safetensors"
+        path.symlink_to(NANO_LORAS / f"lightning-4-{expert}.safetensors")
+        loras += ["--lora", str(path)]
+    said = cli("plan", *loras, *flags)
+    assert said.code == 2 and found in said.err and "--force" in said.err, said.err
+    assert len(said.err.splitlines()) <= 3
+    forced = cli("plan", *loras, *flags, "--force")
+    assert forced.code == 0, forced.err

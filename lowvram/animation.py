@@ -28,7 +28,7 @@ from lowvram.planning.plan import Plan
 from lowvram.quant.spec import ModelSpec
 from lowvram.report import Report, merged
 from lowvram.stages import text
-from lowvram.stages.run import Listener, Run, Silent
+from lowvram.stages.run import Listener, Silent
 from lowvram.stages.segments import Forgetful, Keeper, Stand, segments
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Animation:
             return Report(())
         model, colours = with_loras(pipe.model, job.loras), _seen(parts, stand.segment)
         with pipe.runtime.device() as device:
-            run = Run(device, self.plan, self.listener, self.clock)
+            run = pipe.runtime.begin(device, self.plan, self.listener, self.clock)
             texts = [each.cpu() for each in text.features(run, model, job, pipe.runtime.texts)]
             for number, frames in segments(run, model, job, texts, stand, keeper):
                 gauge = Gauge()
@@ -96,6 +96,7 @@ class Animation:
                     for frame in gauge.watch(frames):
                         writer.write(frame[None])
                 colours += [c for c in (gauge.colours(number),) if c is not None]
+        pipe.runtime.end()
         drifted = drift_note(colours, matched=driving.match_colours)
         notes = (*run.notes, *([drifted] if drifted else []))
         return Report(tuple(run.reports), notes, tuple(run.samples), tuple(colours))

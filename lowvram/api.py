@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ from lowvram.machine import Machine, machine_profile, this_machine
 from lowvram.media.picture import open_picture
 from lowvram.media.video import VideoWriter, check_size, check_target, write_behind
 from lowvram.model import Model, imagined_model, open_model, with_loras
-from lowvram.offload.budget import Budget, Ledger, parse_bytes
+from lowvram.offload.budget import Budget, Ledger, format_bytes, parse_bytes
 from lowvram.offload.device import CpuDevice, Device
+from lowvram.offload.kept import KeptBytes
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
 from lowvram.preview import Preview
@@ -43,7 +44,7 @@ from lowvram.report import Report, Sample
 from lowvram.sampling.presets import few_step, model_preset
 from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.denoise import State
-from lowvram.stages.run import Listener, Run, Silent
+from lowvram.stages.run import Listener, Run, Silent, resident_set
 from lowvram.stages.steadfast import denoise_steadfastly
 from lowvram.text_cache import text_cache
 from lowvram.triton_kernels import dispatch
@@ -58,6 +59,8 @@ class Runtime:
     vram, ram   sizes such as "16GB" or bytes; None takes what is free now
     device      "cuda" or "cpu"; None takes CUDA if there is any
     cache       whether prompts that were encoded before are taken from disk, and those of new jobs are kept there
+    keep        how much of the RAM holds transformer weights from one job to the next, such as "16GB": a job with another
+                LoRA, prompt or seed then reads from disk only what is not there yet. Jobs have the rest of the RAM.
     """
 
     def __init__(
@@ -67,9 +70,13 @@ class Runtime:
         device: str | None = None,
         *,
         cache: bool = True,
+        keep: str | int | None = None,
     ) -> None:
         self.machine = _machine(device)
         self.budget = _budget(vram, ram, self.machine)
+        self.kept = None if keep is None else KeptBytes(_size(keep, "keep"))
+        if self.kept is not None:
+            self.budget = _beside(self.budget, self.kept.capacity)
         self.texts = text_cache() if cache else None
 
     def load(
@@ -107,6 +114,23 @@ class Runtime:
         on_card = partial(dispatch.try_mode, device=torch.device("cuda", 0), arch=arch)
         test = on_card if self.machine.kind == "cuda" else None
         return dispatch.choose(asked, arch, dispatch.installed(), test, ends)
+
+    def begin(
+        self,
+        device: Device,
+        plan: Plan,
+        listener: Listener,
+        clock: Callable[[], float],
+        preview: Preview | None = None,
+    ) -> Run:
+        """A job on `device`, beside the weights that are kept from the ones before."""
+        rss = partial(_held_beside, self.kept)
+        return Run(device, plan, listener, clock, preview=preview, kept=self.kept, rss=rss, began=rss())
+
+    def end(self) -> None:
+        """The last use of the transformers by a job is over: kept weights that it had no use for go."""
+        if self.kept is not None:
+            self.kept.next_job()
 
     @contextmanager
     def device(self) -> Iterator[Device]:
@@ -219,7 +243,7 @@ class Pipeline:
         plan = plan or self.plan_job(job)
         state = state or denoise.initial_state(job, model)
         with self.runtime.device() as device:
-            run = Run(device, plan, listener or Silent(), clock, preview=preview)
+            run = self.runtime.begin(device, plan, listener or Silent(), clock, preview)
             if device.kind == "cuda":
                 run.notes.append(f"attention of torch by {dispatch.sdpa_backend_of(device.torch_device)}")
                 run.choose_decoders(model)
@@ -230,6 +254,7 @@ class Pipeline:
             latent = denoise_steadfastly(run, model, job, texts, made, state, save)
             if preview is not None and preview.problem:
                 run.notes.append(preview.problem)
+        self.runtime.end()
         return Video(
             self, job, plan, latent, listener or Silent(), clock, run.reports, run.notes, run.samples
         )
@@ -321,6 +346,11 @@ def _with_preset_loras(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, An
     return settings | {"loras": loras}
 
 
+def _held_beside(kept: KeptBytes | None) -> int:
+    """Bytes of RAM that this process holds, without what is kept for the next job."""
+    return resident_set() - (0 if kept is None else kept.used)
+
+
 def check_device(device: str | None) -> None:
     """UsageError for a device that is none, or that is not here."""
     if device not in (None, "cpu", "cuda"):
@@ -339,9 +369,23 @@ def _machine(device: str | None) -> Machine:
 
 
 def _budget(vram: str | int | None, ram: str | int | None, machine: Machine) -> Budget:
-    def size(value: str | int | None, flag: str, free: int) -> int:
-        if value is None:
-            return free
-        return value if isinstance(value, int) else parse_bytes(value, flag=flag)
+    return Budget(
+        machine.vram if vram is None else _size(vram, "--vram"),
+        machine.ram if ram is None else _size(ram, "--ram"),
+    )
 
-    return Budget(size(vram, "--vram", machine.vram), size(ram, "--ram", machine.ram))
+
+def _size(value: str | int, flag: str) -> int:
+    return value if isinstance(value, int) else parse_bytes(value, flag=flag)
+
+
+def _beside(budget: Budget, kept: int) -> Budget:
+    """What is left for jobs. UsageError if that is nothing."""
+    if not 0 <= kept < budget.ram:
+        raise UsageError(
+            f"{format_bytes(kept)} of {format_bytes(budget.ram)} RAM are to be kept",
+            where="keep",
+            expected="less than the RAM of the budget",
+            advice="give a larger ram, or keep less",
+        )
+    return replace(budget, ram=budget.ram - kept)

@@ -15,6 +15,7 @@ from typing import Self
 
 from lowvram.offload.direct import DirectFile
 from lowvram.offload.io import FileReader
+from lowvram.offload.kept import KeptBytes
 from lowvram.offload.placement import PIECE_BYTES
 from lowvram.offload.slab import BlockLayout, read_runs
 
@@ -29,6 +30,7 @@ class BlockReader:
     threads      how many read at once
     pages        memory of PIECE_BYTES for each of them, if reads go past the system's cache; empty if they do not
     stopping     asked between pieces: whether nobody wants the bytes any more
+    kept         what earlier jobs read, if it is kept
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class BlockReader:
         threads: int,
         pages: Sequence[memoryview],
         stopping: Callable[[], bool],
+        kept: KeptBytes | None = None,
     ) -> None:
-        self._open_reader, self._stopping = open_reader, stopping
+        self._open_reader, self._stopping, self._kept = open_reader, stopping, kept
         self._readers: dict[Path, FileReader] = {}
         self._direct: dict[FileReader, DirectFile] = {}
         self._pages: SimpleQueue[memoryview] = SimpleQueue()
@@ -48,8 +51,8 @@ class BlockReader:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="block reader")
         self._failed = False
 
-    def fill(self, layout: BlockLayout, memory: memoryview) -> bool:
-        """Read a block into `memory`; False if it was left undone because nobody wants it.
+    def fill(self, layout: BlockLayout, memory: memoryview) -> int | None:
+        """Read a block into `memory`: bytes that came from files; None if it was left undone because nobody wants it.
 
         Raises what opening and reading raise; no thread writes to `memory` any more then.
         """
@@ -58,10 +61,9 @@ class BlockReader:
             return self._read(pieces[0])
         tasks = [self._threads.submit(self._read, piece) for piece in pieces]
         wait(tasks)
-        done = [
-            task.result() for task in tasks
-        ]  # all of them: the one that failed tells why others were left undone
-        return all(done)
+        # all of them: the one that failed tells why others were left undone
+        done = [task.result() for task in tasks]
+        return None if None in done else sum(nbytes for nbytes in done if nbytes is not None)
 
     def _pieces(self, layout: BlockLayout, memory: memoryview) -> Iterator[_Piece]:
         """Cut where a file's offset is a multiple of PIECE_BYTES, so that no page is read twice."""
@@ -77,23 +79,30 @@ class BlockReader:
                 yield self._readers[run.file], begin, memory[at : at + cut - begin]
                 begin = cut
 
-    def _read(self, piece: _Piece) -> bool:
+    def _read(self, piece: _Piece) -> int | None:
         reader, offset, target = piece
         if self._failed or self._stopping():
-            return False
+            return None
         try:
-            if not self._past_cache:
-                reader.read_into(offset, target)
-                return True
-            pages = self._pages.get()
-            try:
-                self._direct[reader].read_into(offset, target, pages)
-            finally:
-                self._pages.put(pages)
+            if self._kept is not None and self._kept.fetch(reader, offset, target):
+                return 0
+            self._read_file(reader, offset, target)
+            if self._kept is not None:
+                self._kept.keep(reader, offset, target)
         except BaseException:
             self._failed = True
             raise
-        return True
+        return target.nbytes
+
+    def _read_file(self, reader: FileReader, offset: int, target: memoryview) -> None:
+        if not self._past_cache:
+            reader.read_into(offset, target)
+            return
+        pages = self._pages.get()
+        try:
+            self._direct[reader].read_into(offset, target, pages)
+        finally:
+            self._pages.put(pages)
 
     def close(self) -> None:
         self._threads.shutdown()

@@ -25,9 +25,10 @@ from torch import Tensor
 from lowvram.errors import InternalError, LowvramError
 from lowvram.offload.device import Buffer, Device, Event, Stall
 from lowvram.offload.io import FileReader
+from lowvram.offload.kept import KeptBytes
 from lowvram.offload.placement import PIECE_BYTES, READERS, BlockId, Load, Placement, Traffic, plan_traffic
 from lowvram.offload.reading import BlockReader
-from lowvram.offload.slab import BlockLayout, as_bytes, carve, read_runs
+from lowvram.offload.slab import BlockLayout, as_bytes, carve
 
 Views = dict[str, dict[str, Tensor]]
 """Tensor name -> part role -> typed view in device memory."""
@@ -81,6 +82,7 @@ class BlockStream:
     order        block ids of all visits of the job
     start        how many of them a resumed job has behind it
     clock        seconds, for the stalls in `stats`
+    kept         what earlier jobs read, if it is kept
 
     The views of a visit hold the block's stored bytes until the next visit is asked for; those of a resident
     block must not be written to. Work on them is queued on compute before that; the host need not wait for it.
@@ -99,7 +101,9 @@ class BlockStream:
         *,
         start: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        kept: KeptBytes | None = None,
     ) -> None:
+        self._kept = kept
         self._layouts, self._where, self._device = layouts, placement.where, device
         self._open_reader, self._clock, self._start = open_reader, clock, start
         self._traffic: Traffic = plan_traffic(layouts, placement, tuple(islice(order, start, None)))
@@ -295,7 +299,7 @@ class BlockStream:
     def _read_all(self) -> None:
         try:
             pages = [as_bytes(buffer.tensor) for buffer in self._pages]
-            with BlockReader(self._open_reader, READERS, pages, lambda: self._stopping) as reader:
+            with BlockReader(self._open_reader, READERS, pages, lambda: self._stopping, self._kept) as reader:
                 self._read_with(reader)
         except BaseException as error:  # noqa: BLE001 the consumer raises it
             with self._changed:
@@ -305,9 +309,10 @@ class BlockStream:
     def _read_with(self, reader: BlockReader) -> None:
         for load in self._traffic.loads:
             place, layout = self._destination(load), self._layouts[load.block]
-            if place is None or not reader.fill(layout, as_bytes(place.buffer.tensor)):
+            nbytes = None if place is None else reader.fill(layout, as_bytes(place.buffer.tensor))
+            if place is None or nbytes is None:
                 return
-            self._count(load.block, BlockStats(disk_bytes=sum(run.nbytes for run in read_runs(layout))))
+            self._count(load.block, BlockStats(disk_bytes=nbytes))
             with self._changed:
                 if load.to == "ram":
                     self._in_ram.add(load.block)

@@ -205,7 +205,14 @@ def _open_stream(
     if start == len(order):
         return None
     stream = BlockStream(
-        layouts, run.plan.denoise, run.device, run.open_reader, order, start=start, clock=run.clock
+        layouts,
+        run.plan.denoise,
+        run.device,
+        run.open_reader,
+        order,
+        start=start,
+        clock=run.clock,
+        kept=run.kept,
     )
     stack.callback(traffic.add, stream)  # once it is closed
     return stack.enter_context(stream)

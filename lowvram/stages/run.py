@@ -17,6 +17,7 @@ from lowvram.model import Group, Model
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.device import Device, lost
 from lowvram.offload.io import FileReader
+from lowvram.offload.kept import KeptBytes
 from lowvram.offload.placement import BlockId, Placement, block_name
 from lowvram.offload.slab import build_layout
 from lowvram.offload.stream import BlockStats, BlockStream, Views
@@ -114,8 +115,10 @@ class Run:
     """Who wants to see what becomes of the latent."""
     by_kernel: frozenset[Encoding] = frozenset()
     """Encodings that kernels decode here."""
+    kept: KeptBytes | None = None
+    """Weights that stay in RAM between jobs, beside what the plan counts."""
     rss: Callable[[], int] = resident_set
-    """Bytes of RAM that this process holds."""
+    """Bytes of RAM that this process holds, without what is kept."""
     began: int = field(default_factory=resident_set)
     """`rss` when the job began."""
 
@@ -228,6 +231,7 @@ class Run:
             self.open_reader,
             [block],
             clock=self.clock,
+            kept=self.kept,
         ) as stream:
             _, views = next(stream)
             yield views

@@ -14,7 +14,7 @@ import torch
 from lowvram.model import imagined_model
 from lowvram.offload.budget import format_bytes, segment_size
 from lowvram.sampling.presets import model_preset
-from lowvram.tiling import Codings, Decoding, decodings, encodings
+from lowvram.tiling import Coding, Codings, decodings, encodings
 
 GB = 10**9
 CONTEXT = GB // 2
@@ -33,7 +33,7 @@ HEAD = """| VAE | size | budget GB | tiles | peak VRAM | histories | scratch | R
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
-def seconds(coding: Decoding) -> float:
+def seconds(coding: Coding) -> float:
     """On a card that takes 8 s for whole frames."""
     return 8 * coding.work + 2 * coding.moved / (20 * GB)
 
@@ -49,9 +49,14 @@ def rows(version: str, width: int, height: int, budgets: tuple[float, ...], ways
         sizes = (fixed + found.vram, found.slab, found.scratch, found.ram)
         shown = " | ".join(format_bytes(n) for n in sizes)
         limit = f"{budget:g}" if fixed + found.vram <= budget * GB else "least"
+        cut = (
+            f"{found.tiling.count} bands"
+            if found.tiling.banded
+            else f"{found.tiling.rows}x{found.tiling.columns}"
+        )
         late = ", frames last" if not found.tiling.kept and not found.shelf else ""
         yield (
-            f"| {version} | {width}x{height} | {limit} | {found.tiling.rows}x{found.tiling.columns}{late} "
+            f"| {version} | {width}x{height} | {limit} | {cut}{late} "
             f"| {shown} | {found.work - 1:.0%} | {format_bytes(found.moved)} |"
         )
 

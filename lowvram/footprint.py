@@ -5,7 +5,7 @@ Every function returns bytes above what its inputs take. Buffers that are alloca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from lowvram.model import Group
 from lowvram.models import animate, clip, dit, umt5, vae, vae_clip
 from lowvram.models.self_attention import CHUNK, Workspace
+from lowvram.models.vae_bands import Borders
 from lowvram.models.vae_history import Memory, PackedHistory, memories, tile_memories
 from lowvram.models.vae_layers import History, Weights
 from lowvram.models.vae_tiles import Tile
@@ -308,47 +309,97 @@ def _middle_scratch(
         return allocated_size(int(_peak(lambda like: run(like, size, w, history), like) * excess))
 
 
-def decode_scratch(spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype) -> int:
+def decode_scratch(
+    spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile] = ()
+) -> int:
     """Transient bytes of one visit of a decoder tile, its window and the conversion of frames to bytes included.
 
-    The first frame tells: what waits for the frames after it is already there.
+    The first frame tells: what waits for the frames after it is already there. before: of a band, those that hand on.
     """
 
-    def run(like: Tensor, w: Weights, history: History) -> None:
+    def run(tile: Tile, like: Tensor, w: Weights, history: History) -> None:
         statistics = vae.statistics(spec, like)  # held meanwhile
-        window = like.new_empty(1, 4 * spec.decoder_base, 1, *(span.size for span in tile.window))
-        frames = vae.run_framewise(tile.layers, window, w, history)
-        frame = next(frames)
+        next(_decoded(spec, tile, like, w, history))
+        del statistics
+
+    return _tile_scratch(run, spec, weights, tile, dtype, before)
+
+
+def decode_borders(spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
+    """Bytes that `band`, the first of a plane, hands on for every latent that passes."""
+
+    def run(tile: Tile, like: Tensor, w: Weights, history: History) -> None:
+        for _ in _decoded(spec, tile, like, w, history):
+            pass
+
+    return _borders(run, spec, weights, band, dtype)
+
+
+def _decoded(spec: VaeSpec, tile: Tile, like: Tensor, w: Weights, history: History) -> Iterator[None]:
+    """A latent through a tile: at every frame that it gives, as bytes."""
+    window = like.new_empty(1, 4 * spec.decoder_base, 1, *(span.size for span in tile.window))
+    for frame in vae.run_framewise(tile.layers, window, w, history):
         vae.to_uint8(vae.unpatchify(frame, spec.patch))
-        del statistics
-
-    return _tile_scratch(run, spec, weights, tile, dtype)
+        yield
 
 
-def encode_scratch(spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype) -> int:
-    """Transient bytes of one visit of an encoder tile: four frames, its window of them and the result included."""
+def encode_scratch(
+    spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile] = ()
+) -> int:
+    """Transient bytes of one visit of an encoder tile: four frames, its window of them and the result included.
+
+    before: of a band, those that hand on.
+    """
+    return _tile_scratch(partial(_encoded, spec), spec, weights, tile, dtype, before)
+
+
+def encode_borders(spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
+    """Bytes that `band`, the first of a plane, hands on for every latent that passes."""
+    return _borders(partial(_encoded, spec), spec, weights, band, dtype)
+
+
+def _encoded(spec: VaeSpec, tile: Tile, like: Tensor, w: Weights, history: History) -> None:
+    """Four frames through a tile."""
     size = [span.stop * spec.patch for span in tile.window]
+    statistics = vae.statistics(spec, like)  # held meanwhile
+    frames = [like.new_empty(()).expand(3, *size)] * vae_clip.FRAMES
+    window = vae_clip.patches(spec, tile, frames, like.device, like.dtype)
+    vae.run_pairwise(tile.layers, window, w, history)
+    del statistics
 
-    def run(like: Tensor, w: Weights, history: History) -> None:
-        statistics = vae.statistics(spec, like)  # held meanwhile
-        frames = [like.new_empty(()).expand(3, *size)] * vae_clip.FRAMES
-        window = vae_clip.patches(spec, tile, frames, like.device, dtype)
-        vae.run_pairwise(tile.layers, window, w, history)
-        del statistics
 
-    return _tile_scratch(run, spec, weights, tile, dtype)
+Visit = Callable[[Tile, Tensor, Weights, History], None]
+"""Brings something through a tile; the tensor says the device and the dtype."""
 
 
 def _tile_scratch(
-    run: Callable[[Tensor, Weights, History], None],
-    spec: VaeSpec,
-    weights: Group,
-    tile: Tile,
-    dtype: torch.dtype,
+    run: Visit, spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile]
 ) -> int:
+    borders = Borders()
     with META:
         w = Dense(_meta_params(weights), dtype)
-        history = _under_way(tile_memories(tile, spec.shapes()), dtype)
         like = torch.empty((), dtype=dtype)
     with torch.no_grad():
-        return _peak(lambda like: run(like, w, history), like)
+        for band in (
+            (*before, tile) if tile.flow else ()
+        ):  # what is handed on has its place already, planned apart
+            run(band, like, w, _visited(spec, band, borders, dtype))
+        history = _visited(spec, tile, borders, dtype)
+        return _peak(lambda like: run(tile, like, w, history), like)
+
+
+def _borders(run: Visit, spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
+    borders = Borders()
+    with META:
+        w = Dense(_meta_params(weights), dtype)
+        like = torch.empty((), dtype=dtype)
+    with torch.no_grad():
+        run(band, like, w, _visited(spec, band, borders, dtype))
+    return sum(allocated_size(cells.nbytes) for left in borders.values() for cells in left)
+
+
+def _visited(spec: VaeSpec, tile: Tile, borders: Borders, dtype: torch.dtype) -> _UnderWay:
+    with META:
+        history = _under_way(tile_memories(tile, spec.shapes()), dtype)
+    history.band = tile.band(borders)
+    return history

@@ -7,7 +7,7 @@ that tile's history, closely enough to choose by; a run of the tile on meta tens
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import ceil, log
@@ -23,7 +23,7 @@ from lowvram.model import Group, Model, vae_group
 from lowvram.models.vae import DECODER, ENCODER
 from lowvram.models.vae_clip import FRAMES, Half, decoder, encoder
 from lowvram.models.vae_history import Memory, memories, packed, packed_size, tile_memories
-from lowvram.models.vae_tiles import Tile, Tiling, make_tile, split
+from lowvram.models.vae_tiles import Tile, Tiling, band_edges, make_tile, split
 from lowvram.offload.budget import exact_size, segment_size
 from lowvram.offload.estimate import Rounding
 from lowvram.offload.slab import build_layout
@@ -47,7 +47,7 @@ class _Histories(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Decoding:
+class Coding:
     """A tiling, of either half, and what it takes, in bytes."""
 
     tiling: Tiling
@@ -85,6 +85,8 @@ class Decoding:
         if tiles == 1 and tiling.kept:
             return "whole frames, the fastest"
         cut = f"{tiling.rows} x {tiling.columns} tiles, {self.work - 1:.0%} more work and the same pixels"
+        if tiling.banded:
+            cut = f"{tiles} bands, nothing computed twice and the same pixels"
         if tiles == 1:
             cut = "whole frames"
         if tiling.kept:
@@ -96,12 +98,15 @@ class Decoding:
         )
 
 
-Seconds = Callable[[Decoding], float]
+Seconds = Callable[[Coding], float]
 
 
-def _cells(half: Half, spec: VaeSpec, size: int, count: int) -> NDArray[np.int64]:
-    """Cells [tile, memory] that each of `count` tiles along an axis of `size` latents remembers."""
+def _cells(half: Half, spec: VaeSpec, size: int, count: int, banded: bool) -> NDArray[np.int64]:
+    """Cells [tile, memory] that each of `count` tiles, or bands, along an axis of `size` latents remembers."""
     given, shapes = size * half.cells, spec.shapes()
+    if banded:
+        bands = Tiling(rows=count, banded=True).tiles(half.tiled, (given, given), half.cells)
+        return np.array([[m.shape[1] for m in tile_memories(band, shapes)] for band in bands])
     spans = [span.scaled(half.made) for span in split(size, count)]
     tiles = [make_tile(half.tiled, (given, given), span, span) for span in spans]
     return np.array([[m.shape[1] for m in tile_memories(tile, shapes)] for tile in tiles])
@@ -132,18 +137,22 @@ class Codings(ABC):
     rounding: Rounding
     """What the device gives up for a long-lived buffer."""
     measured: Measured = _anew
-    _known: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict, init=False)
-    """By rows and columns of tiles: history of the largest, of all, scratch of the largest."""
-    _cut: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, init=False)
-    """By axis and number of tiles along it: see `_cells`."""
+    _known: dict[tuple[int, int, bool], tuple[int, int, int]] = field(default_factory=dict, init=False)
+    """By grid of tiles: history of the largest, of all, scratch of the largest."""
+    _cut: dict[tuple[int, int, bool], NDArray[np.int64]] = field(default_factory=dict, init=False)
+    """By axis, number of tiles along it and whether they are bands: see `_cells`."""
 
     @property
     @abstractmethod
     def half(self) -> Half: ...
 
     @abstractmethod
-    def tile_scratch(self, tile: Tile) -> int:
-        """Transient bytes of one visit of a tile."""
+    def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
+        """Transient bytes of one visit of a tile; `before` a band, those that hand on to it."""
+
+    @abstractmethod
+    def borders(self, band: Tile) -> int:
+        """Bytes that the first band of a plane hands on for every latent."""
 
     @abstractmethod
     def middle_scratch(self) -> int:
@@ -153,7 +162,7 @@ class Codings(ABC):
     def frames_held(self, tiling: Tiling) -> int:
         """Frames on the host at once."""
 
-    def choose(self, vram: int, ram: int, seconds: Seconds) -> Decoding:
+    def choose(self, vram: int, ram: int, seconds: Seconds) -> Coding:
         """The fastest inside `vram` and `ram` bytes; all frames at the end only if there is no other way.
 
         If nothing fits: the least VRAM inside `ram`, or else the least RAM inside `vram`, or else the least VRAM.
@@ -169,8 +178,8 @@ class Codings(ABC):
         return found
 
     def _best(
-        self, fits: Callable[[Decoding], bool], key: Callable[[Decoding], Any], doubt: float = 1.0
-    ) -> Decoding | None:
+        self, fits: Callable[[Coding], bool], key: Callable[[Coding], Any], doubt: float = 1.0
+    ) -> Coding | None:
         """The first by `key` of those that fit. Guesses, times `doubt`, lead to it; what is returned is exact."""
         while pool := [d for d in (self._guess(h, doubt) for h in self._histories) if fits(d)]:
             best = min(pool, key=key)
@@ -179,7 +188,7 @@ class Codings(ABC):
             self._settle(best.tiling)
         return None
 
-    def _guess(self, histories: _Histories, doubt: float) -> Decoding:
+    def _guess(self, histories: _Histories, doubt: float) -> Coding:
         """What `histories` takes: as far as it is known, else with scratch in proportion to history, as of the tiling
         with the nearest history that is known."""
         tiling, largest, total = histories
@@ -187,42 +196,47 @@ class Codings(ABC):
         if known is None:
             nearest = min(self._known.values(), key=lambda k: abs(log(k[0] / largest)), default=(1, 1, 0))
             known = largest, total, int(doubt * largest * nearest[2] / nearest[0])
-        return self._decoding(tiling, *known)
+        return self._coding(tiling, *known)
 
-    def exactly(self, tiling: Tiling) -> Decoding:
+    def exactly(self, tiling: Tiling) -> Coding:
         """What a given tiling takes."""
         if tiling.grid not in self._known:
             self._settle(tiling)
-        return self._decoding(tiling, *self._known[tiling.grid])
+        return self._coding(tiling, *self._known[tiling.grid])
 
     def _settle(self, tiling: Tiling) -> None:
-        down, across = self._along(0, tiling.rows), self._along(1, tiling.columns)
+        down, across = self._axes(tiling.grid)
         frames = np.array([m.frames for m in self._whole_memories])
         row_bytes = np.array([m.shape[0] * self.dtype.itemsize for m in self._whole_memories])
         sizes = packed(down[:, None] * across[None] * row_bytes) @ frames
-        row, column = divmod(int(sizes.argmax()), tiling.columns)
-        half, cells = self._half, self._half.cells
+        half, cells, number = self._half, self._half.cells, int(sizes.argmax())
         plane = self.plane[0] * cells, self.plane[1] * cells
-        rows, columns = tiling.spans(half.tiled, plane)
-        tile = make_tile(half.tiled, plane, rows[row], columns[column])
+        before: Sequence[Tile] = ()
+        if tiling.banded:
+            *before, tile = half.tiles(tiling, self.plane)[: number + 1]
+        else:
+            rows, columns = tiling.spans(half.tiled, plane)
+            row, column = divmod(number, tiling.columns)
+            tile = make_tile(half.tiled, plane, rows[row], columns[column])
         scratch = self.measured(
-            partial(self.tile_scratch, tile), "tile", *self._of_half, tile.window, repr(tile)
+            partial(self.tile_scratch, tile, before), "tile", *self._of_half, tile.window, repr(tile)
         )
         self._known[tiling.grid] = int(sizes.max()), int(sizes.sum()), scratch
 
-    def _decoding(self, tiling: Tiling, largest: int, total: int, tile_scratch: int) -> Decoding:
+    def _coding(self, tiling: Tiling, largest: int, total: int, tile_scratch: int) -> Coding:
         visits = ceil(self.latent[1] / tiling.visit)
         everything = total + self._middle_history
         away = not tiling.kept and visits > 1
-        return Decoding(
+        handed = self._handed * tiling.visit if tiling.banded else 0
+        return Coding(
             tiling,
             slab=self.rounding(everything if tiling.kept else max(largest, self._middle_history)),
-            scratch=max(self._middle_scratch, tile_scratch),
+            scratch=max(self._middle_scratch, tile_scratch) + handed,
             shelf=everything if away else 0,
             waiting=tiling.visit * self._half.channels * numel(self.plane) * self.dtype.itemsize,
             frames=self.frame * self.frames_held(tiling),
             moved=everything * (visits - 1) if away else 0,
-            work=total / self._whole,
+            work=1.0 if tiling.banded else total / self._whole,
         )
 
     def _late(self, tiling: Tiling) -> bool:
@@ -247,13 +261,43 @@ class Codings(ABC):
                 largest, total = int(sizes.max()), int(sizes.sum())
                 found.append(_Histories(Tiling(rows, columns), largest, total))
                 found += [_Histories(Tiling(rows, columns, n, kept=False), largest, total) for n in visits]
+        shorter = {ceil(frames / ceil(frames / n)) for n in (VISIT // 4, VISIT // 2, VISIT)}
+        for grid in self._bands():
+            down, across = self._axes(grid)
+            sizes = (down * per_cell) @ across.T
+            largest, total = int(sizes.max()), int(sizes.sum())
+            found.append(_Histories(Tiling(*grid[:2], banded=True), largest, total))
+            found += [
+                _Histories(Tiling(*grid[:2], n, kept=False, banded=True), largest, total) for n in shorter
+            ]
         return found
 
-    def _along(self, axis: int, count: int) -> NDArray[np.int64]:
+    def _bands(self) -> Iterator[tuple[int, int, bool]]:
+        """The grids of bands along the longer axis: they have the shorter borders."""
+        axis, half = int(self.plane[1] >= self.plane[0]), self._half
+        for count in _COUNTS[1:]:
+            size = self.plane[axis]
+            if count * SMALLEST <= size and band_edges(half.tiled, size, count, half.cells):
+                yield (1, count, True) if axis else (count, 1, True)
+
+    def _axes(self, grid: tuple[int, int, bool]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Cells [tile, memory] along rows and along columns."""
+        rows, columns, banded = grid
+        return self._along(0, rows, banded and rows > 1), self._along(1, columns, banded and columns > 1)
+
+    def _along(self, axis: int, count: int, banded: bool = False) -> NDArray[np.int64]:
         """See `_cells`; of the rows (0) or of the columns (1)."""
-        if (axis, count) not in self._cut:
-            self._cut[axis, count] = _cells(self._half, self.spec, self.plane[axis], count)
-        return self._cut[axis, count]
+        key = axis, count, banded
+        if key not in self._cut:
+            self._cut[key] = _cells(self._half, self.spec, self.plane[axis], count, banded)
+        return self._cut[key]
+
+    @cached_property
+    def _handed(self) -> int:
+        """Bytes handed from band to band for every latent."""
+        rows, columns, _ = next(iter(self._bands()))
+        first = self._half.tiles(Tiling(rows, columns, banded=True), self.plane)[0]
+        return self.measured(partial(self.borders, first), "borders", *self._of_half, repr(first))
 
     @cached_property
     def _half(self) -> Half:
@@ -298,8 +342,11 @@ class Decodings(Codings):
     def half(self) -> Half:
         return decoder(self.spec)
 
-    def tile_scratch(self, tile: Tile) -> int:
-        return footprint.decode_scratch(self.spec, self.weights, tile, self.dtype)
+    def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
+        return footprint.decode_scratch(self.spec, self.weights, tile, self.dtype, before)
+
+    def borders(self, band: Tile) -> int:
+        return footprint.decode_borders(self.spec, self.weights, band, self.dtype)
 
     def middle_scratch(self) -> int:
         return footprint.decoder_middle_scratch(self.spec, self.weights, self.plane, self.dtype)
@@ -315,8 +362,11 @@ class Encodings(Codings):
     def half(self) -> Half:
         return encoder(self.spec)
 
-    def tile_scratch(self, tile: Tile) -> int:
-        return footprint.encode_scratch(self.spec, self.weights, tile, self.dtype)
+    def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
+        return footprint.encode_scratch(self.spec, self.weights, tile, self.dtype, before)
+
+    def borders(self, band: Tile) -> int:
+        return footprint.encode_borders(self.spec, self.weights, band, self.dtype)
 
     def middle_scratch(self) -> int:
         return footprint.encoder_middle_scratch(self.spec, self.weights, self.plane, self.dtype)
@@ -393,7 +443,7 @@ def plan_encode(
     native = 2 if machine.kind == "cuda" else 4
     flops = 18e12 * numel(latent[1:]) / (90 * 160) * (spec.base / 96) ** 2 * dtype.itemsize / native
 
-    def seconds(coding: Decoding) -> float:
+    def seconds(coding: Coding) -> float:
         return coding.work * flops / machine.matmul + 2 * coding.moved / machine.link
 
     weights = rounding(stored)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowvram.models import vae
 from lowvram.models.vae import Layer
+from lowvram.models.vae_bands import Borders
 from lowvram.models.vae_history import Memory, Shelf, memories, tile_memories
 from lowvram.models.vae_layers import History, Weights
 from lowvram.models.vae_tiles import Span, Tile, Tiling
@@ -39,7 +40,7 @@ class Half:
 
     def tiles(self, tiling: Tiling, plane: tuple[int, int]) -> list[Tile]:
         """The tiles on a `plane` of latents, row by row."""
-        return tiling.tiles(self.tiled, (plane[0] * self.cells, plane[1] * self.cells))
+        return tiling.tiles(self.tiled, (plane[0] * self.cells, plane[1] * self.cells), self.cells)
 
     def memories(
         self, tiling: Tiling, plane: tuple[int, int], shapes: Mapping[str, Shape]
@@ -98,6 +99,7 @@ def decode(
     half = decoder(spec)
     tiles = half.tiles(tiling, (latent.shape[3], latent.shape[4]))
     mean, std = vae.statistics(spec, torch.empty((), device=device, dtype=dtype))
+    borders = Borders()
     for start in range(0, latent.shape[2], tiling.visit):
         with shelf.visit(0) as history:
             visitors = latent[:, :, start : start + tiling.visit].split(1, dim=2)
@@ -107,6 +109,7 @@ def decode(
             ]
         for number, tile in enumerate(tiles, 1):
             with shelf.visit(number) as history:
+                history.band = tile.band(borders)
                 windows = (tile.cut(plane).to(device) for plane in planes)
                 yield from _pieces(spec, w, tile, windows, history, first=max(0, FRAMES * (start - 1) + 1))
 
@@ -144,11 +147,12 @@ def encode(
     half = encoder(spec)
     tiles = half.tiles(tiling, plane)
     mean, std = vae.statistics(spec, torch.empty((), device=device, dtype=dtype))
-    chunks = _chunks(iter(frames))
+    chunks, borders = _chunks(iter(frames)), Borders()
     while visitors := list(islice(chunks, tiling.visit)):
         planes = [torch.empty(1, half.channels, 1, *plane, dtype=dtype) for _ in visitors]
         for number, tile in enumerate(tiles, 1):
             with shelf.visit(number) as history:
+                history.band = tile.band(borders)
                 for chunk, whole in zip(visitors, planes, strict=True):
                     y = vae.run_pairwise(tile.layers, patches(spec, tile, chunk, device, dtype), w, history)
                     whole[..., slice(*tile.rows), slice(*tile.columns)] = y

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowvram.models.vae import Layer
 from lowvram.models.vae_layers import Conv, Crop, Double, Down, Head, History, Residual, Stage, Up
-from lowvram.models.vae_tiles import Tile, extent
+from lowvram.models.vae_tiles import Flow, Tile, extent
 from lowvram.quant.spec import Shape
 
 _ALIGNMENT = 512
@@ -33,42 +33,53 @@ class Memory:
     """Channels, rows, columns."""
 
 
-def memories(layers: Sequence[Layer], plane: tuple[int, int], shapes: Mapping[str, Shape]) -> list[Memory]:
-    """All that `layers` remember when they are given a `plane` of cells. shapes: of the weights, by name."""
+def memories(
+    layers: Sequence[Layer],
+    plane: tuple[int, int],
+    shapes: Mapping[str, Shape],
+    flow: Flow | None = None,
+) -> list[Memory]:
+    """All that `layers` remember when they are given a `plane` of cells, or a band of it. shapes: of the weights, by
+    name."""
     found: list[Memory] = []
     rows, columns = plane
+
+    def remember(name: str, frames: int, *, window: bool) -> None:
+        height, width = rows, columns
+        if flow is not None:
+            cells = flow.window if window else flow.size
+            height, width = (cells, columns) if flow.axis == 3 else (rows, cells)
+        found.append(Memory(name, frames, (shapes[f"{name}.weight"][1], height, width)))
+
     for layer in layers:
-        names: tuple[str, ...] = ()
         match layer:
             case Conv(name=name, radius=radius) if radius:
-                names = (name,)
+                remember(name, 2, window=True)
             case Residual(name=name):
-                names = (f"{name}.residual.2", f"{name}.residual.6")
+                remember(f"{name}.residual.2", 2, window=True)
+                flow = flow and flow.through(Conv(name))
+                remember(f"{name}.residual.6", 2, window=True)
+                flow = flow and flow.through(Conv(name))
             case Head(name=name):
-                names = (f"{name}.2",)
+                remember(f"{name}.2", 2, window=True)
             case Double(name=name) | Up(name=name, time=True):
-                names = (f"{name}.time_conv",)
-            case Down(name=name, time=True):
-                found.append(
-                    Memory(
-                        f"{name}.time_conv",
-                        1,
-                        (shapes[f"{name}.time_conv.weight"][1], rows // 2, columns // 2),
-                    )
-                )
+                remember(f"{name}.time_conv", 2, window=False)
             case Stage(layers=inner):
-                found += memories(inner, (rows, columns), shapes)
+                found += memories(inner, (rows, columns), shapes, flow)
             case Crop(rows=kept_rows, columns=kept_columns):
                 rows, columns = len(range(rows)[kept_rows]), len(range(columns)[kept_columns])
-        found += [Memory(name, 2, (shapes[f"{name}.weight"][1], rows, columns)) for name in names]
         rows, columns = extent(layer, rows), extent(layer, columns)
+        if flow is not None and not isinstance(layer, Residual):
+            flow = flow.through(layer)
+        if isinstance(layer, Down) and layer.time:
+            remember(f"{layer.name}.time_conv", 1, window=False)
     return found
 
 
 def tile_memories(tile: Tile, shapes: Mapping[str, Shape]) -> list[Memory]:
     """All that a tile remembers. shapes: of the weights, by name."""
     rows, columns = tile.window
-    return memories(tile.layers, (rows.size, columns.size), shapes)
+    return memories(tile.layers, (rows.size, columns.size), shapes, tile.flow)
 
 
 @dataclass(slots=True)

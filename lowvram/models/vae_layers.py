@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from lowvram.models.vae_bands import Band
 
 Weights = Mapping[str, Tensor]
 
@@ -28,6 +31,8 @@ class History:
     frames: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """Oldest first, each [B, C, 1, H, W]; fewer than a layer looks back on as long as the clip is young."""
     begun: set[str] = field(default_factory=set)
+    band: Band | None = None
+    """In space: which band of a plane is under way, if the plane is in bands."""
 
     def first(self, name: str) -> bool:
         """Whether `name` asks for the first time in this clip."""
@@ -73,6 +78,10 @@ def rms_silu(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
     return functional.silu(rms_norm(x, gamma, out), inplace=not torch.is_grad_enabled())
 
 
+def _rms_silu_into(gamma: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    return rms_silu(x, gamma, out)
+
+
 def add(fresh: Tensor, x: Tensor) -> Tensor:
     """fresh + x, where `fresh` is nobody else's."""
     return x + fresh if torch.is_grad_enabled() else fresh.add_(x)
@@ -87,7 +96,11 @@ def planes(x: Tensor) -> Tensor:
 
 
 def plane_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int = 1,
+    padding: int | tuple[int, int] | None = None,
 ) -> Tensor:
     """2-D convolution of every frame: [B, C, T, H, W] -> [B, C', T, H', W']; keeps the size if nothing is said."""
     padding = weight.shape[-1] // 2 if padding is None else padding
@@ -96,7 +109,13 @@ def plane_conv(
     return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
-def tap_conv(frames: Sequence[Tensor], weight: Tensor, bias: Tensor, sum_: Tensor | None = None) -> Tensor:
+def tap_conv(
+    frames: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    sum_: Tensor | None = None,
+    padding: tuple[int, int] | None = None,
+) -> Tensor:
     """3-D convolution of `frames`, each [B, C, 1, H, W], to one: a sum of 2-D ones, a frame under each tap.
 
     The last frame lies under the last tap; where there are fewer frames than taps there are zeros before them.
@@ -105,7 +124,10 @@ def tap_conv(frames: Sequence[Tensor], weight: Tensor, bias: Tensor, sum_: Tenso
     matter.
     """
     for frame, tap in zip(frames, weight.unbind(2)[-len(frames) :], strict=True):
-        sum_ = plane_conv(frame, tap, bias) if sum_ is None else add(sum_, plane_conv(frame, tap, None))
+        if sum_ is None:
+            sum_ = plane_conv(frame, tap, bias, padding=padding)
+        else:
+            sum_ = add(sum_, plane_conv(frame, tap, None, padding=padding))
     assert sum_ is not None
     return sum_
 
@@ -118,21 +140,30 @@ def causal_conv(x: Tensor, name: str, w: Weights, history: History, norm: str = 
     """
     weights, biases = w[f"{name}.weight"].chunk(parts), w[f"{name}.bias"].chunk(parts)
     taps, frames, made = weights[0].shape[2], list(x.split(1, dim=2)), []
+    band = history.band if weights[0].shape[-1] > 1 else None
+    padding = band.padding if band else None
     del x
     while frames:
         frame, past = frames.pop(0), history.frames.get(name, ())
         sums: list[Tensor | None] = [None] * parts
         if 0 < len(past) == taps - 1:  # the oldest has its turn first: the new frame may take its place
-            sums = [tap_conv(past[:1], v[:, :, :1], b) for v, b in zip(weights, biases, strict=True)]
+            sums = [
+                tap_conv(past[:1], v[:, :, :1], b, padding=padding)
+                for v, b in zip(weights, biases, strict=True)
+            ]
             past = past[1:]
-        if norm:
+        if band:
+            fill = partial(_rms_silu_into, w[f"{norm}.gamma"]) if norm else None
+            frame = band.given(name, frame, history.place(name), fill)
+            history.push(name, frame, taps - 1)
+        elif norm:
             frame = rms_silu(frame, w[f"{norm}.gamma"], history.place(name))
             history.push(name, frame, taps - 1)
         elif taps > 1:
             frame = history.keep(name, frame, taps - 1)
         given = (*past, frame)
         made += [
-            tap_conv(given, v[:, :, 1:] if y is not None else v, b, y)
+            tap_conv(given, v[:, :, 1:] if y is not None else v, b, y, padding)
             for v, b, y in zip(weights, biases, sums, strict=True)
         ]
         del frame, given, past, sums
@@ -174,7 +205,7 @@ class Residual:
         )
         if f"{self.name}.shortcut.weight" in w:
             x = causal_conv(x, f"{self.name}.shortcut", w, history)
-        return add(y, x)
+        return history.band.add(self.name, y, x) if history.band else add(y, x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,22 +237,28 @@ class Up:
         if self.time:
             x = Double(self.name)(x, w, history)
         conv = f"{self.name}.resample.1"
-        return frame_by_frame(lambda x: _widened_conv(x, w[f"{conv}.weight"], w[f"{conv}.bias"]), x)
+        weight, bias, band = w[f"{conv}.weight"], w[f"{conv}.bias"], history.band
+        if band is None:
+            return frame_by_frame(lambda x: _widened_conv(x, weight, bias), x)
+        return frame_by_frame(lambda x: _widened_conv(band.given(conv, x), weight, bias, band.padding), x)
 
 
-def _widened_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _widened_conv(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int] = (1, 1)) -> Tensor:
     """Nearest x2, then a 3x3 convolution, without making what lies between: [B, C, T, H, W] -> [B, C', T, 2H, 2W].
+
+    Where there is no `padding`, the outermost cells of x are neighbours only.
 
     A pixel of the wide plane and its neighbours are copies of 2x2 pixels: for each of the four places that it can
     have above its source, a 2x2 convolution with sums of the kernel's weights. Less than half of the multiplications.
     """
-    b, _, t, height, width = x.shape
+    b, _, t = x.shape[:3]
+    height, width = (n - 2 * (not pad) for n, pad in zip(x.shape[3:], padding, strict=True))
     wide = torch.promote_types(weight.dtype, torch.float32)
     y = x.new_empty(b, t, 2 * height, 2 * width, weight.shape[0]).permute(0, 4, 1, 2, 3)
     x = planes(x).unflatten(0, (b, t)).transpose(1, 2)
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
         kernel = _folded(_folded(weight.to(wide), 2, down), 3, right).to(weight.dtype)
-        z = plane_conv(x, kernel, bias, padding=1)
+        z = plane_conv(x, kernel, bias, padding=padding)
         y[..., down::2, right::2] = z[..., down : down + height, right : right + width]
         del z
     return y
@@ -241,7 +278,7 @@ class Down:
     time: bool
 
     def __call__(self, x: Tensor, w: Weights, history: History) -> Tensor:
-        x = frame_by_frame(lambda x: self._narrow(x, w), x)
+        x = frame_by_frame(lambda x: self._narrow(x, w, history.band), x)
         if not self.time:
             return x
         conv = f"{self.name}.time_conv"
@@ -253,9 +290,13 @@ class Down:
         # the history refers to the first frame, and a result is the receiver's own
         return torch.cat([first, *made], dim=2) if first.shape[2] or len(made) > 1 else made[0]
 
-    def _narrow(self, x: Tensor, w: Weights) -> Tensor:
+    def _narrow(self, x: Tensor, w: Weights, band: Band | None) -> Tensor:
         conv = f"{self.name}.resample.1"
-        x = functional.pad(x, (0, 1, 0, 1))
+        if band is None:
+            x = functional.pad(x, (0, 1, 0, 1))
+        else:
+            right, below = band.padding[::-1]
+            x = functional.pad(band.given(conv, x, step=2), (0, right, 0, below))
         return plane_conv(x, w[f"{conv}.weight"], w[f"{conv}.bias"], stride=2, padding=0)
 
 
@@ -279,6 +320,9 @@ class Stage:
         y = x
         for layer in self.layers:
             y = layer(y, w, history)
+        if history.band:
+            made = y.shape[history.band.axis]
+            x = history.band.late(self.name, x, made // self.space if self.up else made * self.space)
         if not self.up:
             return add(y, self._average(x))
         surplus = self.time - 1 if history.first(self.name) else 0

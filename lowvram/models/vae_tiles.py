@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from functools import cache, reduce
+from itertools import accumulate, count, pairwise
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lowvram.models.vae import Attention, Layer
+from lowvram.models.vae_bands import Band, Borders
 from lowvram.models.vae_layers import Conv, Crop, Double, Down, Head, Residual, Stage, Up
 
 _EVERYTHING = 1 << 40
@@ -108,6 +110,101 @@ def split(size: int, count: int) -> list[Span]:
     return [Span(*ends) for ends in pairwise(edges)]
 
 
+# ---- bands
+
+
+class Flow(NamedTuple):
+    """Cells start <= i < stop, of an axis of `end` cells, that a band is given: the bands before it had the others."""
+
+    axis: int
+    """Of a tensor [B, C, T, H, W]."""
+    start: int
+    stop: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def window(self) -> int:
+        """Cells that a convolution of three taps takes: two that were handed on, or the zeros at an end, among them."""
+        return self.size + (1 if self.start == 0 else 2) + (self.stop == self.end)
+
+    def through(self, layer: Layer) -> Flow:
+        """The cells that `layer` makes of these."""
+        start, stop = (made(layer, cells, self.end) for cells in (self.start, self.stop))
+        return Flow(self.axis, start, stop, extent(layer, self.end))
+
+
+def made(layer: Layer, stop: int, end: int) -> int:
+    """Output cells that a layer can make as long as it knows `stop` of its `end` input cells."""
+    if stop in (0, end):
+        return extent(layer, stop)
+    match layer:
+        case Conv(radius=radius):
+            cells = stop - radius
+        case Head():
+            cells = stop - 1
+        case Residual():
+            cells = stop - 2
+        case Up():
+            cells = 2 * (stop - 1)
+        case Down():
+            cells = (stop - 1) // 2
+        case Stage(layers=inner):
+            cells = stop
+            for part in inner:
+                cells, end = made(part, cells, end), extent(part, end)
+        case Double():
+            cells = stop
+        case Attention() | Crop():
+            raise ValueError(f"{layer} in a band")
+    return max(cells, 0)
+
+
+@cache
+def lag(layers: tuple[Layer, ...]) -> int:
+    """Input cells that must be known before the first output cell can be made."""
+    for stop in count(1):
+        cells = reduce(lambda cells, layer: made(layer, cells, _EVERYTHING), layers, stop)
+        if cells:
+            return stop
+    raise AssertionError
+
+
+def band_edges(layers: Sequence[Layer], size: int, bands: int, cell: int) -> list[int]:
+    """Where an axis of `size` latents, each of `cell` input cells, is cut into `bands`, ends included; empty if it
+    is too short.
+
+    The first is wider and the last narrower, so that deep inside, where memory goes, they are about even.
+    """
+    late = -(-lag(tuple(layers)) // cell)
+    ahead = min(3 * late // 5, size // bands // 2)
+    edges = [0, *(max(size * i // bands + ahead, late) for i in range(1, bands)), size]
+    return edges if all(a < b for a, b in pairwise(edges)) else []
+
+
+def make_bands(
+    layers: Sequence[Layer], plane: tuple[int, int], axis: int, bands: int, cell: int
+) -> list[Tile]:
+    """The `plane` of input cells in bands along `axis`, 3 for rows and 4 for columns; cut between latents."""
+    tiles, across = [], Span(0, plane[4 - axis])
+    edges = band_edges(layers, plane[axis - 3] // cell, bands, cell)
+    if not edges:
+        raise ValueError(f"{plane} cells are too few for {bands} bands")
+    for start, stop in pairwise(edges):
+        flow = given = Flow(axis, start * cell, stop * cell, plane[axis - 3])
+        for layer in layers:
+            flow = flow.through(layer)
+        spans = Span(flow.start, flow.stop), Span(0, extents(layers, across.size)[-1])
+        window = Span(given.start, given.stop), across
+        if axis == 4:
+            spans, window = spans[::-1], window[::-1]
+        tiles.append(Tile(*spans, window, tuple(layers), given))
+    return tiles
+
+
 # ---- tiles
 
 
@@ -121,6 +218,14 @@ class Tile:
     window: tuple[Span, Span]
     """Rows and columns of input cells that `layers` is given."""
     layers: tuple[Layer, ...]
+    flow: Flow | None = None
+    """What it is given, if it is a band."""
+
+    def band(self, borders: Borders) -> Band | None:
+        """Its part in a visit, if it is a band; `borders` pass from each band to the next."""
+        if self.flow is None:
+            return None
+        return Band(self.flow.axis, self.flow.start == 0, self.flow.stop == self.flow.end, borders)
 
     def cut(self, x: Tensor) -> Tensor:
         """The window of a whole input [..., H, W]."""
@@ -159,10 +264,19 @@ class Tiling:
     """Latents that pass a tile before the next tile has its turn."""
     kept: bool = True
     """Whether all histories stay on the device."""
+    banded: bool = False
+    """Whether tiles hand on what lies at their borders, and compute nothing twice; then one of `rows` and `columns` is
+    1."""
 
     @property
-    def grid(self) -> tuple[int, int]:
-        return self.rows, self.columns
+    def grid(self) -> tuple[int, int, bool]:
+        """How the plane is cut."""
+        return self.rows, self.columns, self.banded
+
+    @property
+    def count(self) -> int:
+        """Tiles."""
+        return self.rows * self.columns
 
     def spans(self, layers: Sequence[Layer], plane: tuple[int, int]) -> tuple[list[Span], list[Span]]:
         """Rows and columns of output cells of the tiles; cut between latents, evenly."""
@@ -173,7 +287,9 @@ class Tiling:
             axes.append([Span(a * made // latents, b * made // latents) for a, b in split(latents, tiles)])
         return axes[0], axes[1]
 
-    def tiles(self, layers: Sequence[Layer], plane: tuple[int, int]) -> list[Tile]:
-        """The tiles of `layers` on a `plane` of input cells, row by row."""
+    def tiles(self, layers: Sequence[Layer], plane: tuple[int, int], cell: int = 1) -> list[Tile]:
+        """The tiles of `layers` on a `plane` of input cells, `cell` of them on a latent's side, row by row."""
+        if self.banded:
+            return make_bands(layers, plane, 3 if self.rows > 1 else 4, self.count, cell)
         down, across = self.spans(layers, plane)
         return [make_tile(layers, plane, rows, columns) for rows in down for columns in across]

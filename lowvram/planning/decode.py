@@ -10,7 +10,7 @@ from lowvram.offload.slab import build_layout
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
-from lowvram.tiling import Decoding, Decodings
+from lowvram.tiling import Coding, Decodings
 
 WRITER_FRAMES = 16 + AHEAD
 """Frames the video encoder may hold, and those that wait for it."""
@@ -34,8 +34,8 @@ def plan_decode(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     # 2.1: 31 TFLOP per latent at 1280x720 (wan-models 6.6); other widths and sizes in proportion
     flops = 31.1e12 * numel(latent[1:]) / (90 * 160) * (spec.decoder_base / 96) ** 2
 
-    def seconds(decoding: Decoding) -> float:
-        return decoding.work * flops / machine.matmul + 2 * decoding.moved / machine.link
+    def seconds(coding: Coding) -> float:
+        return coding.work * flops / machine.matmul + 2 * coding.moved / machine.link
 
     ways = Decodings(spec, group, latent, frame, facts.dtype, facts.footprint, facts.measured)
     found = ways.choose(budget.vram - sum(device.values()), budget.ram - sum(host.values()), seconds)

@@ -14,7 +14,7 @@ from lowvram.models.vae_history import Memory, pack, packed_size
 from lowvram.models.vae_layers import History
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.device import Device, exhausted
-from lowvram.tiling import Codings, Decoding
+from lowvram.tiling import Coding, Codings
 
 Result = TypeVar("Result")
 
@@ -107,7 +107,7 @@ def in_tiles(
             more.enter_context(device.ram.claim("smaller tiles", max(0, smaller.resting - planned.resting)))
 
 
-def _told(problem: Exception, device: Device, last: Decoding) -> Exception:
+def _told(problem: Exception, device: Device, last: Coding) -> Exception:
     """What people are told when no tile is small enough."""
     if isinstance(problem, OutOfMemoryError):
         return problem

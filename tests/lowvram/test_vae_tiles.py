@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,8 @@ def test_spans_cover_an_axis_evenly(size: int, count: int) -> None:
         (3, (23, 2), Tiling(2, 1, visit=2)),
         (2, (3, 22), Tiling(1, 5, visit=2)),
         (3, (4, 3), Tiling(4, 3, visit=3)),
+        (3, (3, 40), Tiling(1, 3, visit=2, banded=True)),
+        (2, (37, 2), Tiling(2, 1, banded=True)),
     ],
 )
 def test_tiles_decode_to_the_untiled_frames(
@@ -211,7 +214,13 @@ def test_any_rectangle_can_be_a_tile(version: str, part: str, data: st.DataObjec
 
 @pytest.mark.parametrize(
     ("plane", "tiling"),
-    [((22, 3), Tiling(2, 1, visit=2)), ((3, 19), Tiling(1, 3)), ((5, 3), Tiling(5, 3, visit=3))],
+    [
+        ((22, 3), Tiling(2, 1, visit=2)),
+        ((3, 19), Tiling(1, 3)),
+        ((5, 3), Tiling(5, 3, visit=3)),
+        ((2, 33), Tiling(1, 3, visit=2, banded=True)),
+        ((25, 2), Tiling(2, 1, banded=True)),
+    ],
 )
 def test_tiles_encode_to_the_untiled_latent(spec: VaeSpec, plane: tuple[int, int], tiling: Tiling) -> None:
     w, stride = random_weights(spec), spec.stride[1]
@@ -233,13 +242,15 @@ def seam(parts: Tensor, whole: Tensor, borders: list[int]) -> tuple[float, float
     return across, inside
 
 
-def test_float32_frames_in_tiles_have_no_seams(spec: VaeSpec) -> None:
+@pytest.mark.parametrize("tiling", [Tiling(1, 4), Tiling(1, 3, banded=True)])
+def test_float32_frames_in_tiles_have_no_seams(spec: VaeSpec, tiling: Tiling) -> None:
     """Steps across tile borders are those of the untiled frames, and hardly more wrong than steps elsewhere."""
-    w, z = random_weights(spec, dtype=torch.float32), noise(1, spec.z, 2, 4, 16, dtype=torch.float32)
+    w, z = random_weights(spec, dtype=torch.float32), noise(1, spec.z, 2, 3, 40, dtype=torch.float32)
     whole = untiled(spec, w, z)
-    parts = tiled(spec, w, z, Tiling(1, 4), whole)
+    tiles = vae_clip.decoder(spec).tiles(tiling, (3, 40))
+    parts = tiled(spec, w, z, tiling, whole)
     assert error(parts, whole) <= 1e-5
-    across, inside = seam(parts, whole, [n * 4 * spec.stride[2] - 1 for n in (1, 2, 3)])
+    across, inside = seam(parts, whole, [tile.columns.stop * spec.patch - 1 for tile in tiles[:-1]])
     assert across <= 1e-5 and across <= 1.25 * inside + 1e-8
 
 
@@ -266,6 +277,38 @@ def test_how_many_latents_pass_at_a_visit_changes_no_bit(spec: VaeSpec) -> None:
     like = untiled(spec, w, z)
     clips = [tiled(spec, w, z, Tiling(1, 2, visit=n), like) for n in (1, 2, 3)]
     assert torch.equal(clips[0], clips[1]) and torch.equal(clips[0], clips[2])
+
+
+@pytest.mark.parametrize("bands", [2, 3, 5])
+def test_bands_compute_no_cell_twice(spec: VaeSpec, bands: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiplications of all convolutions are those of the whole plane."""
+    made = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal made
+        y = conv2d(*args, **kwargs)
+        made += y.numel() * args[1][0].numel()
+        return y
+
+    conv2d = vae_layers.functional.conv2d
+    monkeypatch.setattr(vae_layers.functional, "conv2d", counted)
+    w, z = random_weights(spec, dtype=torch.float32), noise(1, spec.z, 2, 2, 60, dtype=torch.float32)
+    works = []
+    for tiling in (Tiling(), Tiling(1, bands, banded=True), Tiling(1, bands)):
+        made = 0
+        list(vae_clip.decode(spec, w, z, tiling, Kept(), CPU, z.dtype))
+        works.append(made)
+    # a widening convolution makes a column more for every band, and drops it
+    assert works[0] < works[1] < 1.005 * works[0] < works[2]
+
+
+def test_a_plane_too_short_for_bands_has_none() -> None:
+    spec = PUBLISHED["2.1"]
+    layers = vae.decoder_upsampling(spec)
+    assert vae_tiles.band_edges(layers, 15, 3, 1) == []
+    edges = vae_tiles.band_edges(layers, 160, 4, 1)
+    assert edges[0] == 0 and edges[-1] == 160 and len(edges) == 5
+    assert vae_tiles.lag(layers) <= edges[1]
 
 
 @pytest.mark.parametrize("before", [0, 1])
@@ -307,6 +350,22 @@ def test_what_is_remembered_is_known_beforehand(spec: VaeSpec) -> None:
     for found, true in zip(known, histories, strict=True):
         kept = {name: (len(frames), *frames[0][0, :, 0].shape) for name, frames in true.frames.items()}
         assert {m.name: (m.frames, *m.shape) for m in found} == kept
+
+
+def test_what_bands_remember_is_known_beforehand(spec: VaeSpec) -> None:
+    w, tiling, plane = random_weights(spec, dtype=torch.float32), Tiling(1, 3, visit=2, banded=True), (2, 33)
+    z = noise(1, spec.z, 3, *plane, dtype=torch.float32)
+    clip = noise(9, 3, *(n * spec.stride[1] for n in plane), dtype=torch.float32)
+    for half in (vae_clip.decoder(spec), vae_clip.encoder(spec)):
+        shelf = Kept()
+        if half.cells == 1:
+            list(vae_clip.decode(spec, w, z, tiling, shelf, CPU, z.dtype))
+        else:
+            list(vae_clip.encode(spec, w, clip.unbind(), plane, tiling, shelf, CPU, clip.dtype))
+        for number, found in enumerate(half.memories(tiling, plane, spec.shapes())):
+            true = shelf.histories[number].frames
+            kept = {name: (len(frames), *frames[0][0, :, 0].shape) for name, frames in true.items()}
+            assert {m.name: (m.frames, *m.shape) for m in found} == kept
 
 
 def test_a_packed_history_is_a_history_bit_for_bit(spec: VaeSpec) -> None:

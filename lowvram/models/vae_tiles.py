@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from itertools import accumulate, count, pairwise
 from typing import NamedTuple
 
@@ -163,8 +163,7 @@ def made(layer: Layer, stop: int, end: int) -> int:
     return max(cells, 0)
 
 
-@cache
-def lag(layers: tuple[Layer, ...]) -> int:
+def lag(layers: Sequence[Layer]) -> int:
     """Input cells that must be known before the first output cell can be made."""
     for stop in count(1):
         cells = reduce(lambda cells, layer: made(layer, cells, _EVERYTHING), layers, stop)
@@ -179,7 +178,7 @@ def band_edges(layers: Sequence[Layer], size: int, bands: int, cell: int) -> lis
 
     The first is wider and the last narrower, so that deep inside, where memory goes, they are about even.
     """
-    late = -(-lag(tuple(layers)) // cell)
+    late = -(-lag(layers) // cell)
     ahead = min(3 * late // 5, size // bands // 2)
     edges = [0, *(max(size * i // bands + ahead, late) for i in range(1, bands)), size]
     return edges if all(a < b for a, b in pairwise(edges)) else []

@@ -24,9 +24,11 @@ from lowvram.quant.encodings.kquants import BLOCK_SIZES
 from lowvram.triton_kernels import (
     attention_triton,
     dequant_triton,
+    gemm_triton,
     ggml_triton,
     modulate_triton,
     norm_rope_triton,
+    quantise_triton,
     tiles,
 )
 from lowvram.triton_kernels.attention import KEY_TILE, QUERY_TILE, V_PEAK, V_RUN
@@ -79,6 +81,7 @@ def builds() -> Iterator[Build]:
         yield from _attention(arch)
         yield from _producers(arch)
         yield from _decoders(arch)
+        yield from _gemm(arch)
 
 
 def _attention(arch: str) -> Iterator[Build]:
@@ -212,6 +215,51 @@ def _decoders(arch: str) -> Iterator[Build]:
             quick=arch == "sm_86" and kind == "Q4_K",
             exact=True,
         )  # fmt: skip
+
+
+def _gemm(arch: str) -> Iterator[Build]:
+    chosen = tiles.GEMM[arch]
+    for tile in sorted({chosen, *tiles.GEMM_CANDIDATES}, key=lambda t: t != chosen):
+        for gated in (False, True):
+            yield Build(
+                gemm_triton.linear_kernel,
+                f"gated={gated} tile={tile.m}x{tile.n}x{tile.k} warps={tile.warps} stages={tile.stages}",
+                arch,
+                {"a": "*i8", "a_scale": "*fp32", "w": "*i8", "w_scale": "*fp32", "bias": "*bf16", "gate": "*fp32",
+                 "out": "*bf16"},
+                {"BIASED": True, "GATED": gated, "EVEN": True, "GROUP": gemm_triton.GROUP, "BLOCK_M": tile.m,
+                 "BLOCK_N": tile.n, "BLOCK_K": tile.k},
+                tile.warps,
+                tile.stages,
+                ragged=frozenset({"m"}),
+                instructions={"int8 mma": INT8, "ldmatrix": r"ldmatrix|wgmma", "cp.async": r"cp\.async\.c[ag]"},
+                quick=tile == chosen and gated and arch in ("sm_86", "sm_120"),
+            )  # fmt: skip
+    rows = {"x": "*bf16", "out": "*i8", "scale": "*fp32"}
+    for width, block in ((5120, 8192), (13824, 16384)):
+        warps = quantise_triton.warps_of(block)
+        for rotated in (False, True):
+            fixed = {"LEAST": LEAST, "ROTATED": rotated, "BLOCK": block}
+            for gelu in (False, True):
+                yield Build(
+                    quantise_triton.quantise_kernel,
+                    f"width={width} gelu={gelu} rotated={rotated}",
+                    arch,
+                    rows,
+                    fixed | {"GELU": gelu},
+                    warps,
+                    quick=rotated and gelu and width == 13824 and arch == "sm_86",
+                )
+    for rotated in (False, True):
+        yield Build(
+            quantise_triton.modulate_int8_kernel,
+            f"width=5120 rotated={rotated}",
+            arch,
+            rows | {"shift": "*fp32", "by": "*fp32"},
+            {"EPS": EPS, "LEAST": LEAST, "ROTATED": rotated, "BLOCK": 8192},
+            quantise_triton.warps_of(8192),
+            quick=rotated and arch == "sm_120",
+        )
 
 
 def report(build: Build) -> dict[str, object]:

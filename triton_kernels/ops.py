@@ -10,8 +10,28 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lowvram.triton_kernels import gemm as g
 from lowvram.triton_kernels import modulate as m
 from lowvram.triton_kernels import norm_rope as n
+from lowvram.triton_kernels import quantise as q
+from lowvram.triton_kernels.gemm import Int8Matrix
+from lowvram.triton_kernels.quantise import Int8Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Ops:
+    """The multiplications by int8 weights, and what makes rows for them."""
+
+    quantise: Callable[[Tensor, int], Int8Rows]
+    """(x [..., width], columns rotated together or 0)"""
+    modulate: Callable[[Tensor, Tensor, Tensor, int], Int8Rows]
+    """`Ops.modulate`, quantised"""
+    gelu: Callable[[Tensor, int], Int8Rows]
+    """`Ops.gelu`, quantised; its argument may be lost"""
+    linear: Callable[[Int8Rows, Int8Matrix, Tensor | None], Tensor]
+    """(x [..., in], weight [out, in], bias) -> [..., out]"""
+    linear_gated_: Callable[[Tensor, Int8Rows, Int8Matrix, Tensor | None, Tensor], None]
+    """(x [n, out], y [n, in], weight, bias, gate [1 or n, out]): x += linear(y) * gate"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +52,7 @@ class Ops:
     """(out int8, scale [heads, n], x, weight, rope, factor, centre)"""
     quantise_values_: Callable[[Tensor, Tensor, Tensor, str], None]
     """(out, scale, v [n, heads * 128], format)"""
+    int8: Int8Ops
 
 
 def _gated_(x: Tensor, y: Tensor, gate: Tensor) -> None:
@@ -72,9 +93,43 @@ def _fused_gelu(x: Tensor) -> Tensor:
     return x
 
 
-TORCH = Ops(m.modulate, _gated_, m.gelu, n.rms_factor, _norm_rope_, _norm_rope_int8_, _quantise_values_)
+def _fused_quantise(x: Tensor, group: int) -> Int8Rows:
+    values, scale = q.quantise_op(x.flatten(0, -2), group)
+    return Int8Rows(values.view(x.shape), scale.view(x.shape[:-1]), group, x.dtype)
+
+
+def _fused_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor, group: int) -> Int8Rows:
+    return Int8Rows(*q.modulate_int8_op(x, shift, scale, group), group, x.dtype)
+
+
+def _fused_gelu_int8(x: Tensor, group: int) -> Int8Rows:
+    return Int8Rows(*q.gelu_int8_op(x, group), group, x.dtype)
+
+
+def _fused_int8_linear(x: Int8Rows, weight: Int8Matrix, bias: Tensor | None) -> Tensor:
+    rows = x.values.flatten(0, -2), x.scale.flatten()
+    y: Tensor = g.int8_linear_op(*rows, weight.values, weight.scale, bias, x.dtype)
+    return y.view(*x.values.shape[:-1], y.shape[1])
+
+
+def _fused_int8_linear_gated_(
+    x: Tensor, y: Int8Rows, weight: Int8Matrix, bias: Tensor | None, gate: Tensor
+) -> None:
+    if gate.shape[0] > 1:  # some chunk of TI2V: its first latent frame has another time
+        m.gated_(x, _fused_int8_linear(y, weight, bias), gate)
+    else:
+        g.int8_linear_gated_op_(x, y.values, y.scale, weight.values, weight.scale, bias, gate)
+
+
+TORCH = Ops(
+    m.modulate, _gated_, m.gelu, n.rms_factor, _norm_rope_, _norm_rope_int8_, _quantise_values_,
+    Int8Ops(q.quantise, q.modulate_int8, q.gelu_int8, g.int8_linear, g.int8_linear_gated_),
+)  # fmt: skip
 """The reference, and the CPU path."""
 FUSED = Ops(
-    m.modulate_op, m.gated_, _fused_gelu, n.rms_factor_op, n.norm_rope_, n.norm_rope_int8_, n.quantise_values_
-)
+    m.modulate_op, m.gated_, _fused_gelu, n.rms_factor_op, n.norm_rope_, n.norm_rope_int8_, n.quantise_values_,
+    Int8Ops(
+        _fused_quantise, _fused_modulate_int8, _fused_gelu_int8, _fused_int8_linear, _fused_int8_linear_gated_
+    ),
+)  # fmt: skip
 """Triton."""

@@ -52,6 +52,33 @@ HALF: Mapping[str, Mapping[str, bool]] = {
 """Whether P V of a tile is added up in float16: twice as fast on GeForce, no faster on the others."""
 
 
+@dataclass(frozen=True, slots=True)
+class GemmTile:
+    """What one program of a product works on, and with what."""
+
+    m: int
+    """rows of activations"""
+    n: int
+    """rows of the weight"""
+    k: int
+    """columns of both at a time"""
+    warps: int
+    stages: int
+    measured: bool = False
+    """Whether it was the fastest of GEMM_CANDIDATES in a run on a card of this architecture."""
+
+
+GEMM_CANDIDATES: tuple[GemmTile, ...] = (
+    GemmTile(128, 256, 128, 8, 3),
+    GemmTile(128, 128, 128, 8, 3),
+    GemmTile(128, 128, 64, 4, 4),
+    GemmTile(256, 128, 64, 8, 4),
+)
+
+GEMM: Mapping[str, GemmTile] = dict.fromkeys(ARCHS, GemmTile(128, 256, 128, 8, 3))
+"""By architecture."""
+
+
 def arch_of(device: torch.device) -> str:
     """ "sm_89" and the like; empty for anything that is not an NVIDIA card."""
     if device.type != "cuda" or torch.version.hip is not None:

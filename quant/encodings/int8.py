@@ -27,10 +27,10 @@ from lowvram.quant.encodings.base import (
     part_layout,
     row_chunks,
 )
-from lowvram.quant.encodings.hadamard import is_rotation, root, rotate, rotate_whole
 from lowvram.quant.encodings.notes import FLOAT_CODES, rotation_of
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
+from lowvram.triton_kernels.hadamard import is_rotation, root, rotate, rotate_whole
 
 Scaling = Literal["tensor", "row", "absmax"]
 

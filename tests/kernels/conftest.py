@@ -35,10 +35,13 @@ def _install() -> None:
         if kind.is_floating() and kind.primitive_bitwidth == 8:
             half = interpreter._convert_float(handle.data, kind, tl.float16, None).view(np.float16)
             return half.astype(np.float32)
-        return handle.data.astype(np.float32)  # exact for int8: a product of 128 stays below 2^24
+        return handle.data.astype(
+            np.float32 if kind.is_floating() else np.float64
+        )  # 64: exact for sums of int8
 
     def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        data = widened(a) @ widened(b) + d.data.astype(np.float32)
+        left, right = widened(a), widened(b)
+        data = left @ right + d.data.astype(left.dtype)
         return interpreter.TensorHandle(data.astype(d.data.dtype), d.dtype.scalar)
 
     narrow = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}

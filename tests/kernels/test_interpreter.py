@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_there_are_interpreted_files() -> None:
-    assert {"interpreted_attention.py", "interpreted_norm_rope.py"} <= {file.name for file in FILES}
+    names = {f"interpreted_{what}.py" for what in ("attention", "gemm", "norm_rope")}
+    assert names <= {file.name for file in FILES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -14,12 +14,12 @@ from optimum.quanto import MaxOptimizer, freeze, qint4, qint8, quantize, quantiz
 from optimum.quanto.tensor.packed import PackedTensor
 
 from lowvram.quant.encodings.base import StoredPart
-from lowvram.quant.encodings.hadamard import rotate, rotate_whole
 from lowvram.quant.encodings.int4 import ConvrotInt4, QuantoInt4
 from lowvram.quant.encodings.int8 import Int8
 from lowvram.quant.encodings.nf4 import Bnb4
 from lowvram.quant.encodings.registry import encoding_by_name, recognise
 from lowvram.quant.refs import DTYPE_BITS
+from lowvram.triton_kernels.hadamard import rotate, rotate_whole
 
 SHAPE = (48, 512)
 CODES = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",

@@ -1,0 +1,136 @@
+"""The product of int8 is its reference bit for bit; rows of int8 are their reference but where a last bit rounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowvram.triton_kernels import gemm_triton, quantise_triton
+from lowvram.triton_kernels.gemm import Int8Matrix, int8_linear
+from lowvram.triton_kernels.modulate import gated
+from lowvram.triton_kernels.quantise import Int8Rows, gelu_int8, modulate_int8, quantise
+from lowvram.triton_kernels.tiles import GemmTile
+
+TILE = GemmTile(64, 32, 64, 4, 2)
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def int8(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+
+
+def operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Int8Rows, Int8Matrix, Tensor]:
+    """Rows of activations and of the weight that do not touch, and a bias."""
+    a, w = int8(m, k + 32, seed=1)[:, :k], int8(n, k + 64, seed=2)[:, :k]
+    rows = Int8Rows(a, normal(m, seed=3).abs() / 100, 0, dtype)
+    return rows, Int8Matrix(w, normal(n, seed=4).abs() / 100, 0), normal(n, seed=5).to(dtype)
+
+
+def launched(out: Tensor, x: Int8Rows, w: Int8Matrix, bias: Tensor | None, gate: Tensor | None) -> Tensor:
+    gemm_triton.linear(out, x.values, x.scale, w.values, w.scale, bias, gate, TILE)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (64, 32, 64), (65, 33, 65), (150, 70, 200), (3, 100, 1030)]
+)
+def test_any_size_bit_for_bit(dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    x, w, bias = operands(m, n, k, dtype)
+    for b in (None, bias):
+        wide = torch.full((m, n + 7), 5.0, dtype=dtype)
+        assert torch.equal(launched(wide[:, :n], x, w, b, None), int8_linear(x, w, b))
+        assert (wide[:, n:] == 5).all()
+
+
+def test_the_largest_sums_are_exact() -> None:
+    x, w, _ = operands(2, 3, 1030, torch.float32)
+    x.values.fill_(127)
+    w.values.fill_(-127)
+    ones = Int8Rows(x.values, torch.ones(2), 0, torch.float32), Int8Matrix(w.values, torch.ones(3), 0)
+    assert (launched(torch.empty(2, 3), *ones, None, None) == -127 * 127 * 1030).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_and_residual(dtype: torch.dtype) -> None:
+    x, w, bias = operands(70, 50, 96, torch.float32)
+    residual, gate = normal(70, 60, seed=6).to(dtype), normal(1, 50, seed=7)
+    want = gated(residual[:, :50], int8_linear(x, w, bias), gate)
+    got = residual.clone()
+    assert torch.equal(launched(got[:, :50], x, w, bias, gate), want)
+    assert torch.equal(got[:, 50:], residual[:, 50:])
+
+
+def test_a_row_that_is_not_finite_stays_so_and_others_do_not_see_it() -> None:
+    x, w, bias = operands(5, 6, 64, torch.float32)
+    x.scale[2] = torch.nan
+    got = launched(torch.empty(5, 6), x, w, bias, None)
+    assert (
+        torch.isnan(got).any(1).tolist() == [False, False, True, False, False] and torch.isnan(got[2]).all()
+    )
+
+
+# ---- rows
+
+
+def near(got: tuple[Tensor, Tensor], want: Int8Rows) -> None:
+    values, scale = got
+    assert torch.allclose(scale, want.scale, rtol=1e-2 if want.dtype == torch.bfloat16 else 2e-3)
+    difference = (values.int() - want.values.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02
+
+
+def hard(n: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows that break quantisers, not touching."""
+    x = normal(n, width + 16, seed=1)[:, :width]
+    x[0] = 0
+    x[1] *= 300
+    x[2, 5] = 200
+    x[:, 7] += 20
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [0, 256])
+@pytest.mark.parametrize("width", [256, 768])
+def test_rows(dtype: torch.dtype, group: int, width: int) -> None:
+    x = hard(5, width, dtype)
+    near(quantise_triton.quantise(x, group), quantise(x, group))
+    near(quantise_triton.gelu(x, group), gelu_int8(x, group))
+    for rows in (1, 5):
+        shift, scale = normal(rows, width, seed=2), normal(rows, width, seed=3)
+        near(quantise_triton.modulate(x, shift, scale, group), modulate_int8(x, shift, scale, group))
+
+
+def test_rows_of_any_width_without_rotation() -> None:
+    for n, width in ((1, 1), (4, 300)):
+        x = normal(n, width).half()
+        near(quantise_triton.quantise(x, 0), quantise(x, 0))
+
+
+def test_a_rotation_evens_out_a_channel() -> None:
+    x = torch.zeros(1, 512, dtype=torch.float16)
+    x[0, 300] = 16
+    values, scale = quantise_triton.quantise(x, 256)
+    assert scale.item() == pytest.approx(1 / 127) and (values[0, :256] == 0).all()
+    assert (values[0, 256:].abs() == 127).all()
+
+
+@pytest.mark.parametrize("group", [0, 256])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_in_the_scale(group: int, bad: float) -> None:
+    x = normal(3, 256).half()
+    x[1, 9] = bad
+    for values, scale in (
+        quantise_triton.quantise(x, group),
+        quantise_triton.modulate(x, *normal(2, 1, 256), group),
+    ):
+        assert torch.isnan(scale).tolist() == [False, True, False]
+        assert (values[[0, 2]].int().abs().amax(1) == 127).all()
+    reference = quantise(x, group)
+    assert torch.isnan(reference.scale).tolist() == [False, True, False]

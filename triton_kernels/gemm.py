@@ -1,0 +1,102 @@
+"""Int8 weights times int8 activations (W8A8), with everything that follows the sum done where it lies.
+
+    y = (q W^T) * scale of the row * scale of the column + bias          `int8_linear`
+    x += y * gate                                                        `int8_linear_gated_`
+
+q and W are int8 and their sum of products int32, which is exact in any order; what follows is float32, rounded once.
+So the numbers of a row depend neither on the other rows nor on how a kernel cuts the product. `int8_linear` in torch,
+by `torch._int_mm`, is the reference, the CPU path, and on a card the rival of the kernel in `gemm_triton`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowvram.triton_kernels.modulate import gated
+from lowvram.triton_kernels.quantise import RUN, Int8Rows
+
+LEAST_ROWS = 17
+"""Rows of the left operand that `torch._int_mm` wants on CUDA."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Matrix:
+    """A weight [out, in]: its integers times the scale of their row are W, rotated if `group` is not 0."""
+
+    values: Tensor
+    """[out, in] int8; rows may be strided"""
+    scale: Tensor
+    """[out] float32, contiguous"""
+    group: int
+    """Columns rotated together, or 0."""
+
+
+def int8_linear(x: Int8Rows, weight: Int8Matrix, bias: Tensor | None) -> Tensor:
+    """x [..., in] -> [..., out] in the dtype of x; bias [out]."""
+    assert x.group == weight.group, "activations rotated otherwise than the weight"
+    rows, scale = x.values.flatten(0, -2), x.scale.flatten().unsqueeze(-1)
+    out = torch.empty(rows.shape[0], weight.values.shape[0], dtype=x.dtype, device=rows.device)
+    for start in range(0, rows.shape[0], RUN):
+        some = slice(start, start + RUN)
+        y = _product(rows[some], weight.values).to(torch.float32)
+        y.mul_(scale[some]).mul_(weight.scale)
+        if bias is not None:
+            y.add_(bias)
+        out[some] = y
+    return out.view(*x.values.shape[:-1], out.shape[1])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] times b [n, k] transposed, int32."""
+    m = a.shape[0]
+    if a.is_cuda and m < LEAST_ROWS:
+        a = functional.pad(a, (0, 0, 0, LEAST_ROWS - m))
+    return torch._int_mm(a, b.mT)[:m]
+
+
+def int8_linear_gated_(x: Tensor, y: Int8Rows, weight: Int8Matrix, bias: Tensor | None, gate: Tensor) -> None:
+    """x [n, out] += int8_linear(y [n, in]) * gate [1 or n, out] float32, in place."""
+    x.copy_(gated(x, int8_linear(y, weight, bias), gate))
+
+
+# ---- ops
+
+
+@torch.library.custom_op("lowvram::int8_linear", mutates_args=())
+def int8_linear_op(
+    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`int8_linear` of a [m, k] int8 and w [n, k] int8: [m, n] in `dtype`. The int32 sums never leave the registers."""
+    from lowvram.triton_kernels import gemm_triton, tiles
+
+    out = torch.empty(a.shape[0], w.shape[0], dtype=dtype, device=a.device)
+    gemm_triton.linear(out, a, a_scale, w, w_scale, bias, None, tiles.GEMM[tiles.arch_of(a.device)])
+    return out
+
+
+@int8_linear_op.register_fake
+def _(
+    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return a.new_empty(a.shape[0], w.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("lowvram::int8_linear_gated_", mutates_args=("x",))
+def int8_linear_gated_op_(
+    x: Tensor, a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, gate: Tensor
+) -> None:
+    """`int8_linear_gated_` with one gate [1, n] for all rows; the sum is not rounded before it is added."""
+    from lowvram.triton_kernels import gemm_triton, tiles
+
+    gemm_triton.linear(x, a, a_scale, w, w_scale, bias, gate, tiles.GEMM[tiles.arch_of(a.device)])
+
+
+@int8_linear_gated_op_.register_fake
+def _(
+    x: Tensor, a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, gate: Tensor
+) -> None:
+    return None

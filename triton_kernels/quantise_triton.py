@@ -1,0 +1,122 @@
+"""The kernels of `quantise`: one token a program, read once, written once as int8.
+
+The Hadamard matrix of 256 is that of 16, twice: x as a square of 16 x 16, multiplied from both sides. Two products of
+depth 16 on the tensor cores are an eighth of one of depth 256, and need no matrix in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowvram.triton_kernels.modulate_triton import gelu_of, modulated_row, row_step
+from lowvram.triton_kernels.norm_rope import EPS, LEAST
+
+
+def warps_of(block: int) -> int:
+    """Warps of a program on rows padded to `block`: at most 64 numbers a thread."""
+    return min(16, max(4, block // 1024))
+
+
+@triton.jit
+def hadamard_16():
+    """[16, 16] of 1 and -1: that of 4, all ones but for the anti-diagonal, twice."""
+    i = tl.arange(0, 16)
+    outer = tl.where((i // 4)[:, None] + (i // 4)[None, :] == 3, -1.0, 1.0)
+    inner = tl.where((i % 4)[:, None] + (i % 4)[None, :] == 3, -1.0, 1.0)
+    return outer * inner
+
+
+@triton.jit
+def rotated(y, BLOCK: tl.constexpr):
+    """y [BLOCK] in a 16-bit format -> float32, its groups of 256 rotated.
+
+    The first product is exact but for its sums. The second takes its operand in TF32: 2^-11 of a number, where an
+    int8 step is at least 2^-7 of the largest.
+    """
+    matrix = hadamard_16()
+    y = tl.dot(tl.reshape(y, [BLOCK // 16, 16]), matrix.to(y.dtype), out_dtype=tl.float32)
+    y = tl.permute(tl.reshape(y, [BLOCK // 256, 16, 16]), [0, 2, 1])
+    y = tl.dot(tl.reshape(y, [BLOCK // 16, 16]), matrix, input_precision="tf32", out_dtype=tl.float32)
+    y = tl.permute(tl.reshape(y, [BLOCK // 256, 16, 16]), [0, 2, 1])
+    return tl.reshape(y, [BLOCK]) * 0.0625
+
+
+@triton.jit
+def store_int8(y, out, scale, row, width, LEAST: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr):
+    """Row `row` of out [n, width] and of scale [n] from y [BLOCK], zero beyond the width."""
+    d = tl.arange(0, BLOCK)
+    y = rotated(y, BLOCK) if ROTATED else y.to(tl.float32)
+    most = tl.maximum(tl.max(tl.abs(y), 0), LEAST)
+    bad = tl.sum(y * 0.0, 0)  # 0, or NaN: a maximum does not see NaN, and integers cannot hold it
+    y = tl.floor(y * (127.0 / most) + 0.5)
+    y = tl.minimum(tl.maximum(y, -127.0), 127.0).to(tl.int8)
+    tl.store(out + row * width + d, y, mask=d < width)
+    tl.store(scale + row, most / 127.0 + bad)
+
+
+@triton.jit
+def quantise_kernel(
+    x, out, scale, width, x_row,
+    LEAST: tl.constexpr, GELU: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    y = tl.load(x + row * x_row + d, mask=d < width, other=0)
+    if GELU:
+        y = gelu_of(y.to(tl.float32)).to(x.dtype.element_ty)
+    store_int8(y, out, scale, row, width, LEAST, ROTATED, BLOCK)
+
+
+@triton.jit
+def modulate_int8_kernel(
+    x, shift, by, out, scale, width, x_row, shift_row, by_row,
+    EPS: tl.constexpr, LEAST: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = modulated_row(x + row * x_row, shift + row * shift_row, by + row * by_row, width, EPS, BLOCK)
+    store_int8(y.to(x.dtype.element_ty), out, scale, row, width, LEAST, ROTATED, BLOCK)
+
+
+def quantise(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Launch with tensors as `quantise.quantise_op` describes them."""
+    return _quantise(x, group, gelu=False)
+
+
+def gelu(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Launch with tensors as `quantise.gelu_int8_op` describes them."""
+    return _quantise(x, group, gelu=True)
+
+
+def modulate(x: Tensor, shift: Tensor, by: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Launch with tensors as `quantise.modulate_int8_op` describes them."""
+    n, width = x.shape
+    out, scale = _room(x)
+    block = triton.next_power_of_2(max(width, 256))
+    if n:
+        modulate_int8_kernel[(n,)](
+            x, shift, by, out, scale, width, x.stride(0), row_step(shift), row_step(by),
+            EPS=EPS, LEAST=LEAST, ROTATED=group > 0, BLOCK=block, num_warps=warps_of(block),
+        )  # fmt: skip
+    return out, scale
+
+
+def _quantise(x: Tensor, group: int, *, gelu: bool) -> tuple[Tensor, Tensor]:
+    n, width = x.shape
+    out, scale = _room(x)
+    block = triton.next_power_of_2(max(width, 256))
+    if n:
+        quantise_kernel[(n,)](
+            x, out, scale, width, x.stride(0),
+            LEAST=LEAST, GELU=gelu, ROTATED=group > 0, BLOCK=block, num_warps=warps_of(block),
+        )  # fmt: skip
+    return out, scale
+
+
+def _room(x: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        torch.empty(x.shape[0], dtype=torch.float32, device=x.device),
+    )

@@ -8,7 +8,7 @@ the segment under way, but reads the videos again for those after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -17,16 +17,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lowvram.conditions.contract import Condition, resting
+from lowvram.conditions.contract import Condition, held, resting
 from lowvram.conditions.faces import hear, kv_shape, plan_faces
-from lowvram.conditions.look import look, plan_look
+from lowvram.conditions.look import image_bytes, look, plan_look
 from lowvram.driving import Driving
 from lowvram.job import Job
 from lowvram.media.clip import Clip, ClipReader
 from lowvram.media.picture import read_picture
 from lowvram.media.resize import letterbox, to_tensor
 from lowvram.model import Model
-from lowvram.offload.budget import Budget, allocated_size
+from lowvram.offload.budget import Budget
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
@@ -77,17 +77,24 @@ class Animate:
     carried: Tensor | None = None
     """[n, 3, H, W] float32 in -1..1: the last frames of the segment before."""
     before: Condition = field(default_factory=Condition)
-    """Of the segment before: what it says of the reference picture holds for this one too."""
+    """Of the segment before: what it says of the reference picture holds for this one too. See `of_picture`."""
 
     def plan(self, facts: Facts, budget: Budget) -> list[StagePlan]:
-        return [plan_look(facts, 1, picture_ram(facts)), plan_faces(facts), _plan_encode(facts, budget)]
+        made = held(self, facts)
+        return [
+            plan_look(facts, 1, made | {"pictures": picture_ram(facts)}),
+            plan_faces(facts, made),
+            _plan_encode(facts, budget, made),
+        ]
 
-    def kept(self, facts: Facts) -> int:
+    def makes(self, facts: Facts) -> Mapping[str, int]:
         z, frames, *plane = facts.latent
         beside = facts.spec.dit.in_channels - z
-        kv = numel(kv_shape(facts.spec.dit, facts.passes, frames)) * facts.dtype.itemsize
-        sizes = (4 * beside * numel((frames, *plane)), 4 * z * numel((frames - 1, *plane)), kv)
-        return sum(allocated_size(nbytes) for nbytes in sizes)
+        return {
+            "channels": 4 * beside * numel((frames, *plane)),
+            "pose": 4 * z * numel((frames - 1, *plane)),
+            "faces": numel(kv_shape(facts.spec.dit, facts.passes, frames)) * facts.dtype.itemsize,
+        } | image_bytes(facts)
 
     def run(self, run: Run, model: Model, job: Job) -> Condition:
         assert self.sources is not None
@@ -106,12 +113,18 @@ class Animate:
                 shown = encode(run, model, [_reference(job, driving)], still, traffic)
                 shown = torch.cat([torch.ones(4, *shown.shape[1:]), shown])
             else:
-                shown = self.before.channels[:, :1]
+                shown = self.before.channels
             pose = encode(run, model, sources.frames(driving.pose, numbers), plan, traffic)
             given = encode(run, model, self._given(job, numbers), plan, traffic)
         mask = packed_mask(self._mask(job, numbers, model.spec.vae.stride[1]))
         channels = torch.cat([shown, torch.cat([mask, given])], dim=1)
         return Condition(channels=channels, image=image, pose=pose, faces=faces)
+
+    @staticmethod
+    def of_picture(made: Condition) -> Condition:
+        """What of a segment's condition the next one takes over, in memory of its own."""
+        assert made.channels is not None
+        return Condition(channels=made.channels[:, :1].clone(), image=made.image)
 
     def _given(self, job: Job, numbers: list[int]) -> Iterator[Tensor]:
         """The frames of the segment as far as they are known; grey where they are not."""
@@ -155,12 +168,12 @@ def picture_ram(facts: Facts) -> int:
     return 18 * pixels + 24 * frame
 
 
-def _plan_encode(facts: Facts, budget: Budget) -> StagePlan:
-    """The stage "encode": the reference picture, the poses and what is given, one after the other."""
+def _plan_encode(facts: Facts, budget: Budget, made: Mapping[str, int]) -> StagePlan:
+    """The stage "encode": the reference picture, the poses and what is given, one after the other. made: see `held`."""
     job = facts.job
     frames = job.frames * 3 * job.width * job.height
     device = resting(facts)
-    host = facts.host({"pictures": picture_ram(facts), "driving frames": frames})
+    host = facts.host({**made, "pictures": picture_ram(facts), "driving frames": frames})
     vram, ram = budget.vram - sum(device.values()), budget.ram - sum(host.values())
     plan = plan_encode(
         facts.model, (job.frames, job.height, job.width), vram, ram, facts.machine, measured=facts.measured

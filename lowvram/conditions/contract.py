@@ -7,10 +7,11 @@ one `Conditioning` in it, and a line in `lowvram.stages.condition.conditioning`:
     plan   the stages it adds to the plan, one for each network it loads, so that no two are loaded at once; each
            claims all it takes, by name, `resting` included: the text features lie on the device meanwhile
     run    those stages, in that order; what it returns is on the host and is all that is kept
-    kept   what denoise claims for it: whatever of the `Condition` lies on the device during the steps
+    makes  what every tensor of its `Condition` takes: on the host from the first of its stages to the end of the denoise
+           (of a driven video: of the decode), and all but `image` on the device too during the steps
 
 What denoise does with each tensor is said in `Condition`. A variant that needs something no field offers adds a field
-there (None for all others), its bytes to `kept`, and the place in `prepare` or `dit.forward` that reads it. A resumed
+there (None for all others), its bytes to `makes`, and the place in `prepare` or `dit.forward` that reads it. A resumed
 job does not run the stages again: `Condition.to_tensors` is what is saved, so pictures and videos may be gone then.
 """
 
@@ -70,11 +71,21 @@ class Conditioning(Protocol):
     def plan(self, facts: Facts, budget: Budget) -> list[StagePlan]:
         """The stages of `run`: the fastest inside the budget, or the smallest. No weights and no pictures are read."""
 
-    def kept(self, facts: Facts) -> int:
-        """Bytes on the device during the steps."""
+    def makes(self, facts: Facts) -> Mapping[str, int]:
+        """Bytes of every tensor that `run` makes, by the name of its field."""
 
     def run(self, run: Run, model: Model, job: Job) -> Condition:
         """Do what was planned. Errors as the files it reads raise them."""
+
+
+def kept(way: Conditioning, facts: Facts) -> int:
+    """Bytes of a condition on the device during the steps; of CLIP tokens only what prepare makes of them lies there."""
+    return sum(allocated_size(n) for name, n in way.makes(facts).items() if name != "image")
+
+
+def held(way: Conditioning, facts: Facts) -> dict[str, int]:
+    """The claim of a condition on the host."""
+    return {"condition": sum(way.makes(facts).values())}
 
 
 def resting(facts: Facts) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import pairwise
 
@@ -41,8 +41,11 @@ def kv_shape(spec: DitSpec, passes: int, slots: int) -> tuple[int, ...]:
     return (passes, len(spec.face_blocks), 2, slots, spec.heads, spec.face.tokens, HEAD_DIM)
 
 
-def plan_faces(facts: Facts) -> StagePlan:
-    """The stage "faces": both encoders and what makes keys and values of each adapter, one after the other."""
+def plan_faces(facts: Facts, made: Mapping[str, int]) -> StagePlan:
+    """The stage "faces": both encoders and what makes keys and values of each adapter, one after the other.
+
+    made: see `held`; the keys and values are among it.
+    """
     spec, frames = facts.spec.dit, facts.job.frames
     assert spec.face is not None
     groups = face_groups(facts.model)
@@ -54,13 +57,12 @@ def plan_faces(facts: Facts) -> StagePlan:
     kept = numel((facts.latent[1], spec.face.tokens, spec.dim)) * facts.dtype.itemsize
     second = (facts.passes - 1) * (allocated_size(kept) + allocated_size(4 * frames * spec.face.motion))
     nbytes = sum(layout.nbytes for layout in layouts.values())
-    kv = numel(kv_shape(spec, facts.passes, facts.latent[1])) * facts.dtype.itemsize
     machine = facts.machine
     return StagePlan(
         "faces",
         frames + len(groups),
         resting(facts) | traffic.device_claims(facts.footprint) | {"face scratch": scratch + second},
-        facts.host(traffic.host_claims() | {"driving frames": frames * FACE_BYTES, "face keys": kv}),
+        facts.host(traffic.host_claims() | {**made, "driving frames": frames * FACE_BYTES}),
         nbytes,
         nbytes,
         max(frames * _motion_flops(spec.face) / machine.matmul, nbytes / machine.link, nbytes / machine.disk),

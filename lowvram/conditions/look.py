@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -43,8 +43,15 @@ def _layouts(groups: Sequence[Group]) -> dict[BlockId, BlockLayout]:
     return {("clip", n): build_layout(group.refs) for n, group in enumerate(groups)}
 
 
-def plan_look(facts: Facts, pictures: int, ram: int) -> StagePlan:
-    """The stage "clip": the tower streams past `pictures` pictures. `ram`: host bytes of the pictures themselves."""
+def image_bytes(facts: Facts) -> dict[str, int]:
+    """What `look` makes for the model, as `Conditioning.makes` says it; nothing if it has no CLIP."""
+    spec = facts.spec.dit
+    nbytes = spec.image_tokens * spec.image_dim * facts.dtype.itemsize
+    return {"image": nbytes} if nbytes else {}
+
+
+def plan_look(facts: Facts, pictures: int, host: Mapping[str, int]) -> StagePlan:
+    """The stage "clip": the tower streams past `pictures` pictures. host: claims of the pictures and of what is made."""
     spec = facts.spec.clip
     assert spec is not None
     groups = clip_groups(facts.model, spec)
@@ -71,7 +78,7 @@ def plan_look(facts: Facts, pictures: int, ram: int) -> StagePlan:
         "clip",
         len(groups),
         resting(facts) | claims,
-        facts.host(traffic.host_claims() | {"pictures": ram}),
+        facts.host({**traffic.host_claims(), **host}),
         nbytes,
         nbytes,
         max(

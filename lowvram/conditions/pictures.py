@@ -10,20 +10,20 @@ experts, see the same channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowvram.conditions.contract import Condition, resting
-from lowvram.conditions.look import look, plan_look
+from lowvram.conditions.contract import Condition, held, resting
+from lowvram.conditions.look import image_bytes, look, plan_look
 from lowvram.framing import Laid, lay
 from lowvram.job import Job
 from lowvram.media.picture import Picture, read_picture
 from lowvram.media.resize import to_frame, to_tensor
 from lowvram.model import Model
-from lowvram.offload.budget import Budget, allocated_size
+from lowvram.offload.budget import Budget
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import CLIP_TOKENS, ModelSpec, numel
@@ -36,12 +36,14 @@ class PictureChannels:
     """What is given lies in channels of its own, with a mask."""
 
     def plan(self, facts: Facts, budget: Budget) -> list[StagePlan]:
-        count = facts.spec.dit.image_tokens // CLIP_TOKENS
-        looked = [plan_look(facts, count, picture_ram(facts))] if count else []
-        return [*looked, plan_frames(facts, budget, facts.job.frames)]
+        count, host = facts.spec.dit.image_tokens // CLIP_TOKENS, held(self, facts)
+        looked = [plan_look(facts, count, host | {"pictures": picture_ram(facts)})] if count else []
+        return [*looked, plan_frames(facts, budget, facts.job.frames, host)]
 
-    def kept(self, facts: Facts) -> int:
-        return allocated_size(4 * (facts.spec.dit.in_channels - facts.latent[0]) * numel(facts.latent[1:]))
+    def makes(self, facts: Facts) -> Mapping[str, int]:
+        spec = facts.spec.dit
+        channels = {"channels": 4 * (spec.in_channels - facts.latent[0]) * numel(facts.latent[1:])}
+        return channels | image_bytes(facts)
 
     def run(self, run: Run, model: Model, job: Job) -> Condition:
         image = None
@@ -64,9 +66,9 @@ def given_mask(frames: int, *, last: bool) -> Tensor:
 # ---- what TI2V-5B does too
 
 
-def plan_frames(facts: Facts, budget: Budget, frames: int) -> StagePlan:
-    """The stage "encode": the VAE's encoder on the first `frames` frames of the given clip."""
-    device, host = resting(facts), facts.host({"pictures": picture_ram(facts)})
+def plan_frames(facts: Facts, budget: Budget, frames: int, made: Mapping[str, int]) -> StagePlan:
+    """The stage "encode": the VAE's encoder on the first `frames` frames of the given clip. made: see `held`."""
+    device, host = resting(facts), facts.host({**made, "pictures": picture_ram(facts)})
     shape = (frames, facts.job.height, facts.job.width)
     vram, ram = budget.vram - sum(device.values()), budget.ram - sum(host.values())
     plan = plan_encode(facts.model, shape, vram, ram, facts.machine, measured=facts.measured)

@@ -10,6 +10,7 @@ from lowvram.offload.slab import build_layout
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
+from lowvram.stages.condition import held_claims
 from lowvram.tiling import Coding, Decodings
 
 WRITER_FRAMES = 16 + AHEAD
@@ -26,11 +27,15 @@ def plan_decode(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     job, machine, spec = facts.job, facts.machine, facts.spec.vae
     group = decoder_group(facts.model)
     latent = facts.spec.latent_shape(job.width, job.height, job.frames)
-    # frames of a driven video leave the decoder as float32: the next segment goes on from the last of them
-    frame = 3 * job.width * job.height * (4 if facts.spec.variant == "animate" else 1)
+    # frames of a driven video leave the decoder as float32: the next segment goes on from the last of them, and from
+    # what the condition says of the picture
+    driven = facts.spec.variant == "animate"
+    frame = 3 * job.width * job.height * (4 if driven else 1)
     nbytes = build_layout(group.refs).nbytes
     device = facts.context | {"vae weights": facts.footprint(nbytes)}
-    host = facts.host({"ring 0": nbytes, "frames": WRITER_FRAMES * frame})
+    host = facts.host(
+        {"ring 0": nbytes, "frames": WRITER_FRAMES * frame} | (held_claims(facts) if driven else {})
+    )
     # 2.1: 31 TFLOP per latent at 1280x720 (wan-models 6.6); other widths and sizes in proportion
     flops = 31.1e12 * numel(latent[1:]) / (90 * 160) * (spec.decoder_base / 96) ** 2
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from lowvram import footprint
+from lowvram.conditions.contract import kept
 from lowvram.model import kinds
 from lowvram.models.self_attention import CHUNK
 from lowvram.offload.budget import allocated_size
@@ -18,7 +19,7 @@ from lowvram.planning.visits import visiting_order
 from lowvram.quant.spec import HEAD_DIM, numel
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.solvers import kept_tensors
-from lowvram.stages.condition import conditioning
+from lowvram.stages.condition import conditioning, held_claims
 from lowvram.triton_kernels.keys import stored_bytes
 from lowvram.triton_kernels.ops import FUSED, TORCH
 
@@ -118,7 +119,7 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
         claims["unpacked block"] = allocated_size(unpacked)
     condition = conditioning(facts.spec, facts.job)
     if condition is not None:
-        claims["condition"] = condition.kept(facts)
+        claims["condition"] = kept(condition, facts)
     del claims["residual" if lean.away else "residual window"]
     if not lean.group:
         del claims["attention output"]
@@ -127,7 +128,8 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
 
 def _ram_claims(facts: Facts, lean: Lean) -> dict[str, int]:
     stream = facts.tokens * facts.spec.dit.dim * facts.dtype.itemsize
-    return {f"ram residual {n}": stream for n in range(_streams(facts, lean))} if lean.away else {}
+    away = {f"ram residual {n}": stream for n in range(_streams(facts, lean))} if lean.away else {}
+    return held_claims(facts) | away
 
 
 def _streams(facts: Facts, lean: Lean) -> int:

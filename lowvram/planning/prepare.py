@@ -12,6 +12,7 @@ from lowvram.offload.slab import build_layout
 from lowvram.phases import outer_phases
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
+from lowvram.stages.condition import held_claims
 
 
 def plan_prepare(facts: Facts, budget: Budget) -> tuple[StagePlan]:
@@ -34,7 +35,7 @@ def plan_prepare(facts: Facts, budget: Budget) -> tuple[StagePlan]:
             "prepare",
             len(facts.groups),
             facts.context | claims | kept_claims(facts),
-            facts.host({"ring 0": max(sizes)}),
+            facts.host({"ring 0": max(sizes)} | held_claims(facts)),
             nbytes,
             nbytes,
             nbytes / min(facts.machine.disk, facts.machine.link),

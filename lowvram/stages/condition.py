@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from lowvram.conditions.animate import Animate
-from lowvram.conditions.contract import Condition, Conditioning
+from lowvram.conditions.contract import Condition, Conditioning, held
 from lowvram.conditions.first import FirstFrame
 from lowvram.conditions.pictures import PictureChannels
 from lowvram.job import Job
@@ -31,6 +31,12 @@ def plan_condition(facts: Facts, budget: Budget) -> list[StagePlan]:
     """Its stages; none for a prompt alone."""
     way = conditioning(facts.spec, facts.job)
     return [] if way is None else way.plan(facts, budget)
+
+
+def held_claims(facts: Facts) -> dict[str, int]:
+    """What the condition takes of the host once it is made; nothing for a prompt alone."""
+    way = conditioning(facts.spec, facts.job)
+    return {} if way is None else held(way, facts)
 
 
 def condition(run: Run, model: Model, job: Job) -> Condition:

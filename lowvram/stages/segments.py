@@ -106,7 +106,8 @@ def segments(
             yield number, _shown(run, model, part, latent[:, 1:], number, stand.carried, last)
             carried = torch.from_numpy(np.concatenate(list(last))).permute(0, 3, 1, 2).contiguous()
             keeper.begin(number + 1, carried)
-            before, stand = made, Stand(number + 1, carried)
+            before, stand = Animate.of_picture(made), Stand(number + 1, carried)
+            del made, latent  # or they would live while the next ones are made
 
 
 def _noises(job: Job, model: Model) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,12 +32,15 @@ from torch import Tensor
 from lowvram import drift
 from lowvram.animation import Animation
 from lowvram.api import Pipeline, Runtime
+from lowvram.conditions.animate import Animate
+from lowvram.conditions.contract import Condition
 from lowvram.driving import open_folder
 from lowvram.job import LoraChoice
 from lowvram.media.join import join
 from lowvram.media.probe import probe
 from lowvram.media.video import VideoWriter, read_frames
 from lowvram.offload.placement import Placement
+from lowvram.planning.facts import gather
 from lowvram.planning.plan import Plan
 from lowvram.quant.face_spec import FaceSpec
 from lowvram.quant.names import CLIP
@@ -219,6 +223,35 @@ def test_memory_does_not_grow_with_the_number_of_segments(
     assert len(measured.rss) == 12
     assert measured.rss[-1] <= measured.rss[2] + 8 * 2**20
     assert probe(tmp_path / "out.mp4").frames == 49
+
+
+class Weighed(Forgetful):
+    """The condition of every segment by tensor: bytes, and whether it is still there."""
+
+    def __init__(self) -> None:
+        self.sizes: list[dict[str, int]] = []
+        self.alive: list[weakref.ref[Tensor]] = []
+
+    def condition(self, segment: int, made: Condition) -> None:
+        # what the segments share is that of the picture: its CLIP tokens
+        assert [ref() for ref in self.alive] == [None] * len(self.alive)
+        found = made.to_tensors()
+        self.sizes.append({name: t.untyped_storage().nbytes() for name, t in found.items()})
+        self.alive += [weakref.ref(t) for name, t in found.items() if name != "image"]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_what_conditions_lie_on_the_host_is_claimed_and_is_that_of_one_segment(
+    pipe: Pipeline, drive: Callable[..., Path], tmp_path: Path, guidance: float
+) -> None:
+    settings = SETTINGS | {"frames": 5, "steps": 1, "guidance": (guidance, guidance)}
+    animation = pipe.animate(drive(12), **settings)
+    weighed = Weighed()
+    animation.make(tmp_path / "out.mp4", tmp_path, Stand(), weighed)
+    sizes = Animate().makes(gather(animation.job, pipe.model, animation.plan.machine))
+    assert weighed.sizes == [sizes] * 3
+    for stage in animation.plan.stages[1:]:
+        assert stage.ram_claims["condition"] == sum(sizes.values()), stage.name
 
 
 def test_matched_colours_undo_a_drift_that_the_carried_frames_show() -> None:

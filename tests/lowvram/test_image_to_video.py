@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from lowvram import Pipeline, Runtime
+from lowvram.conditions.contract import Condition
 from lowvram.errors import BudgetError, UsageError
 from lowvram.job import Job
 from lowvram.media.video import read_frames
 from lowvram.offload.placement import Placement
+from lowvram.planning.facts import gather
+from lowvram.stages.condition import conditioning
 from lowvram.state import list_jobs
 
 PROMPT = "a red circle moves left"
@@ -44,7 +47,13 @@ def test_streamed_equals_resident_bit_for_bit(
     job = job_of(pipe, kind, picture_files)
     plan = pipe.plan_job(job)
     assert plan.blocks()["disk"] == plan.blocks()["ram"] == 0
-    resident = pipe.run(job, plan=plan).latent
+    made: list[Condition] = []
+    resident = pipe.run(job, plan=plan, keep=made.append).latent
+    sizes = {name: t.untyped_storage().nbytes() for name, t in made[0].to_tensors().items()}
+    way = conditioning(pipe.model.spec, job)
+    assert way is not None and way.makes(gather(job, pipe.model, plan.machine)) == sizes
+    for stage in plan.stages[1:-1]:  # the text comes before, and the latent is decoded when all else is gone
+        assert stage.ram_claims["condition"] == sum(sizes.values()), stage.name
     assert set(job.schedule.experts) == set(range(pipe.model.spec.experts))
     assert torch.isfinite(resident).all() and 0.1 < resident.std() < 10
     placement = Placement(dict.fromkeys(plan.denoise.where, "disk"), slots=1, ring=1)

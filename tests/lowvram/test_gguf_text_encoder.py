@@ -179,13 +179,12 @@ def test_without_a_vocabulary_a_tokenizer_is_asked_for(state: dict[str, Tensor],
         pipe("a red circle")
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
 def test_quantised_with_its_table_it_gives_what_gguf_py_decodes(
-    kind: str, state: dict[str, Tensor], spiece: bytes, plain: Tensor, tmp_path: Path
+    state: dict[str, Tensor], spiece: bytes, plain: Tensor, tmp_path: Path
 ) -> None:
-    path = write(tmp_path / "umt5.gguf", state, kind, spiece)
+    path = write(tmp_path / "umt5.gguf", state, "Q4_K", spiece)
     table = identify_path(path, FileReader).refs["token_embedding.weight"]
-    assert table.encoding == encoding_by_name(kind.lower())
+    assert table.encoding == encoding_by_name("q4_k")
     decoded = dict(state)
     for tensor in gguf.GGUFReader(path).tensors:
         native = TEXT_GGUF.to_native(tensor.name)
@@ -196,7 +195,7 @@ def test_quantised_with_its_table_it_gives_what_gguf_py_decodes(
     ours, expected = latent(load(path)), latent(load(theirs))
     assert (ours - expected).norm() < 0.02 * expected.norm()
     assert not torch.equal(ours, plain)
-    assert (ours - plain).norm() < {"Q8_0": 0.05, "Q4_K": 0.3}[kind] * plain.norm()
+    assert (ours - plain).norm() < 0.3 * plain.norm()
 
 
 def model_of(path: Path) -> bytes:

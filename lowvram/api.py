@@ -30,6 +30,7 @@ from lowvram.driving import Driving, open_folder
 from lowvram.errors import UsageError
 from lowvram.job import Job, LoraChoice, check_complete, check_driven, describe, make_job
 from lowvram.machine import Machine, machine_profile, this_machine
+from lowvram.matmul import unfit_for_int8
 from lowvram.media.picture import open_picture
 from lowvram.media.video import VideoWriter, check_size, check_target, write_behind
 from lowvram.model import Model, imagined_model, open_model, with_loras
@@ -48,7 +49,8 @@ from lowvram.stages.run import Listener, Run, Silent, resident_set
 from lowvram.stages.steadfast import denoise_steadfastly
 from lowvram.text_cache import text_cache
 from lowvram.triton_kernels import dispatch
-from lowvram.triton_kernels.modes import Choice
+from lowvram.triton_kernels.modes import Choice, Matmul
+from lowvram.triton_kernels.ops import ops_for
 
 DEFAULT_WEIGHTS = "bf16"
 
@@ -132,6 +134,14 @@ class Runtime:
         if self.kept is not None:
             self.kept.next_job()
 
+    def matmul(self, asked: str, model: Model) -> Matmul:
+        """How the blocks of `model` multiply here when `asked` for it; on CUDA it is tried on the card first."""
+        machine = self.machine
+        int8 = ops_for(machine.arch, machine.unfused).int8
+        on_card = partial(dispatch.try_int8, torch.device("cuda", 0), int8)
+        test = on_card if machine.kind == "cuda" else None
+        return dispatch.choose_matmul(asked, machine.arch, unfit_for_int8(model), test)
+
     @contextmanager
     def device(self) -> Iterator[Device]:
         """The device under the budget's caps."""
@@ -170,6 +180,7 @@ class Pipeline:
         settings["attention"] = self.runtime.attention(
             settings.get("attention") or "auto", settings.pop("attention_ends", None)
         )
+        settings["matmul"] = self.runtime.matmul(settings.get("matmul") or "auto", self.model)
         job = make_job(self.model.spec, model=self.model.name, files=self.files, prompt=prompt, **settings)
         if not force:
             fewstep.check(job, self.model.spec)
@@ -321,12 +332,14 @@ def plan_without_files(
     settings["attention"] = dispatch.choose(
         asked, where.arch, packages, ends=settings.pop("attention_ends", None)
     )
+    model = imagined_model(name, spec, weights or DEFAULT_WEIGHTS)
+    settings["matmul"] = dispatch.choose_matmul(
+        settings.get("matmul") or "auto", where.arch, unfit_for_int8(model)
+    )
     job = make_job(spec, model=name, files={}, prompt=prompt, **_with_pictures(settings))
     if not force:
         fewstep.check(job, spec)
-    return make_plan(
-        job, imagined_model(name, spec, weights or DEFAULT_WEIGHTS), _budget(vram, ram, where), where
-    )
+    return make_plan(job, model, _budget(vram, ram, where), where)
 
 
 def _with_pictures(settings: dict[str, Any]) -> dict[str, Any]:

@@ -88,17 +88,18 @@ def block_scratch(
     chunk: int = CHUNK,
     unpacked: bool = False,
     attention: Mode = MODES["sdpa"],
+    int8: bool = False,
     ops: Ops = TORCH,
 ) -> int:
     """Transient bytes of `dit.block_` on a long sequence. Two chunks tell: later ones repeat the second.
 
     per_frame: tokens of a latent frame if the first ones have another time, or 0 if all have the same. words: tokens
     of the longest prompt. group: heads at a time, or 0 for all. unpacked: whether the block's weights are decoded into
-    a buffer (`unpacked_nbytes`) before.
+    a buffer (`unpacked_nbytes`) before. int8: whether int8 weights are multiplied as they are.
     """
     n = min(tokens, 2 * chunk)
     with META:
-        p = _meta_params(block, dtype)
+        p = _block_params(block, dtype, int8, ops)
         rows = 2 if per_frame else 1
         # some chunk holds tokens of both rows
         first = min(per_frame, n // 2) or n
@@ -135,10 +136,15 @@ def time_bytes(spec: DitSpec, time_rows: int) -> int:
     return allocated_size(4 * spec.dim * time_rows) + allocated_size(24 * spec.dim * time_rows)
 
 
-def unpacked_nbytes(block: Group, dtype: torch.dtype) -> int:
-    """Bytes of the buffer for the matrices of a block in `dtype`; 0 if they are stored in it."""
+def unpacked_nbytes(block: Group, dtype: torch.dtype, int8: bool = False) -> int:
+    """Bytes of the buffer for the matrices of a block in `dtype`; 0 if they are stored as they are multiplied."""
     with META:
-        return _meta_params(block, dtype).unpacked_nbytes(dtype)
+        return _block_params(block, dtype, int8, TORCH).unpacked_nbytes(dtype)
+
+
+def _block_params(block: Group, dtype: torch.dtype, int8: bool, ops: Ops) -> Params:
+    p = _meta_params(block, dtype)
+    return p.multiplied(dit.INT8_LINEARS, ops.int8) if int8 else p
 
 
 def context_rows(spec: DitSpec, words: int) -> int:

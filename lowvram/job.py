@@ -18,7 +18,7 @@ from lowvram.media.picture import Picture
 from lowvram.quant.spec import CLIP_TOKENS, ModelSpec
 from lowvram.sampling.presets import few_step
 from lowvram.sampling.schedules import Schedule, few_step_schedule, make_schedule
-from lowvram.triton_kernels.modes import SDPA, Choice
+from lowvram.triton_kernels.modes import EXACT, SDPA, Choice, Matmul
 
 MAX_FRAMES = 4 * 1023 + 1
 """The rotary table has 1024 positions per axis."""
@@ -73,6 +73,8 @@ class Job:
     """What it ends with."""
     attention: Choice = SDPA
     """How self attention runs: settled for the machine the job was made on."""
+    matmul: Matmul = EXACT
+    """How the Linears of the blocks multiply: settled likewise."""
     driving: Driving | None = None
     """Animate: what the character follows. `frames` are those of one segment then."""
 
@@ -105,6 +107,7 @@ def make_job(
     guidance: tuple[float, float] | None = None,
     preset: str | None = None,
     attention: Choice | None = None,
+    matmul: Matmul | None = None,
 ) -> Job:
     """A job on a model of `spec`; None means the model's own default. UsageError for what cannot be made.
 
@@ -168,6 +171,7 @@ def make_job(
         image=image,
         last_image=last_image,
         attention=attention or SDPA,
+        matmul=matmul or EXACT,
         driving=driving,
     )
 
@@ -313,6 +317,7 @@ def describe(job: Job, version: str) -> dict[str, Any]:
         "preset": job.preset,
         "attention": job.attention.mode,
         "attention_ends": job.attention.ends,
+        "matmul": job.matmul.mode,
         "loras": [
             {"file": Path(lora.path).name, "expert": lora.expert, "strength": lora.strength}
             for lora in job.loras

@@ -7,7 +7,7 @@ streamed weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowvram.quant import fused
+from lowvram.triton_kernels.ops import Int8Ops
+from lowvram.triton_kernels.quantise import Int8Rows
 
 if TYPE_CHECKING:
     from lowvram.quant.encodings.base import Encoding
@@ -39,6 +41,39 @@ class Encoded:
                 out = next(iter(self.parts.values())).new_empty(self.shape, dtype=dtype)
             return fused.decode(self.encoding, self.parts, out)
         return self.encoding.decode(self.parts, self.shape, dtype, out)
+
+
+@dataclass(frozen=True, slots=True)
+class Multiplied(Encoded):
+    """An int8 weight that is multiplied as it is stored, by activations that are int8 too."""
+
+    ops: Int8Ops = field(kw_only=True)
+
+    @property
+    def group(self) -> int:
+        """Columns of the activations that are rotated together before they are quantised, or 0."""
+        return self.encoding.int8_matrix(self.parts, self.shape).group
+
+    def linear(self, x: Tensor | Int8Rows, bias: Tensor | None) -> Tensor:
+        """x [..., in] -> [..., out] in its dtype."""
+        matrix = self.encoding.int8_matrix(self.parts, self.shape)
+        rows = x if isinstance(x, Int8Rows) else self.ops.quantise(x, matrix.group)
+        return self.ops.linear(rows, matrix, bias)
+
+    def linear_gated_(self, x: Tensor | Int8Rows, bias: Tensor | None, into: Tensor, gate: Tensor) -> None:
+        """into [n, out] += linear(x [n, in]) * gate [1 or n, out]."""
+        matrix = self.encoding.int8_matrix(self.parts, self.shape)
+        rows = x if isinstance(x, Int8Rows) else self.ops.quantise(x, matrix.group)
+        self.ops.linear_gated_(into, rows, matrix, bias, gate)
+
+    def of_rows(self, rows: slice) -> Multiplied:
+        """As if it had only these outputs. Nothing is copied."""
+        n = self.shape[0]
+        parts = {
+            role: part.reshape(n, -1)[rows] if part.numel() % n == 0 and part.dim() else part
+            for role, part in self.parts.items()
+        }
+        return replace(self, shape=(parts["weight"].shape[0], self.shape[1]), parts=parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,18 +161,72 @@ class Params:
             dense = dense.add(delta.delta.to(wide).view(dense.shape), alpha=delta.strength)
         return dense.to(dtype)
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
+    def linear(self, name: str, x: Tensor | Int8Rows) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x: the Linear `name` with its bias and LoRA branches.
 
-        A convolution whose kernel is as large as its stride is a Linear on patches.
+        A convolution whose kernel is as large as its stride is a Linear on patches. Rows of int8 are for Linears that
+        `int8_group` names.
         """
-        bias = self.dense(f"{name}.bias", x.dtype) if f"{name}.bias" in self.tensors else None
-        y = functional.linear(x, self._weight(name, x.dtype), bias)
+        value, bias = self.tensors[f"{name}.weight"], self._bias(name, x.dtype)
+        if isinstance(value, Multiplied):
+            y = value.linear(x, bias)
+            if isinstance(x, Int8Rows):
+                assert not self.branches.get(name), f"{name} has LoRA branches: they want numbers"
+                return y
+        else:
+            assert isinstance(x, Tensor)
+            y = functional.linear(x, self._weight(name, x.dtype), bias)
         for branch in self.branches.get(name, ()):
             if branch.dora is None:
                 down = functional.linear(x, branch.down.flatten(1).to(x.dtype))
                 y = y.add_(functional.linear(down, branch.up.flatten(1).to(x.dtype)), alpha=branch.scale)
         return y
+
+    def linear_gated_(
+        self,
+        name: str,
+        x: Tensor | Int8Rows,
+        into: Tensor,
+        gate: Tensor,
+        gated_: Callable[[Tensor, Tensor, Tensor], None],
+    ) -> None:
+        """into [n, out] += linear(name, x [n, in]) * gate [1 or n, out]; by `gated_` where that is not one operation."""
+        value = self.tensors[f"{name}.weight"]
+        if isinstance(value, Multiplied) and not self.branches.get(name):
+            value.linear_gated_(x, self._bias(name, x.dtype), into, gate)
+        else:
+            gated_(into, self.linear(name, x), gate)
+
+    def int8_group(self, *names: str) -> int | None:
+        """Columns rotated together in the int8 rows that all these Linears take for their input; None if any of them
+        wants numbers, for its weight or for its LoRA branches."""
+        groups = set()
+        for name in names:
+            value = self.tensors[f"{name}.weight"]
+            plain = not isinstance(value, Multiplied) or self.branches.get(name)
+            groups.add(None if plain else value.group)  # type: ignore[union-attr]
+        return groups.pop() if len(groups) == 1 else None
+
+    def multiplied(self, prefixes: tuple[str, ...], ops: Int8Ops) -> Params:
+        """The same parameters; Linears whose names start with one of `prefixes` multiply int8 where they are stored so.
+
+        A weight that a difference or a DoRA changes is not what is stored any more: it is multiplied as numbers.
+        """
+        tensors = {
+            name: Multiplied(value.encoding, value.shape, value.parts, ops=ops)
+            if isinstance(value, Encoded)
+            and name.startswith(prefixes)
+            and name.endswith(".weight")
+            and len(value.shape) == 2
+            and value.encoding.int8_rows
+            and not self._is_changed(name)
+            else value
+            for name, value in self.tensors.items()
+        }
+        return replace(self, tensors=tensors)
+
+    def _bias(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        return self.dense(f"{name}.bias", dtype) if f"{name}.bias" in self.tensors else None
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """The matrix [out, in] of a Linear, changed by its DoRA branches: they have no meaning beside the weight."""
@@ -150,7 +239,7 @@ class Params:
         return weight.to(dtype)
 
     def slices(self, names: Iterable[str], dtype: torch.dtype, rows: slice | None = None) -> Params:
-        """The Linears `names` alone, dense in `dtype`, as if they had only the outputs `rows`.
+        """The Linears `names` alone, as if they had only the outputs `rows`; dense in `dtype` but those of int8.
 
         For many uses in a row: a weight that is stored otherwise is made once, not at every use.
         """
@@ -158,10 +247,14 @@ class Params:
         tensors: dict[str, Tensor | Encoded] = {}
         branches: dict[str, tuple[Branch, ...]] = {}
         for name in names:
-            weight = self._weight(name, dtype)[keep]
-            # A slice of what was just made would keep all of it alive.
-            fresh = rows is not None and self._is_packed(f"{name}.weight", dtype)
-            tensors[f"{name}.weight"] = weight.clone() if fresh else weight
+            stored = self.tensors[f"{name}.weight"]
+            if isinstance(stored, Multiplied):
+                tensors[f"{name}.weight"] = stored if rows is None else stored.of_rows(rows)
+            else:
+                weight = self._weight(name, dtype)[keep]
+                # A slice of what was just made would keep all of it alive.
+                fresh = rows is not None and self._is_packed(f"{name}.weight", dtype)
+                tensors[f"{name}.weight"] = weight.clone() if fresh else weight
             if f"{name}.bias" in self.tensors:
                 tensors[f"{name}.bias"] = self.dense(f"{name}.bias", dtype)[keep]
             branches[name] = tuple(
@@ -201,6 +294,8 @@ class Params:
 
     def _is_packed(self, name: str, dtype: torch.dtype) -> bool:
         value = self.tensors[name]
+        if isinstance(value, Multiplied):
+            return False
         return isinstance(value, Encoded) or value.dtype != dtype or self._is_changed(name)
 
     def _is_changed(self, name: str) -> bool:

@@ -14,9 +14,23 @@ from torch import Tensor
 from lowvram.errors import UsageError
 from lowvram.triton_kernels import backends
 from lowvram.triton_kernels.attention import attend_, attend_reference, attention, sdpa_backend
-from lowvram.triton_kernels.modes import ARCHS, AUTO, CAREFUL, MEASURED, MODES, Choice, Mode
+from lowvram.triton_kernels.gemm import Int8Matrix
+from lowvram.triton_kernels.modes import (
+    ARCHS,
+    AUTO,
+    CAREFUL,
+    EXACT,
+    INT8_MEASURED,
+    MATMULS,
+    MEASURED,
+    MODES,
+    Choice,
+    Matmul,
+    Mode,
+)
 from lowvram.triton_kernels.norm_rope import centre_of, quantise_rows, quantise_values
-from lowvram.triton_kernels.ops import FUSED, TORCH, Ops
+from lowvram.triton_kernels.ops import FUSED, TORCH, Int8Ops, Ops
+from lowvram.triton_kernels.quantise import GROUPS
 from lowvram.triton_kernels.tiles import HALF
 
 PACKAGES = ("triton", *(mode.package for mode in MODES.values() if mode.package))
@@ -118,6 +132,41 @@ def mode_named(name: str) -> Mode:
             advice="leave it out: auto takes what fits the card",
         )
     return MODES[name]
+
+
+def choose_matmul(asked: str, arch: str, unfit: str, test: Callable[[], str] | None = None) -> Matmul:
+    """How to multiply for `asked`, a name of MATMULS or "auto".
+
+    unfit: what the weights are if not int8. `test` multiplies int8 on the card and says what is wrong with it. UsageError
+    for a name that is none, and for weights that cannot be multiplied so; a card that cannot do it multiplies exactly.
+    """
+    if asked not in ("auto", *MATMULS):
+        raise UsageError(
+            f'"{asked}"',
+            where="--matmul",
+            expected=f"one of auto, {', '.join(MATMULS)}",
+            advice="leave it out",
+        )
+    if asked == "int8" and unfit:
+        raise UsageError(
+            unfit,
+            where="--matmul int8",
+            expected="int8 weights, plain or rotated in groups of 256",
+            advice="make them with `lowvram quantize IN OUT --to int8_convrot`, or leave --matmul out",
+        )
+    if asked == "exact" or (asked == "auto" and (unfit or not arch)):
+        return EXACT
+    if asked == "auto" and arch not in INT8_MEASURED:
+        return Matmul("exact", f"exact: nobody has timed --matmul int8 on {arch} yet")
+    wrong = "" if test is None else test()
+    if wrong:
+        return Matmul("exact", f"exact, because int8 failed its self-test: {wrong}")
+    why = f"int8 ({MATMULS['int8']}), " + ("as asked" if asked == "int8" else f"chosen for {arch}")
+    if not arch:
+        why += "; its arithmetic in torch, not its speed"
+    elif arch not in INT8_MEASURED:
+        why += f"; nobody has timed it on {arch} yet"
+    return Matmul("int8", why)
 
 
 def half_of(mode: Mode, arch: str) -> bool:
@@ -224,3 +273,40 @@ def kernels_obstacle(arch: str) -> str:
 def ops_obstacle(device: torch.device, arch: str) -> str:
     """Why the operations between multiplications are those of torch on a device; "" if the fused ones run."""
     return kernels_obstacle(arch) or try_ops(device)
+
+
+def try_int8(device: torch.device, ops: Int8Ops = FUSED.int8) -> str:
+    """What is wrong with int8 multiplication on a device, "" if nothing: each operation against the one in torch."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    x, shift, gate, bias = normal(70, 512).bfloat16(), normal(1, 512), normal(1, 100), normal(100).bfloat16()
+    values = torch.randint(-127, 128, (100, 512), generator=generator, dtype=torch.int8).to(device)
+    try:
+        for group in GROUPS:
+            weight = Int8Matrix(values, normal(100).abs() / 100, group)
+            found = [_int8_results(some, x, shift, gate, bias, weight) for some in (TORCH.int8, ops)]
+            for name, want in found[0].items():
+                wrong = _far(found[1][name], want, _SAME, "torch")
+                if wrong:
+                    return f"{name} is {wrong}"
+    except Exception as problem:  # noqa: BLE001  whatever a compiler throws
+        return _first_line(problem)
+    return ""
+
+
+def _int8_results(
+    ops: Int8Ops, x: Tensor, shift: Tensor, gate: Tensor, bias: Tensor, weight: Int8Matrix
+) -> dict[str, Tensor]:
+    """What every operation makes of x [n, in]."""
+    made = {
+        "quantise": ops.quantise(x, weight.group),
+        "modulate_int8": ops.modulate(x, shift, shift, weight.group),
+        "gelu_int8": ops.gelu(x.clone(), weight.group),
+    }
+    results = {name: rows.values.float() * rows.scale.unsqueeze(-1) for name, rows in made.items()}
+    added = x[:, : gate.shape[1]].clone()
+    ops.linear_gated_(added, made["quantise"], weight, bias, gate)
+    return results | {"int8_linear": ops.linear(made["quantise"], weight, bias), "int8_linear_gated": added}

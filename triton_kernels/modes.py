@@ -63,6 +63,35 @@ class Choice:
         return MODES[self.ends if step in (0, steps - 1) else self.mode]
 
 
+@dataclass(frozen=True, slots=True)
+class Matmul:
+    """How the Linears of a job's blocks multiply: settled when the job is made, because it changes bits."""
+
+    mode: str = "exact"
+    """One of MATMULS."""
+    why: str = ""
+
+    @property
+    def int8(self) -> bool:
+        return self.mode == "int8"
+
+
+MATMULS: Mapping[str, str] = {
+    "exact": "weights as numbers, in the compute dtype",
+    "int8": "int8 weights as they are stored, activations quantised per token",
+}
+EXACT = Matmul()
+INT8_MEASURED: frozenset[str] = frozenset()
+"""Architectures where `bench/kernels.py tune` has found int8 multiplication the faster: `auto` takes it there."""
+INT8_GEMM: Mapping[str, str] = {}
+"""What multiplies int8 on an architecture, "triton" or "torch" (`torch._int_mm`): the faster of a measurement. Nobody has
+measured yet, and then it is our kernel, whose sums do not leave the registers."""
+INT8_GAIN: Mapping[str, float] = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 2.7) | dict.fromkeys(
+    ("sm_80", "sm_90"), 1.4
+)
+"""Rate of int8 multiplication over that of bf16: a forecast, the ratio of the ceilings (4 on GeForce, 2 elsewhere) times
+0.68, the share of its ceiling that 8-bit multiplication reaches where others have measured it."""
+
 SDPA = Choice()
 _GEFORCE_R1 = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 1.17)
 _GEFORCE_R2 = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 1.95)

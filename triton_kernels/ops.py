@@ -6,7 +6,7 @@ Both give the same numbers but for the last rounding. What writes in place says 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from lowvram.triton_kernels import modulate as m
 from lowvram.triton_kernels import norm_rope as n
 from lowvram.triton_kernels import quantise as q
 from lowvram.triton_kernels.gemm import Int8Matrix
+from lowvram.triton_kernels.modes import INT8_GEMM
 from lowvram.triton_kernels.quantise import Int8Rows
 
 
@@ -133,3 +134,17 @@ FUSED = Ops(
     ),
 )  # fmt: skip
 """Triton."""
+
+
+def _by_int_mm_gated_(x: Tensor, y: Int8Rows, weight: Int8Matrix, bias: Tensor | None, gate: Tensor) -> None:
+    m.gated_(x, g.int8_linear(y, weight, bias), gate)
+
+
+_BY_INT_MM = replace(FUSED, int8=replace(FUSED.int8, linear=g.int8_linear, linear_gated_=_by_int_mm_gated_))
+
+
+def ops_for(arch: str, unfused: str) -> Ops:
+    """What runs on an architecture; `unfused` says why nothing of Triton does, if nothing does."""
+    if unfused:
+        return TORCH
+    return _BY_INT_MM if INT8_GEMM.get(arch) == "torch" else FUSED

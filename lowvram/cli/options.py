@@ -72,6 +72,13 @@ AttentionEnds = Annotated[
         "--attention-ends", help="Mode of the first and last step and the first block: sdpa or int8."
     ),
 ]
+Matmul = Annotated[
+    str | None,
+    typer.Option(
+        "--matmul",
+        help="auto, exact or int8 (int8 weights only: activations are quantised too); auto if left out.",
+    ),
+]
 Preset = Annotated[str | None, typer.Option("--preset", help="Few-step schedule, such as lightning-4.")]
 Lora = Annotated[
     list[str] | None,
@@ -128,6 +135,7 @@ class JobFlags:
     preset: Preset = None
     attention: Attention = None
     attention_ends: AttentionEnds = None
+    matmul: Matmul = None
     lora: Lora = None
     lora_partial: LoraPartial = False
     force: Force = False
@@ -165,6 +173,7 @@ class JobFlags:
             "force": self.force or None,
             "attention": self.attention,
             "attention_ends": self.attention_ends,
+            "matmul": self.matmul,
         }
         given = {name: value for name, value in plain.items() if value is not None}
         return (

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from lowvram.models import animate
 from lowvram.models.rows import Rows
-from lowvram.models.self_attention import CHUNK, SelfAttention, Workspace, chunks
+from lowvram.models.self_attention import CHUNK, SelfAttention, Workspace, chunks, modulated
 from lowvram.quant.face_spec import FACE_SCOPE
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import DitSpec
@@ -31,9 +31,13 @@ from lowvram.triton_kernels.norm_rope import EPS
 from lowvram.triton_kernels.norm_rope import heads as _heads
 from lowvram.triton_kernels.norm_rope import rms_norm as _rms_norm
 from lowvram.triton_kernels.norm_rope import rotate as _rotate
+from lowvram.triton_kernels.ops import Ops
+from lowvram.triton_kernels.quantise import Int8Rows
 
 ENDS = ("patch_embedding.", "pose_patch_embedding.", "head.")
 """How the names outside the blocks begin that every step needs."""
+INT8_LINEARS = ("self_attn.", "cross_attn.", "ffn.")
+"""How the names inside a block begin of the Linears that may multiply int8: all but those of a face adapter."""
 ROPE_THETA = 10000.0
 ROPE_PAIRS = (22, 21, 21)
 """Complex pairs of a head given to time, rows and columns."""
@@ -230,6 +234,12 @@ def _ffn(p: Params, h: Tensor) -> Tensor:
     return p.linear("ffn.2", _gelu(p.linear("ffn.0", h)))
 
 
+def _activated(p: Params, ops: Ops, h: Tensor) -> Tensor | Int8Rows:
+    """What the second Linear of the FFN takes; h is lost."""
+    group = p.int8_group("ffn.2")
+    return ops.gelu(h) if group is None else ops.int8.gelu(h, group)
+
+
 class _Modulation:
     """Shift, scale and gate of attention, then of the FFN, for any run of tokens."""
 
@@ -288,10 +298,10 @@ def block_(
         c = x[i:j]
         if finite is not None:
             _watch(finite[0], y)
-        ops.gated_(c, p.linear("self_attn.o", y), mod(2, i, j))
+        p.linear_gated_("self_attn.o", y, c, mod(2, i, j), ops.gated_)
         c += _cross(p, c, kv)
-        h = ops.modulate(c, mod(3, i, j), mod(4, i, j))
-        ops.gated_(c, p.linear("ffn.2", ops.gelu(p.linear("ffn.0", h))), mod(5, i, j))
+        h = modulated(p, ops, ("ffn.0",), c, mod(3, i, j), mod(4, i, j))
+        p.linear_gated_("ffn.2", _activated(p, ops, p.linear("ffn.0", h)), c, mod(5, i, j), ops.gated_)
         if finite is not None:
             _watch(finite[1], c)
         if not isinstance(x, Tensor):  # what was worked on is a copy

@@ -18,6 +18,7 @@ from lowvram.quant.spec import HEAD_DIM
 from lowvram.triton_kernels.keys import Keys, attend, finish_, sampled_centre, write_keys_, write_values_
 from lowvram.triton_kernels.modes import MODES
 from lowvram.triton_kernels.ops import TORCH, Ops
+from lowvram.triton_kernels.quantise import Int8Rows
 
 CHUNK = 4096
 """Tokens processed at once. Fixed, so that a budget never changes how a matmul is cut."""
@@ -56,6 +57,14 @@ class Modulation(Protocol):
 def chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
     for start in range(0, length, chunk):
         yield start, min(start + chunk, length)
+
+
+def modulated(
+    p: Params, ops: Ops, names: tuple[str, ...], x: Tensor, shift: Tensor, scale: Tensor
+) -> Tensor | Int8Rows:
+    """x normed and modulated, as the Linears `names` take it."""
+    group = p.int8_group(*names)
+    return ops.modulate(x, shift, scale) if group is None else ops.int8.modulate(x, shift, scale, group)
 
 
 class SelfAttention:
@@ -106,12 +115,13 @@ class SelfAttention:
         q, weight, factor = self._projected("q", self._modulated(i, j), rows, i, j)
         return attend(self._work.ops, self._work.keys, q, weight, self._rope[i:j], factor, out)
 
-    def _modulated(self, i: int, j: int, step: int = 1) -> Tensor:
-        mod = self._mod
-        return self._work.ops.modulate(self._x[i:j:step], mod(0, i, j, step), mod(1, i, j, step))
+    def _modulated(self, i: int, j: int, step: int = 1) -> Tensor | Int8Rows:
+        names, mod = ("self_attn.q", "self_attn.k", "self_attn.v"), self._mod
+        x, shift, scale = self._x[i:j:step], mod(0, i, j, step), mod(1, i, j, step)
+        return modulated(self._p, self._work.ops, names, x, shift, scale)
 
     def _projected(
-        self, name: str, h: Tensor, rows: slice | None, i: int, j: int, step: int = 1
+        self, name: str, h: Tensor | Int8Rows, rows: slice | None, i: int, j: int, step: int = 1
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The projection of h, its norm's weight, and the factors of tokens i, i + step.. if they are known."""
         weight = self._p[f"self_attn.norm_{name}.weight"]

@@ -21,7 +21,8 @@ from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.solvers import kept_tensors
 from lowvram.stages.condition import conditioning, held_claims
 from lowvram.triton_kernels.keys import stored_bytes
-from lowvram.triton_kernels.ops import FUSED, TORCH
+from lowvram.triton_kernels.modes import INT8_GAIN
+from lowvram.triton_kernels.ops import ops_for
 
 CHUNKS = (CHUNK, CHUNK // 2, CHUNK // 4)
 """Tokens at once. The first, wherever it fits, so that a budget does not change how a matmul is cut."""
@@ -145,15 +146,15 @@ def _scratch(facts: Facts, lean: Lean) -> int:
     spec, tokens, n = facts.spec.dit, facts.tokens, min(facts.tokens, 2 * lean.chunk)
     group = next(g for g in GROUPS if g < spec.heads and spec.heads % g == 0) if lean.group else 0
     per_frame = tokens // facts.latent[1] if facts.time_rows > 1 else 0
-    found, ops = [], TORCH if facts.machine.unfused else FUSED
+    found, machine, int8 = [], facts.machine, facts.job.matmul.int8
     for block in facts.block_kinds:
         what = n, per_frame, max(facts.lengths), facts.dtype
         for mode in facts.job.attention.modes():
             measure = partial(
                 footprint.block_scratch, spec, block, *what, group=group, chunk=lean.chunk,
-                unpacked=lean.unpacked, attention=mode, ops=ops,
+                unpacked=lean.unpacked, attention=mode, int8=int8, ops=ops_for(machine.arch, machine.unfused),
             )  # fmt: skip
-            how = group, lean.chunk, lean.unpacked, mode.name, ops is FUSED
+            how = group, lean.chunk, lean.unpacked, mode.name, int8, machine.arch, machine.unfused
             inside = facts.measured(measure, "block", block.kind, *what, *how)
             factors = footprint.factor_bytes(tokens) - footprint.factor_bytes(n) if group else 0
             found.append(inside + factors)
@@ -174,10 +175,9 @@ def _scratch(facts: Facts, lean: Lean) -> int:
 
 def _unpacked_bytes(facts: Facts) -> int:
     """Of a block's matrices in the compute dtype; 0 if they are stored in it."""
+    how = facts.dtype, facts.job.matmul.int8
     return max(
-        facts.measured(
-            partial(footprint.unpacked_nbytes, block, facts.dtype), "unpacked", block.kind, facts.dtype
-        )
+        facts.measured(partial(footprint.unpacked_nbytes, block, *how), "unpacked", block.kind, *how)
         for block in facts.block_kinds
     )
 
@@ -208,10 +208,11 @@ def _compute(facts: Facts, lean: Lean) -> float:
     if lean.group:  # q and k are projected twice
         linears += 4 * t * d * d
     machine, guidance, attention = facts.machine, facts.job.schedule.guidance, facts.job.attention
+    matmul = machine.matmul * (INT8_GAIN.get(machine.arch, 1.0) if facts.job.matmul.int8 else 1.0)
     seconds = 0.0
     for step, scale in enumerate(guidance):
         gain = attention.of_step(step, len(guidance)).gain or {}
-        one = linears / machine.matmul + 4 * t * n * d / machine.attention
+        one = linears / matmul + 4 * t * n * d / machine.attention
         one += 4 * t * t * d / (machine.attention * gain.get(machine.arch, 1.0))
         seconds += (1 + needs_uncond(scale)) * spec.layers * one
     return seconds

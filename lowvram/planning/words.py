@@ -43,6 +43,7 @@ def choices(facts: Facts, budget: Budget, stage: StagePlan, way: Way, room: Room
         "slots": slots,
         "passes": passes,
         "attention": f"{facts.job.attention.why or facts.job.attention.mode}; keys and values {_heads(facts, lean)}",
+        "matmul": facts.job.matmul.why or facts.job.matmul.mode,
         "kernels": f"those of torch: {facts.machine.unfused}"
         if facts.machine.unfused
         else "fused, in Triton",

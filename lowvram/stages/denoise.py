@@ -29,7 +29,7 @@ from lowvram.sampling.solvers import SolverState
 from lowvram.stages.run import Run, Traffic
 from lowvram.triton_kernels.dispatch import half_of
 from lowvram.triton_kernels.keys import carve, stored_bytes
-from lowvram.triton_kernels.ops import FUSED, TORCH
+from lowvram.triton_kernels.ops import ops_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,8 @@ def denoise(
             velocities: list[Tensor] = []
             for shared in [contexts] if lean.together else [[c] for c in contexts]:
                 blocks = (
-                    run.params(inside[f"blocks.{n}"], v) for (_, n), v in _take(stream, spec.dit.layers)
+                    _as_multiplied(run.params(inside[f"blocks.{n}"], v), job, work)
+                    for (_, n), v in _take(stream, spec.dit.layers)
                 )
                 velocities += dit.forward(
                     around.ends,
@@ -165,7 +166,7 @@ def _workspaces(
     out = like.new_empty(tokens, spec.dim, dtype=dtype) if lean.group else None
     decoded = run.plan.stage("denoise").claims.get("unpacked block", 0)
     unpacked = like.new_empty(decoded) if lean.unpacked else None
-    ops = TORCH if run.plan.machine.unfused else FUSED
+    ops = ops_for(arch, run.plan.machine.unfused)
     residuals: list[Rows] = []
     for n in range(streams):
         if lean.away:
@@ -186,6 +187,11 @@ def _workspaces(
         )
         for m in modes
     }
+
+
+def _as_multiplied(block: Params, job: Job, work: Workspace) -> Params:
+    """The block, its int8 weights as integers if the job multiplies those."""
+    return block.multiplied(dit.INT8_LINEARS, work.ops.int8) if job.matmul.int8 else block
 
 
 def _open_stream(

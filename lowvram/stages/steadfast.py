@@ -1,4 +1,4 @@
-"""A denoise that goes on from its last step: after NaN from 8-bit attention, and when memory runs out or short."""
+"""A denoise that goes on from its last step: after NaN from 8-bit arithmetic, and when memory runs out or short."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowvram.planning.choose import make_plan, plan_steps
 from lowvram.stages.denoise import State, denoise
 from lowvram.stages.room import SqueezedError
 from lowvram.stages.run import Run
-from lowvram.triton_kernels.modes import SDPA
+from lowvram.triton_kernels.modes import EXACT, SDPA
 
 
 def denoise_steadfastly(
@@ -30,7 +30,7 @@ def denoise_steadfastly(
 ) -> Tensor:
     """The finished latent, as `denoise` gives it.
 
-    A step that 8-bit attention ends in NaN is done once more with torch's own: the step alone, since the next is a
+    A step that ends in NaN with 8-bit attention or multiplication is done once more without either: the step alone, since the next is a
     function of its state again, and a job that is killed and resumed makes the same.
 
     When memory runs out (another program took it, or a plan was wrong), everything is freed and the step begins anew
@@ -48,14 +48,15 @@ def denoise_steadfastly(
         try:
             return denoise(run, model, job, texts, made, last, remember)
         except NonFiniteError as problem:
-            if job.attention.mode == "sdpa":
+            if job.attention.mode == "sdpa" and not job.matmul.int8:
                 raise
-            safe = replace(job, attention=SDPA)
+            safe = replace(job, attention=SDPA, matmul=EXACT)
             try:
                 plan = make_plan(safe, model, run.plan.budget, run.plan.machine)
             except BudgetError:
                 raise problem from None
-            run.tell(f"{problem.where}: {problem.found}; the step was done again with sdpa")
+            again = "sdpa and exact multiplication" if job.matmul.int8 else "sdpa"
+            run.tell(f"{problem.where}: {problem.found}; the step was done again with {again}")
             once = replace(run, plan=plan)
             denoise(once, model, safe, texts, made, last, remember, stop=last.step + 1)
             continue

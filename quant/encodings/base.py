@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowvram.errors import NonFiniteError
 from lowvram.quant.refs import Shape, stored_bytes
+from lowvram.triton_kernels.gemm import Int8Matrix
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -84,6 +85,15 @@ class Encoding(ABC):
         """Whether every part of a matrix either has a row for each of its rows or serves them all: any rows of the
         parts then decode to the same rows of the matrix."""
         return False
+
+    @property
+    def int8_rows(self) -> bool:
+        """Whether a matrix can be multiplied by int8 activations as it is stored: `int8_matrix` then gives it."""
+        return False
+
+    def int8_matrix(self, parts: Mapping[str, Tensor], shape: Shape) -> Int8Matrix:
+        """A matrix [out, in] for multiplication by int8 activations. Nothing of its size is made."""
+        raise NotImplementedError(f"{self.name} is not made of int8 rows")
 
 
 @dataclass(frozen=True, slots=True)

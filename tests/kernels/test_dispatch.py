@@ -10,10 +10,28 @@ from torch import Tensor
 
 from lowvram.errors import UsageError
 from lowvram.triton_kernels import attention, dispatch
-from lowvram.triton_kernels.dispatch import PACKAGES, choose, obstacle, try_mode, try_ops
-from lowvram.triton_kernels.modes import ARCHS, AUTO, CAREFUL, MODES
-from lowvram.triton_kernels.ops import TORCH
-from lowvram.triton_kernels.tiles import ATTENTION, HALF
+from lowvram.triton_kernels import ops as operations
+from lowvram.triton_kernels.dispatch import (
+    PACKAGES,
+    choose,
+    choose_matmul,
+    obstacle,
+    try_int8,
+    try_mode,
+    try_ops,
+)
+from lowvram.triton_kernels.modes import (
+    ARCHS,
+    AUTO,
+    CAREFUL,
+    EXACT,
+    INT8_GAIN,
+    INT8_GEMM,
+    INT8_MEASURED,
+    MODES,
+)
+from lowvram.triton_kernels.ops import FUSED, TORCH, ops_for
+from lowvram.triton_kernels.tiles import ATTENTION, GEMM, HALF
 
 ALL = frozenset(PACKAGES)
 CPU = torch.device("cpu")
@@ -105,3 +123,55 @@ def test_fused_operations_are_tried_one_by_one() -> None:
         raise RuntimeError("no such instruction\nand more")
 
     assert try_ops(CPU, replace(TORCH, gelu=refuses)) == "RuntimeError: no such instruction"
+
+
+# ---- multiplication
+
+
+def test_the_tables_of_multiplication_name_what_there_is() -> None:
+    assert set(GEMM) == set(INT8_GAIN) == set(ARCHS)
+    assert set(ARCHS) >= INT8_MEASURED and set(INT8_GEMM.values()) <= {"triton", "torch"}
+    assert all(tile.measured == (arch in INT8_MEASURED) for arch, tile in GEMM.items())
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_75", ""])
+def test_auto_multiplies_exactly_until_somebody_has_timed_int8(arch: str) -> None:
+    found = choose_matmul("auto", arch, "")
+    assert found.mode == "exact" and ("nobody has timed" in found.why) == (arch != "")
+    assert choose_matmul("auto", arch, "the weights are fp8") == choose_matmul("exact", arch, "") == EXACT
+
+
+def test_auto_takes_int8_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INT8_MEASURED", frozenset({"sm_89"}))
+    assert (
+        choose_matmul("auto", "sm_89", "").int8
+        and "chosen for sm_89" in choose_matmul("auto", "sm_89", "").why
+    )
+    assert choose_matmul("auto", "sm_89", "the weights are fp8") == EXACT
+    failed = choose_matmul("auto", "sm_89", "", lambda: "0.3 from torch")
+    assert failed.mode == "exact" and "failed its self-test: 0.3 from torch" in failed.why
+
+
+def test_int8_as_asked_says_what_it_is() -> None:
+    assert "nobody has timed it on sm_86" in choose_matmul("int8", "sm_86", "", lambda: "").why
+    assert "not its speed" in choose_matmul("int8", "", "").why
+    with pytest.raises(UsageError, match="the weights are bf16"):
+        choose_matmul("int8", "sm_86", "the weights are bf16")
+    with pytest.raises(UsageError, match="exact, int8"):
+        choose_matmul("fast", "sm_86", "")
+
+
+def test_the_faster_multiplication_of_a_measurement_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops_for("sm_89", "") is FUSED and ops_for("sm_89", "no triton") is TORCH
+    monkeypatch.setattr(operations, "INT8_GEMM", {"sm_89": "torch"})
+    found = ops_for("sm_89", "")
+    assert found.int8.linear is TORCH.int8.linear and found.int8.quantise is FUSED.int8.quantise
+    assert ops_for("sm_86", "") is FUSED
+
+
+def test_int8_operations_are_tried_one_by_one() -> None:
+    assert try_int8(CPU, TORCH.int8) == ""
+    broken = replace(TORCH.int8, linear=lambda x, w, b: TORCH.int8.linear(x, w, b) * 1.1)
+    assert try_int8(CPU, broken).startswith("int8_linear is ")
+    broken = replace(TORCH.int8, gelu=lambda x, group: TORCH.int8.quantise(x, group))
+    assert try_int8(CPU, broken).startswith("gelu_int8 is ")

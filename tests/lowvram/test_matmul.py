@@ -1,0 +1,134 @@
+"""Int8 multiplication through the product: settled with the job, refused where it cannot be, planned, and the same bits
+wherever the weights lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from strict_device import StrictRuntime
+
+from lowvram import Pipeline, Runtime
+from lowvram.conversion import plan_conversion, run_conversion
+from lowvram.errors import UsageError
+from lowvram.job import describe
+from lowvram.offload.placement import Placement, Where
+from lowvram.quant import linear
+from lowvram.stages.denoise import State
+from lowvram.state import Saved, list_jobs
+
+GB = 10**9
+PROMPT = "a red circle moves left on a black background"
+SMALL: dict[str, Any] = {"steps": 3, "seed": 1, "frames": 5, "width": 48, "height": 48, "shift": 3.0}
+NANO = Path(__file__).parents[2] / "lowvram" / "assets" / "nano"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The embedded model as int8, rotated."""
+    folder = tmp_path_factory.mktemp("int8")
+    made = {}
+    for expert in ("high", "low"):
+        out = folder / f"{expert}.safetensors"
+        list(run_conversion(plan_conversion(NANO / f"{expert}_noise_model.safetensors", out, "int8_convrot")))
+        made[expert] = str(out)
+    return made
+
+
+@pytest.fixture(scope="module")
+def pipe(files: dict[str, str]) -> Pipeline:
+    return Runtime("2GB", "4GB", "cpu", cache=False).load("nano", **files)
+
+
+def test_int8_activations_change_a_little_and_auto_nothing(pipe: Pipeline) -> None:
+    exact = pipe(PROMPT, **SMALL).latent
+    assert torch.equal(pipe(PROMPT, matmul="exact", **SMALL).latent, exact)
+    for preset in (
+        {},
+        {"preset": "lightning-4", "steps": None, "shift": None},
+    ):  # plain, and with LoRA branches
+        settings = SMALL | preset
+        plain, int8 = (pipe(PROMPT, matmul=how, **settings).latent for how in ("exact", "int8"))
+        assert 0 < (int8 - plain).norm() < 0.1 * plain.norm()
+
+
+@pytest.mark.parametrize("lean", [{}, {"group": 1, "together": False}, {"unpacked": False}], ids=str)
+def test_placement_and_chunks_never_change_bits(pipe: Pipeline, lean: dict[str, Any]) -> None:
+    job = pipe.job(PROMPT, matmul="int8", **SMALL)
+    plan = pipe.plan_job(job)
+    resident = pipe.run(job, plan=plan).latent
+    kinds: tuple[Where, ...] = ("resident", "ram", "disk")
+    for where in (lambda n: "disk", lambda n: kinds[n * 2 % 3]):
+        placed = {block: where(n) for n, block in enumerate(plan.denoise.where)}
+        other = replace(plan, denoise=Placement(placed, slots=1, ring=2), lean=replace(plan.lean, **lean))
+        latent = pipe.run(job, plan=other).latent
+        if "group" in lean:  # attention of fewer heads, and the norm's factor on its own, round otherwise
+            assert (latent - resident).norm() < 0.03 * resident.norm()
+        else:
+            assert torch.equal(latent, resident)
+
+
+def test_on_a_strict_device(pipe: Pipeline, files: dict[str, str]) -> None:
+    job = pipe.job(PROMPT, matmul="int8", **SMALL | {"steps": 1})
+    plain, strict = (p.run(job) for p in (pipe, StrictRuntime(GB, 2 * GB, "cpu").load("nano", **files)))
+    assert torch.equal(strict.latent, plain.latent)
+
+
+def test_the_choice_is_in_the_plan_the_saved_job_and_the_video(
+    cli: Callable[..., Any], jobs: Path, tmp_path: Path, files: dict[str, str]
+) -> None:
+    flags = ("--high", files["high"], "--low", files["low"], "--steps", 2, "--frames", 1, "--size", "32x32",
+             "--vram", "2GB", "--matmul", "int8")  # fmt: skip
+    planned = cli("plan", PROMPT, *flags, "--json")
+    assert planned.code == 0, planned.err
+    assert planned.objects[0]["choices"]["matmul"].startswith("int8 (int8 weights as they are stored")
+    made = cli("generate", PROMPT, *flags, "-o", tmp_path / "a.mp4")
+    assert made.code == 0, made.err
+    saved: Saved = list_jobs(jobs)[-1].load()
+    assert saved.job.matmul.int8
+    assert '"matmul":"int8"' in cli("inspect", tmp_path / "a.mp4", "--json").out
+
+
+def test_weights_that_are_not_int8_are_refused(cli: Callable[..., Any], files: dict[str, str]) -> None:
+    mixed = {"high": files["high"], "low": str(NANO / "low_noise_model.safetensors")}
+    with pytest.raises(UsageError, match="low-noise transformer are ") as refused:
+        Runtime("2GB", "4GB", "cpu", cache=False).load("nano", **mixed).job(PROMPT, matmul="int8", **SMALL)
+    text = str(refused.value)
+    assert "--matmul int8" in text and "quantize" in text and len(text.splitlines()) <= 3
+    assert cli("plan", "--matmul", "int8", "--model", "nano").code == 2
+    assert cli("plan", "--matmul", "fast").code == 2
+
+
+def test_a_plan_for_a_card_prices_it(cli: Callable[..., Any]) -> None:
+    flags = ("--model", "wan2.2-t2v-a14b", "--weights", "int8_convrot", "--frames", 17, "--size", "832x480",
+             "--vram", "24GB", "--machine", "rtx4090", "--json")  # fmt: skip
+    seen = {}
+    for how in ("auto", "exact", "int8"):
+        (plan,) = cli("plan", *flags, "--matmul", how).objects
+        (seen[how],) = (s for s in plan["stages"] if s["name"] == "denoise")
+        seen[how]["why"] = plan["choices"]["matmul"]
+    assert "nobody has timed --matmul int8 on sm_89 yet" in seen["auto"]["why"]
+    assert seen["int8"]["seconds"] < seen["exact"]["seconds"] == seen["auto"]["seconds"]
+    assert "unpacked block" in seen["exact"]["claims"] and "unpacked block" not in seen["int8"]["claims"]
+    assert seen["int8"]["claims"]["scratch"] <= seen["exact"]["claims"]["scratch"]
+
+
+def test_a_step_that_ends_in_nan_is_done_again_exactly(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[State] = []
+    whole = linear.Multiplied.linear
+
+    def broken(self: linear.Multiplied, x: Any, bias: Any) -> Any:
+        return whole(self, x, bias) * (torch.nan if len(steps) == 1 else 1)
+
+    monkeypatch.setattr(linear.Multiplied, "linear", broken)
+    job = pipe.job(PROMPT, matmul="int8", **SMALL)
+    video = pipe.run(job, save=steps.append)
+    assert [state.step for state in steps] == [1, 2, 3] and torch.isfinite(video.latent).all()
+    assert "step 2 of 3" in video.notes[-1] and "exact multiplication" in video.notes[-1]
+    assert describe(job, "0")["matmul"] == "int8"

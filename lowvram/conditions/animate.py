@@ -8,7 +8,7 @@ the segment under way, but reads the videos again for those after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -68,6 +68,16 @@ class Sources:
 
 
 @dataclass(frozen=True, slots=True)
+class Anew:
+    """Frames that are read anew whenever they are iterated over: memory may run out in an encode."""
+
+    read: Callable[[], Iterator[Tensor]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.read()
+
+
+@dataclass(frozen=True, slots=True)
 class Animate:
     """One segment of a driven video. The first, if nothing is said of those before."""
 
@@ -114,8 +124,8 @@ class Animate:
                 shown = torch.cat([torch.ones(4, *shown.shape[1:]), shown])
             else:
                 shown = self.before.channels
-            pose = encode(run, model, sources.frames(driving.pose, numbers), plan, traffic)
-            given = encode(run, model, self._given(job, numbers), plan, traffic)
+            pose = encode(run, model, Anew(lambda: sources.frames(driving.pose, numbers)), plan, traffic)
+            given = encode(run, model, Anew(lambda: self._given(job, numbers)), plan, traffic)
         mask = packed_mask(self._mask(job, numbers, model.spec.vae.stride[1]))
         channels = torch.cat([shown, torch.cat([mask, given])], dim=1)
         return Condition(channels=channels, image=image, pose=pose, faces=faces)

@@ -2,14 +2,16 @@
 
     LOWVRAM_FAULTS=all python -m pytest -q tests/faults/test_vae_out_of_memory.py
 
-lets every allocation of a decode fail in its turn; the gate lets a few.
+lets every allocation of a decode and of an encode fail in its turn; the gate lets a few.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,17 @@ from lowvram.conditions.pictures import GivenClip
 from lowvram.errors import OutOfMemoryError
 from lowvram.job import Job
 from lowvram.media.picture import open_picture
+from lowvram.model import imagined_model, vae_group
+from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
-from lowvram.offload.budget import Ledger
+from lowvram.offload.budget import Ledger, exact_size
 from lowvram.offload.device import CpuDevice
+from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, VaeSpec
+from lowvram.sampling.presets import model_preset
 from lowvram.stages import decode, encode, tiles
 from lowvram.stages.run import Run, Traffic
-from lowvram.tiling import plan_encode
+from lowvram.stages.tiles import Shelf
+from lowvram.tiling import Decodings, Encodings, plan_encode
 
 GB = 10**9
 STRIDE = int(os.environ.get("LOWVRAM_FAULTS") == "all")
@@ -115,6 +122,71 @@ def test_whatever_fails_while_decoding_every_frame_comes_once_and_is_the_same(
         off = np.abs(clip.astype(int) - whole)
         assert off.max() <= 1 and (off > 0).mean() < 1e-3
         assert run.device.ledger.used == run.device.ram.used == 0
+
+
+SPECS = {
+    "2.1": VaeSpec("2.1", 8, 8, 16, 1),
+    "2.2": VaeSpec("2.2", 8, 8, 48, 1, LATENT_MEAN_22, LATENT_STD_22),
+}
+PLANE, LATENTS = (4, 32), 2
+
+
+def brought_through(version: str, half: str, scarce: Scarce, nth: int) -> list[Tensor]:
+    """The frames, or latents, of a clip of noise through a small random autoencoder whose Nth allocation fails."""
+    spec = SPECS[version]
+    generator = torch.Generator().manual_seed(4)
+    w = {
+        name: torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
+        for name, shape in spec.shapes().items()
+    }
+    size = PLANE[0] * spec.stride[1], PLANE[1] * spec.stride[2]
+    count = vae_clip.FRAMES * (LATENTS - 1) + 1
+    latent = torch.randn(1, spec.z, LATENTS, *PLANE, generator=generator)
+    clip = [torch.randn(3, *size, generator=generator).clamp(-1, 1) for _ in range(count)]
+    model = imagined_model("none", replace(model_preset("nano"), vae=spec), "bf16")
+    kind = vae.DECODER if half == "decode" else vae.ENCODER
+    ways = (Decodings if half == "decode" else Encodings)(
+        spec, vae_group(model, kind), (spec.z, LATENTS, *PLANE), 1, torch.float32, exact_size
+    )
+    device = CpuDevice(GB, ram=Ledger(2 * GB, "RAM"))
+
+    def attempt(tiling: Tiling, first: int) -> Iterator[Tensor]:
+        scarce.tilings.append(tiling)
+        part = vae_clip.decoder(spec) if half == "decode" else vae_clip.encoder(spec)
+        memories = part.memories(tiling, PLANE, spec.shapes())
+        visits = -(-LATENTS // tiling.visit)
+        with scarce, Shelf(device, memories, torch.float32, visits, kept=tiling.kept) as shelf:
+            cpu = device.torch_device
+            if half == "encode":
+                latents = vae_clip.encode(spec, w, clip, PLANE, tiling, shelf, cpu, torch.float32)
+                yield from islice(latents, first, None)
+                return
+            pieces = vae_clip.decode(spec, w, latent, tiling, shelf, cpu, torch.float32)
+            converted = decode._converted(pieces, decode.to_floats, first)
+            for frame in decode._frames(converted, (count, *size), tiling.count):
+                yield torch.from_numpy(frame)
+
+    scarce.nth, scarce.made, scarce.tilings = nth, 0, []
+    with torch.inference_mode():
+        made = list(tiles.in_tiles(device, ways, Tiling(), attempt))
+    assert device.ledger.used == device.ram.used == 0
+    return made
+
+
+@pytest.mark.parametrize("half", ["decode", "encode"])
+@pytest.mark.parametrize("version", SPECS)
+def test_whatever_fails_in_either_autoencoder_the_result_is_the_same(
+    version: str, half: str, scarce: Scarce
+) -> None:
+    whole = brought_through(version, half, scarce, 0)
+    count = scarce.made
+    assert count > 100 and len(whole) == (LATENTS if half == "encode" else 5)
+    largest = max(float(part.abs().max()) for part in whole)
+    for nth in range(1 if STRIDE else count // 5, count, STRIDE or count // 3):
+        made = brought_through(version, half, scarce, nth)
+        assert len(scarce.tilings) == 2 and scarce.tilings[1] != Tiling()
+        for part, expected in zip(made, whole, strict=True):
+            assert float((part - expected).abs().max()) <= 1e-5 * largest
 
 
 def test_where_no_tile_is_smaller_the_error_says_so(

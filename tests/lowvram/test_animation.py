@@ -11,7 +11,7 @@ import subprocess
 import sys
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -31,6 +31,7 @@ from torch import Tensor
 from lowvram import drift
 from lowvram.animation import Animation
 from lowvram.api import Pipeline, Runtime
+from lowvram.conditions import animate
 from lowvram.conditions.animate import Animate
 from lowvram.conditions.contract import Condition
 from lowvram.driving import open_folder
@@ -38,12 +39,14 @@ from lowvram.job import LoraChoice
 from lowvram.media.join import join
 from lowvram.media.probe import probe
 from lowvram.media.video import VideoWriter, read_frames
+from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.placement import Placement
 from lowvram.planning.facts import gather
 from lowvram.planning.plan import Plan
 from lowvram.quant.face_spec import FaceSpec
 from lowvram.quant.names import CLIP
 from lowvram.quant.spec import CLIP_TOKENS, ClipSpec, DitSpec
+from lowvram.stages import encode, tiles
 from lowvram.stages.segments import Forgetful, Stand, colour_change
 from lowvram.state import list_jobs
 
@@ -201,6 +204,40 @@ def test_a_strict_device_gives_the_same_video_and_holds_what_was_planned(
         replace(plain, pipeline=strict, listener=stages).save(tmp_path / "strict.mp4")
     check(plain.plan, stages)
     assert (tmp_path / "strict.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
+
+
+def test_memory_that_runs_out_while_driving_videos_are_encoded_is_met_with_smaller_tiles(
+    pipe: Pipeline, drive: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each of the three encodes, after its first latent: the videos are read again."""
+    latents: list[Tensor] = []
+    tilings: list[Tiling] = []
+
+    def recorded(*args: Any) -> Tensor:
+        latents.append(encode.encode(*args))
+        return latents[-1]
+
+    def scarce(device: Any, ways: Any, tiling: Tiling, attempt: Any) -> Iterator[Any]:
+        def failing(now: Tiling, first: int) -> Iterator[Any]:
+            tilings.append(now)
+            results = attempt(now, first)
+            if now == tiling:
+                yield next(results)
+                raise torch.OutOfMemoryError
+            yield from results
+
+        return tiles.in_tiles(device, ways, tiling, failing)
+
+    monkeypatch.setattr(animate, "encode", recorded)
+    animation = pipe.animate(drive(9, 128, 128), "replace", **SETTINGS | {"steps": 1})
+    animation.save(tmp_path / "plain.mp4")
+    whole = latents[1:]  # the reference picture is one latent
+    latents.clear()
+    monkeypatch.setattr(encode, "in_tiles", scarce)
+    animation.save(tmp_path / "scarce.mp4")
+    assert len(tilings) == 6
+    for made, expected in zip(latents[1:], whole, strict=True):
+        assert float((made - expected).abs().max() / expected.abs().max()) <= 1e-5
 
 
 class Weighed(Forgetful):

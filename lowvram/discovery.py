@@ -16,6 +16,7 @@ from pathlib import Path
 from lowvram.errors import FileError, UsageError
 from lowvram.library.cache import cache_file, load_cache, save_cache
 from lowvram.library.choose import choose, choose_loras, missing_error, needed_parts, possible_models
+from lowvram.library.entries import read_entries
 from lowvram.library.naming import expert_of
 from lowvram.library.parts import FLAGS, PARTS
 from lowvram.library.places import Place, given_places, machine_drives, usual_places
@@ -90,9 +91,17 @@ def find(
     else:
         found = _by_name(model, chosen, models_dirs, weights, preset, progress)
     parts = _without_other_transformers(found.paths, chosen) | chosen
+    if "text" in chosen and "tokenizer" not in chosen and _has_tokenizer(Path(chosen["text"]).expanduser()):
+        parts.pop("tokenizer", None)  # a found one may be of another vocabulary
     paths = {part: str(Path(path).expanduser().absolute()) for part, path in parts.items()}
     _check_experts(paths, chosen, force)
-    return ModelFiles(paths, {part: why for part, why in found.reasons.items() if part not in chosen})
+    reasons = {part: why for part, why in found.reasons.items() if part in paths and part not in chosen}
+    return ModelFiles(paths, reasons)
+
+
+def _has_tokenizer(text: Path) -> bool:
+    """Whether a text encoder brings its own."""
+    return any(entry.has_tokenizer for entry in read_entries(text))
 
 
 def look(models_dirs: Sequence[str] = (), progress: Callable[[Path], None] = lambda path: None) -> Library:

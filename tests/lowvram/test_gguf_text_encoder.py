@@ -173,6 +173,18 @@ def test_in_bf16_it_makes_the_same_bits_as_the_safetensors_file(
     assert torch.equal(latent(pipe), plain)
 
 
+def test_its_own_vocabulary_is_taken_rather_than_one_that_lies_about(
+    state: dict[str, Tensor], spiece: bytes, tmp_path: Path
+) -> None:
+    runtime = Runtime(10**9, 2 * 10**9, "cpu", cache=False)
+    for model, own in ((spiece, True), (None, False)):
+        path = write(tmp_path / f"{own}.gguf", state, "BF16", model)
+        pipe = runtime.load("nano", text=str(path))  # nano has a spiece.model beside it
+        assert isinstance(pipe.model.tokenizer, Vocabulary) == own
+        given = runtime.load("nano", text=str(path), tokenizer=str(NANO / "spiece.model"))
+        assert given.model.tokenizer == NANO / "spiece.model"
+
+
 def test_without_a_vocabulary_a_tokenizer_is_asked_for(state: dict[str, Tensor], tmp_path: Path) -> None:
     pipe = load(write(tmp_path / "umt5.gguf", state, "BF16", None))
     with pytest.raises(FileError, match="no tokenizer was found"):

@@ -146,6 +146,46 @@ def test_files_that_are_known_bring_their_preset_unless_something_was_set_by_han
     assert with_preset({}, distilled)["preset"] == "lightx2v-2.1-4"
 
 
+PUBLISHED: dict[str, tuple[str, tuple[str, ...], str]] = {
+    # what is run in few steps: base, LoRAs as they are published, preset
+    "LightX2V 2.1-I2V on Animate": (
+        "wan2.2-animate-14b",
+        ("lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16.safetensors",),
+        "lightx2v-2.1-4",
+    ),
+    "Lightning pair on I2V": (
+        "wan2.2-i2v-a14b",
+        tuple(f"wan2.2_i2v_lightx2v_4steps_lora_v1_{e}_noise.safetensors" for e in ("high", "low")),
+        "lightning-4",
+    ),
+    "FastWan on 5B": (
+        "wan2.2-ti2v-5b",
+        ("Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors",),
+        "fastwan-5b-3",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PUBLISHED)
+def test_published_loras_bring_the_schedule_they_were_made_for_and_no_other_is_taken(what: str) -> None:
+    base, names, preset = PUBLISHED[what]
+    spec = model_preset(base)
+    experts = spec.expert_names() if len(names) == 2 else ("both",)
+    loras = tuple(LoraChoice(path=f"/l/{n}", expert=e) for n, e in zip(names, experts, strict=True))
+    files = {expert: f"/m/{base}-{expert}.safetensors" for expert in spec.expert_names()}
+
+    settings = with_preset({"loras": loras}, files)
+    assert settings["preset"] == preset
+    made = job(files, base, **settings)
+    check(made, spec)
+    assert made.schedule == few_step_schedule(few_step(preset), experts=spec.experts, boundary=spec.boundary)
+    assert set(made.schedule.guidance) == {1.0} and spec.steps > 2 * len(made.schedule)
+    with pytest.raises(UsageError, match=f"{spec.steps} steps with a file made for {len(made.schedule)}"):
+        check(job(files, base, loras=loras, steps=spec.steps, guidance=(1.0, 1.0)), spec)
+    with pytest.raises(UsageError, match=f"made for .*not for {base}|was made for {preset}"):
+        check(job(files, base, loras=loras, preset="accvid-10"), spec)
+
+
 def test_of_models_that_nobody_published_only_the_lora_is_asked_for() -> None:
     nano = model_preset("nano")
     settings: dict[str, Any] = {"model": "nano", "files": BASE, "preset": "lightning-4"}

@@ -31,14 +31,14 @@ def compare(kind: str, tokens: int, *, small: bool) -> dict[str, Fact]:
     with torch.inference_mode():
         facts |= _attention(spec, x, kind)
         ours, run = _ours(spec, weights, x, kind)
-        facts["block, ours: seconds"] = seconds = _seconds(run, kind)
+        facts["block, ours: seconds"] = seconds = seconds_of(run, kind)
         facts["block, ours: FLOP/s"] = flops / seconds
         try:
             theirs, run = _diffusers(spec, weights, x, kind)
         except ImportError:
             facts["block, diffusers: seconds"] = None
             return facts
-        facts["block, diffusers: seconds"] = seconds = _seconds(run, kind)
+        facts["block, diffusers: seconds"] = seconds = seconds_of(run, kind)
         facts["block, diffusers: FLOP/s"] = flops / seconds
         facts["block: relative difference"] = float((ours - theirs).float().norm() / theirs.float().norm())
     return facts
@@ -63,7 +63,7 @@ def _attention(spec: DitSpec, x: Tensor, kind: str) -> dict[str, Fact]:
         "ours": lambda: attention(q, k, v),
         "torch": lambda: functional.scaled_dot_product_attention(q[None], k[None], v[None]),
     }
-    return {f"attention, {name}: FLOP/s": flops / _seconds(each, kind) for name, each in run.items()}
+    return {f"attention, {name}: FLOP/s": flops / seconds_of(each, kind) for name, each in run.items()}
 
 
 def _ours(
@@ -118,7 +118,8 @@ def _diffusers(
     return run()[0], run
 
 
-def _seconds(run: Callable[[], object], kind: str) -> float:
+def seconds_of(run: Callable[[], object], kind: str) -> float:
+    """The median of three runs after a first."""
     times = []
     for _ in range(4):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Every attention mode end to end on the embedded model: how far its videos are from sdpa's, and whether they are right.
+"""Every mode end to end on the embedded model: how far its videos are from the exact ones, and whether they are right.
 
 The arithmetic of our own modes in torch, on a CPU; held-out prompts of bench/nano, 4 steps.
 """
@@ -8,36 +8,64 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from lowvram import Runtime
+from lowvram import Pipeline, Runtime
+from lowvram.conversion import plan_conversion, run_conversion
 from lowvram.triton_kernels.modes import MODES
 
 sys.path.insert(0, str(Path(__file__).parent / "nano"))
-from data import score, split  # noqa: E402
+from data import Scene, score, split  # noqa: E402
 
 PROMPTS = 8
+NANO = Path(__file__).parents[1] / "lowvram" / "assets" / "nano"
 
 
 def scores() -> Iterator[dict[str, object]]:
-    """One object a mode: psnr in dB against sdpa over all frames, and the shares of right videos."""
-    pipe = Runtime(device="cpu").load("nano")
-    scenes = split()[1][::6][:PROMPTS]
-    plain: list[np.ndarray] = []
+    """One object an attention mode: psnr in dB against sdpa over all frames, and the shares of right videos."""
+    pipe, plain = Runtime(device="cpu").load("nano"), None
     for name in [m.name for m in MODES.values() if m.ours]:
-        videos = []
-        for i, scene in enumerate(scenes):
-            video = pipe(scene.caption(), seed=i, preset="lightning-4", attention=name, attention_ends=name)
-            videos.append(np.stack(list(video.frames())))
+        videos = _videos(pipe, attention=name, attention_ends=name)
         plain = plain or videos
-        results = [score(video, scene) for video, scene in zip(videos, scenes, strict=True)]
-        error = np.mean([np.mean((a.astype(float) - b) ** 2) for a, b in zip(videos, plain, strict=True)])
-        yield {
-            "op": "nano",
-            "mode": name,
-            "prompts": len(scenes),
-            "psnr": None if error == 0 else round(float(10 * np.log10(255**2 / error)), 2),
-            **{k: float(np.mean([getattr(r, k) for r in results])) for k in ("colour", "direction", "shape")},
-            "ok": True,
-        }
+        yield _row(name, videos, plain)
+
+
+def matmul_scores() -> Iterator[dict[str, object]]:
+    """The same for int8 weights, rotated and not: exact multiplication, and int8 against it."""
+    for to in ("int8_convrot", "int8"):
+        with TemporaryDirectory() as folder:
+            files = {}
+            for expert in ("high", "low"):
+                out = Path(folder) / f"{expert}.safetensors"
+                list(run_conversion(plan_conversion(NANO / f"{expert}_noise_model.safetensors", out, to)))
+                files[expert] = str(out)
+            pipe = Runtime(device="cpu").load("nano", **files)
+            plain = _videos(pipe, matmul="exact")
+            yield _row(f"{to}, --matmul exact", plain, plain)
+            yield _row(f"{to}, --matmul int8", _videos(pipe, matmul="int8"), plain)
+
+
+def _scenes() -> list[Scene]:
+    return split()[1][::6][:PROMPTS]
+
+
+def _videos(pipe: Pipeline, **settings: str) -> list[np.ndarray]:
+    return [
+        np.stack(list(pipe(scene.caption(), seed=i, preset="lightning-4", **settings).frames()))
+        for i, scene in enumerate(_scenes())
+    ]
+
+
+def _row(mode: str, videos: list[np.ndarray], plain: list[np.ndarray]) -> dict[str, object]:
+    results = [score(video, scene) for video, scene in zip(videos, _scenes(), strict=True)]
+    error = np.mean([np.mean((a.astype(float) - b) ** 2) for a, b in zip(videos, plain, strict=True)])
+    return {
+        "op": "nano",
+        "mode": mode,
+        "prompts": len(videos),
+        "psnr": None if error == 0 else round(float(10 * np.log10(255**2 / error)), 2),
+        **{k: float(np.mean([getattr(r, k) for r in results])) for k in ("colour", "direction", "shape")},
+        "ok": True,
+    }

@@ -1,10 +1,10 @@
 """What the kernels are, without a GPU: how they build, how exact their arithmetic is; with one, which tiles are fastest.
 
     python bench/kernels.py aot [--json] [--quick]    every configuration built for every architecture
-    python bench/kernels.py accuracy [--json]         error of each 8-bit attention on synthetic data
+    python bench/kernels.py accuracy [--json]         error of 8-bit attention and multiplication on synthetic data
     python bench/kernels.py peak [--json]             peak memory of a 14B forward at 720p in each mode, meta tensors
-    python bench/kernels.py nano [--json]             each mode end to end on the embedded model: PSNR and score
-    python bench/kernels.py tune [--json]             on a card: time of every tile, of torch's and others' attention
+    python bench/kernels.py nano [--json]             each mode of both end to end on the embedded model: PSNR and score
+    python bench/kernels.py tune [--json]             on a card: time of every tile, of torch's and of others' kernels
 
 Exits with 1 if a build spills, takes too much shared memory or lacks an instruction, or an error is out of bounds.
 """
@@ -48,9 +48,11 @@ def aot(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def accuracy(args: argparse.Namespace) -> Iterator[Row]:
-    from kernel_accuracy import errors
+    import kernel_accuracy
+    import kernel_gemm_accuracy
 
-    return errors(args.quick)
+    yield from kernel_accuracy.errors(args.quick)
+    yield from kernel_gemm_accuracy.errors(args.quick)
 
 
 def peak(args: argparse.Namespace) -> Iterator[Row]:
@@ -60,9 +62,10 @@ def peak(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def nano(args: argparse.Namespace) -> Iterator[Row]:
-    from kernel_nano import scores
+    import kernel_nano
 
-    return scores()
+    yield from kernel_nano.scores()
+    yield from kernel_nano.matmul_scores()
 
 
 def tune(args: argparse.Namespace) -> Iterator[Row]:
@@ -70,9 +73,15 @@ def tune(args: argparse.Namespace) -> Iterator[Row]:
 
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here: tiles are timed on a card")
-    from kernel_timing import timings
+    import kernel_timing
 
-    return timings()
+    from lowvram.bench import products
+    from lowvram.triton_kernels.tiles import arch_of
+
+    device = torch.device("cuda", 0)
+    facts = {"card": torch.cuda.get_device_name(device), "arch": arch_of(device)}
+    yield from (facts | row for row in products.timings("cuda"))
+    yield from kernel_timing.timings()
 
 
 if __name__ == "__main__":

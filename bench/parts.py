@@ -158,6 +158,7 @@ def kernels(setup: Setup) -> Verdict:
         for mode in MODES.values():
             why = dispatch.obstacle(mode, arch, packages) or dispatch.try_mode(mode, device, arch)
             facts[f"attention {mode.name}"] = why or "right"
+        facts["int8 multiplication"] = dispatch.try_int8(device) or "right"
         facts["fused operations"] = dispatch.ops_obstacle(device, arch) or "right"
     return _all_true(facts)
 
@@ -188,6 +189,18 @@ def speed(setup: Setup) -> Verdict:
     from lowvram.bench import blocks
 
     return Verdict("passed", blocks.compare(setup.kind, tokens=64 if setup.dry else 32_760, small=setup.dry))
+
+
+def multiplication(setup: Setup) -> Verdict:
+    """The Linears of a 14B model at 720p and 121 frames: int8 by our kernel and by torch, against cuBLAS."""
+    from lowvram.bench import products
+
+    size = (64, products.SMALL) if setup.dry else (products.TOKENS, products.SHAPES)
+    facts: Facts = {}
+    for row in products.timings(setup.kind, *size):
+        what = f"{row['kernel']}, {row['out']}x{row['in']}"
+        facts[f"{what}: ms"] = str(row["refused"]) if "refused" in row else float(str(row["ms"]))
+    return Verdict("passed", facts)
 
 
 # ---- jobs
@@ -289,6 +302,7 @@ PARTS: Mapping[str, tuple[float, Callable[[Setup], Verdict]]] = {
     "job at 12 GB": (300, lambda s: real(s, "pair", 12)),
     "tax": (300, tax),
     "speed": (120, speed),
+    "multiplication": (120, multiplication),
     "vae": (240, vae),
     "handover": (300, lambda s: real(s, "handover", 16, long=False)),
 }

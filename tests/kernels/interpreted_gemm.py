@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvram.triton_kernels import gemm_triton, quantise_triton
+from lowvram.triton_kernels import gemm_triton, quantise_triton, tiles
+from lowvram.triton_kernels.dispatch import try_int8
 from lowvram.triton_kernels.gemm import Int8Matrix, int8_linear
 from lowvram.triton_kernels.modulate import gated
 from lowvram.triton_kernels.quantise import Int8Rows, gelu_int8, modulate_int8, quantise
@@ -73,6 +74,11 @@ def test_a_row_that_is_not_finite_stays_so_and_others_do_not_see_it() -> None:
     assert (
         torch.isnan(got).any(1).tolist() == [False, False, True, False, False] and torch.isnan(got[2]).all()
     )
+
+
+def test_the_test_on_a_card_passes_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "arch_of", lambda device: "sm_86")
+    assert try_int8(torch.device("cpu")) == ""
 
 
 # ---- rows

@@ -16,7 +16,8 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def test_errors_are_inside_their_bounds_and_are_what_is_printed() -> None:
-    stored = {(row["mode"], row["data"]): row for row in rows("kernels-accuracy.jsonl")}
+    every = rows("kernels-accuracy.jsonl")
+    stored = {(row["mode"], row["data"]): row for row in every if row["op"] == "attention"}
     data = {"gaussian", "offsets", "channels", "tokens", "sink"}
     assert set(stored) == {(m, d) for m in ("int8", "int8-fp16", "int8-fp8") for d in data}
     for (mode, name), row in stored.items():
@@ -28,10 +29,21 @@ def test_errors_are_inside_their_bounds_and_are_what_is_printed() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(printed) == 3
+    assert len(printed) == 6
+    known_errors = {(row["op"], row["mode"], row["data"]): row["relative_error"] for row in every}
     for row in printed:
-        known = stored[row["mode"], row["data"]]["relative_error"]
+        known = known_errors[row["op"], row["mode"], row["data"]]
         assert abs(row["relative_error"] - known) <= 0.01 * known
+
+
+def test_int8_multiplication_is_inside_its_bound_on_all_data() -> None:
+    stored = {(r["mode"], r["data"]): r for r in rows("kernels-accuracy.jsonl") if r["op"] == "linear"}
+    data = ("gaussian", "modulated", "activated", "tokens")
+    assert {d for _, d in stored} == set(data)
+    for name in data:
+        rotated = stored["int8_convrot", name]
+        assert rotated["relative_error"] <= rotated["bound"] == 0.02
+        assert stored["int8_convrot, exact activations", name]["relative_error"] < rotated["relative_error"]
 
 
 def test_every_mode_needs_less_than_bf16_at_720p() -> None:

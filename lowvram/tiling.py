@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import ceil, log
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -98,6 +98,7 @@ class Coding:
         )
 
 
+_T = TypeVar("_T")
 Seconds = Callable[[Coding], float]
 
 
@@ -115,10 +116,10 @@ def _cells(half: Half, spec: VaeSpec, size: int, count: int, banded: bool) -> ND
 class Measured(Protocol):
     """The result of `measure`, or of an earlier call that was told the same `what`."""
 
-    def __call__(self, measure: Callable[[], int], *what: Hashable) -> int: ...
+    def __call__(self, measure: Callable[[], _T], *what: Hashable) -> _T: ...
 
 
-def _anew(measure: Callable[[], int], *what: Hashable) -> int:
+def _anew(measure: Callable[[], _T], *what: Hashable) -> _T:
     return measure()
 
 
@@ -139,8 +140,6 @@ class Codings(ABC):
     measured: Measured = _anew
     _known: dict[tuple[int, int, bool], tuple[int, int, int]] = field(default_factory=dict, init=False)
     """By grid of tiles: history of the largest, of all, scratch of the largest."""
-    _cut: dict[tuple[int, int, bool], NDArray[np.int64]] = field(default_factory=dict, init=False)
-    """By axis, number of tiles along it and whether they are bands: see `_cells`."""
 
     @property
     @abstractmethod
@@ -190,11 +189,12 @@ class Codings(ABC):
 
     def _guess(self, histories: _Histories, doubt: float) -> Coding:
         """What `histories` takes: as far as it is known, else with scratch in proportion to history, as of the tiling
-        with the nearest history that is known."""
+        of its kind with the nearest history that is known."""
         tiling, largest, total = histories
         known = self._known.get(tiling.grid)
         if known is None:
-            nearest = min(self._known.values(), key=lambda k: abs(log(k[0] / largest)), default=(1, 1, 0))
+            alike = (k for grid, k in self._known.items() if grid[2] == tiling.banded)
+            nearest = min(alike, key=lambda k: abs(log(k[0] / largest)), default=(1, 1, 0))
             known = largest, total, int(doubt * largest * nearest[2] / nearest[0])
         return self._coding(tiling, *known)
 
@@ -287,10 +287,10 @@ class Codings(ABC):
 
     def _along(self, axis: int, count: int, banded: bool = False) -> NDArray[np.int64]:
         """See `_cells`; of the rows (0) or of the columns (1)."""
-        key = axis, count, banded
-        if key not in self._cut:
-            self._cut[key] = _cells(self._half, self.spec, self.plane[axis], count, banded)
-        return self._cut[key]
+        what = self.plane[axis], count, banded
+        return self.measured(
+            partial(_cells, self._half, self.spec, *what), "cells", type(self), self.spec, *what
+        )
 
     @cached_property
     def _handed(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from lowvram.planning.visits import layouts_of
 from lowvram.quant.spec import ModelSpec, numel
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.tokenizer import tokenize
+
+_T = TypeVar("_T")
 
 PROGRAM_RAM = 700_000_000
 """Host memory of the interpreter with torch and the media libraries; bounds what was seen with torch 2.13."""
@@ -41,7 +44,7 @@ class Facts:
     """Of all transformer blocks."""
     block_kinds: Sequence[Group]
     """One transformer block of every make."""
-    known: dict[Hashable, int]
+    known: dict[Hashable, Any]
     """Footprints measured so far: a search asks for the same ones often, and each takes a tenth of a second."""
     text_cached: bool = False
     """Whether the features of all prompts are kept from an earlier job."""
@@ -50,11 +53,12 @@ class Facts:
         """The same for another size or length of the video."""
         return replace(self, job=job, latent=self.spec.denoised_shape(job.width, job.height, job.frames))
 
-    def measured(self, measure: Callable[[], int], *what: Hashable) -> int:
-        """The footprint of `what`."""
+    def measured(self, measure: Callable[[], _T], *what: Hashable) -> _T:
+        """A footprint, or what it is made of."""
         if what not in self.known:
             self.known[what] = measure()
-        return self.known[what]
+        found: _T = self.known[what]
+        return found
 
     @property
     def spec(self) -> ModelSpec:
@@ -107,7 +111,7 @@ def gather(
     job: Job,
     model: Model,
     machine: Machine,
-    known: dict[Hashable, int] | None = None,
+    known: dict[Hashable, Any] | None = None,
     *,
     text_cached: bool = False,
 ) -> Facts:

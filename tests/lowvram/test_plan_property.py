@@ -100,7 +100,7 @@ class Imagined(dict[Hashable, Any]):
             case ("block", kind, n, _, words, _, group, *_):
                 width = max(max(shape) for _, shape, _ in kind)
                 return int((6 if group else 8) * n * width + 10_000 * words)
-            case ("unpacked", kind, dtype):
+            case ("unpacked", kind, dtype, *_):
                 return int(dtype.itemsize * sum(numel(shape) for _, shape, _ in kind))
             case ("face", _, tokens, slots, dtype, chunk):
                 return int(dtype.itemsize * (20_000 * slots + 9000 * min(tokens, chunk)))

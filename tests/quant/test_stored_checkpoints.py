@@ -188,6 +188,22 @@ def test_a_checkpoint_in_any_format_is_read_from_where_it_lies(writer, state, tm
     check(found, state, LOSS.get(encoding, 0.17))
 
 
+@pytest.mark.parametrize("first", [0, 4])
+def test_one_block_may_hold_every_format_at_once(first, state, tmp_path, open_file):
+    """Each Linear of the block as another library writes it."""
+    names = (list(WRITERS) * 2)[first : first + len(LAYERS)]
+    assert len(set(names)) == len(LAYERS) == 10
+    stored = {n: t for n, t in state.items() if n not in MATRICES}
+    for layer, writer in zip(LAYERS, names, strict=True):
+        written = WRITERS[writer][1](state)
+        stored |= {n: t.contiguous() for n, t in written.items() if n.startswith(f"{layer}.")}
+    save_file(stored, tmp_path / "model.safetensors")
+    found = identify_path(tmp_path / "model.safetensors", open_file)
+    expected = [WRITERS[writer][0] for writer in names]
+    assert [found.refs[f"{layer}.weight"].encoding.name for layer in LAYERS] == expected
+    check(found, state, 0.17)
+
+
 @pytest.mark.parametrize("writer", ["quanto qint8", "quanto qint4", "bitsandbytes nf4 nested"])
 def test_the_parts_of_a_weight_may_lie_in_different_shards(writer, state, tmp_path, open_file):
     """As a writer of shards cuts that knows nothing of weights: by size, in the order of names."""

@@ -30,10 +30,12 @@ from lowvram.triton_kernels import (
     norm_rope_triton,
     quantise_triton,
     tiles,
+    vae_norm_triton,
 )
 from lowvram.triton_kernels.attention import KEY_TILE, QUERY_TILE, V_PEAK, V_RUN
 from lowvram.triton_kernels.modes import ARCHS
 from lowvram.triton_kernels.norm_rope import EPS, LEAST
+from lowvram.triton_kernels.vae_norm import LEAST as LEAST_NORM
 
 SHARED_LIMIT = 101_376
 """99 KiB: what a program may take on sm_86, sm_89 and sm_120."""
@@ -182,6 +184,20 @@ def _producers(arch: str) -> Iterator[Build]:
         {"BIASED": False, "BLOCK": modulate_triton.BLOCK},
         modulate_triton.WARPS,
     )
+    for channels in (96, 384, 1024):
+        block = triton.next_power_of_2(channels)
+        yield Build(
+            vae_norm_triton.rms_silu_kernel,
+            f"channels={channels}",
+            arch,
+            {"x": "*bf16", "gamma": "*bf16", "out": "*bf16"},
+            {"LEAST": LEAST_NORM, "PIXELS": max(1, vae_norm_triton.ELEMENTS // block), "BLOCK": block,
+             "x_channel": 1},
+            vae_norm_triton.WARPS,
+            numbers={"root": "fp32"},
+            ragged=frozenset({"pixels", "width"}),
+            quick=arch == "sm_86" and channels == 96,
+        )  # fmt: skip
 
 
 def _decoders(arch: str) -> Iterator[Build]:

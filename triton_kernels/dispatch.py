@@ -230,6 +230,7 @@ def try_ops(device: torch.device, ops: Ops = FUSED) -> str:
     n = 70
     x, y, weight = normal(n, 256).bfloat16(), normal(n, 256).bfloat16(), normal(256)
     shift, scale, rope = normal(1, 256), normal(1, 256), normal(n, 64, 2)
+    frame = normal(1, 1, 5, 14, 256).bfloat16().permute(0, 4, 1, 2, 3)
     results = []
     for some in (TORCH, ops):
         try:
@@ -252,6 +253,7 @@ def try_ops(device: torch.device, ops: Ops = FUSED) -> str:
                     "modulate": some.modulate(x, shift, scale),
                     "gated": added,
                     "gelu": some.gelu(x.clone()),
+                    "rms_silu": some.rms_silu(frame, weight, None),
                 }
             )
         except Exception as problem:  # noqa: BLE001  whatever a compiler throws

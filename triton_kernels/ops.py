@@ -14,6 +14,7 @@ from lowvram.triton_kernels import gemm as g
 from lowvram.triton_kernels import modulate as m
 from lowvram.triton_kernels import norm_rope as n
 from lowvram.triton_kernels import quantise as q
+from lowvram.triton_kernels import vae_norm as vn
 from lowvram.triton_kernels.gemm import Int8Matrix
 from lowvram.triton_kernels.modes import INT8_GEMM
 from lowvram.triton_kernels.quantise import Int8Rows
@@ -53,6 +54,8 @@ class Ops:
     """(out int8, scale [heads, n], x, weight, rope, factor, centre)"""
     quantise_values_: Callable[[Tensor, Tensor, Tensor, str], None]
     """(out, scale, v [n, heads * 128], format)"""
+    rms_silu: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """(x [1, C, 1, H, W], gamma, where to write or None), of the autoencoders"""
     int8: Int8Ops
 
 
@@ -124,11 +127,13 @@ def _fused_int8_linear_gated_(
 
 TORCH = Ops(
     m.modulate, _gated_, m.gelu, n.rms_factor, _norm_rope_, _norm_rope_int8_, _quantise_values_,
+    vn.rms_silu,
     Int8Ops(q.quantise, q.modulate_int8, q.gelu_int8, g.int8_linear, g.int8_linear_gated_),
 )  # fmt: skip
 """The reference, and the CPU path."""
 FUSED = Ops(
     m.modulate_op, m.gated_, _fused_gelu, n.rms_factor_op, n.norm_rope_, n.norm_rope_int8_, n.quantise_values_,
+    vn.fused_rms_silu,
     Int8Ops(
         _fused_quantise, _fused_modulate_int8, _fused_gelu_int8, _fused_int8_linear, _fused_int8_linear_gated_
     ),

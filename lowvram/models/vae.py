@@ -24,9 +24,9 @@ from lowvram.models.vae_layers import (
     Up,
     Weights,
     add,
-    rms_norm,
 )
 from lowvram.quant.spec import VaeSpec
+from lowvram.triton_kernels.vae_norm import rms_norm
 
 MULTIPLIERS = (1, 2, 4, 4)
 QUERIES = 256

@@ -20,8 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowvram.models.vae_bands import Band
+from lowvram.triton_kernels.vae_norm import rms_silu
 
 Weights = Mapping[str, Tensor]
+Norm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""RMS norm over the channels and SiLU: (x [B, C, T, H, W], gamma, where to write or None) -> result."""
 
 
 @dataclass(slots=True)
@@ -33,6 +36,8 @@ class History:
     begun: set[str] = field(default_factory=set)
     band: Band | None = None
     """In space: which band of a plane is under way, if the plane is in bands."""
+    norm: Norm = rms_silu
+    """What makes the frames that are remembered: in torch, or fused for a card."""
 
     def first(self, name: str) -> bool:
         """Whether `name` asks for the first time in this clip."""
@@ -65,21 +70,8 @@ def own(x: Tensor) -> Tensor:
 # ---- elementary operations
 
 
-def rms_norm(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
-    """x / ||x|| * sqrt(C) * gamma over the channels (dim 1), statistics in float32 at least; into `out` if given."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    scale = (x.shape[1] ** 0.5 / norm.clamp_min(1e-12)).to(x.dtype)
-    gamma = gamma.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
-    return x * scale * gamma if torch.is_grad_enabled() else torch.mul(x, scale, out=out).mul_(gamma)
-
-
-def rms_silu(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
-    """SiLU of `rms_norm`, into `out` if given."""
-    return functional.silu(rms_norm(x, gamma, out), inplace=not torch.is_grad_enabled())
-
-
-def _rms_silu_into(gamma: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    return rms_silu(x, gamma, out)
+def _fill(norm: Norm, gamma: Tensor, x: Tensor, place: Tensor) -> Tensor:
+    return norm(x, gamma, place)
 
 
 def add(fresh: Tensor, x: Tensor) -> Tensor:
@@ -153,11 +145,11 @@ def causal_conv(x: Tensor, name: str, w: Weights, history: History, norm: str = 
             ]
             past = past[1:]
         if band:
-            fill = partial(_rms_silu_into, w[f"{norm}.gamma"]) if norm else None
+            fill = partial(_fill, history.norm, w[f"{norm}.gamma"]) if norm else None
             frame = band.given(name, frame, history.place(name), fill)
             history.push(name, frame, taps - 1)
         elif norm:
-            frame = rms_silu(frame, w[f"{norm}.gamma"], history.place(name))
+            frame = history.norm(frame, w[f"{norm}.gamma"], history.place(name))
             history.push(name, frame, taps - 1)
         elif taps > 1:
             frame = history.keep(name, frame, taps - 1)

@@ -19,6 +19,7 @@ from lowvram.stages.run import Run
 from lowvram.stages.tiles import Shelf, in_tiles
 from lowvram.stages.weights import Dense
 from lowvram.tiling import decodings
+from lowvram.triton_kernels.ops import ops_for
 
 Pixels = NDArray[np.uint8]
 
@@ -55,10 +56,12 @@ def _decode(
     with run.stage("decode") as (stack, traffic):
         w = Dense(stack.enter_context(run.loaded("vae", ways.weights, traffic)), dtype)
 
+        norm = ops_for(run.plan.machine.arch, run.plan.machine.unfused).rms_silu
+
         def attempt(tiling: Tiling, first: int) -> Iterator[NDArray[Any]]:
             memories = vae_clip.decoder(spec).memories(tiling, ways.plane, spec.shapes())
             visits = -(-latent.shape[1] // tiling.visit)
-            with Shelf(device, memories, dtype, visits, kept=tiling.kept) as shelf:
+            with Shelf(device, memories, dtype, visits, kept=tiling.kept, norm=norm) as shelf:
                 pieces = vae_clip.decode(spec, w, latent[None], tiling, shelf, device.torch_device, dtype)
                 yield from _frames(_converted(pieces, convert, first), shape, tiling.rows * tiling.columns)
 

@@ -17,6 +17,7 @@ from lowvram.stages.run import Run, Traffic
 from lowvram.stages.tiles import Shelf, in_tiles
 from lowvram.stages.weights import Dense
 from lowvram.tiling import EncodePlan, encodings
+from lowvram.triton_kernels.ops import ops_for
 
 
 def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, traffic: Traffic) -> Tensor:
@@ -44,12 +45,17 @@ def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, t
     with run.loaded("vae", ways.weights, traffic) as params:
         w = Dense(params, dtype)
 
+        norm = ops_for(run.plan.machine.arch, run.plan.machine.unfused).rms_silu
+
         def attempt(tiling: Tiling, first: int) -> Iterator[Tensor]:
             if tiling != plan.tiling and iter(frames) is frames:  # asked for already
                 raise exhausted(device.ledger.what, "the autoencoder", ways.exactly(tiling).vram)
             memories = vae_clip.encoder(spec).memories(tiling, ways.plane, spec.shapes())
             visits = -(-latent.shape[1] // tiling.visit)
-            with Shelf(device, memories, dtype, visits, kept=tiling.kept) as shelf, torch.inference_mode():
+            with (
+                Shelf(device, memories, dtype, visits, kept=tiling.kept, norm=norm) as shelf,
+                torch.inference_mode(),
+            ):
                 clip = _checked(frames, plan.shape)
                 latents = vae_clip.encode(
                     spec, w, clip, ways.plane, tiling, shelf, device.torch_device, dtype

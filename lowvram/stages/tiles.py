@@ -11,10 +11,11 @@ import torch
 
 from lowvram.errors import OutOfMemoryError
 from lowvram.models.vae_history import Memory, pack, packed_size
-from lowvram.models.vae_layers import History
+from lowvram.models.vae_layers import History, Norm
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.device import Device, exhausted
 from lowvram.tiling import Coding, Codings
+from lowvram.triton_kernels.vae_norm import rms_silu
 
 Result = TypeVar("Result")
 
@@ -36,6 +37,7 @@ class Shelf:
         visits: int,
         *,
         kept: bool,
+        norm: Norm = rms_silu,
     ) -> None:
         sizes = [packed_size(found, dtype) for found in memories]
         starts = list(accumulate(sizes, initial=0))
@@ -43,6 +45,8 @@ class Shelf:
         offsets = starts if kept else [0] * len(sizes)
         self._slabs = [slab[a : a + size] for a, size in zip(offsets, sizes, strict=False)]
         self._histories = [pack(*of, dtype) for of in zip(memories, self._slabs, strict=True)]
+        for history in self._histories:
+            history.norm = norm
         self._device, self._visits, self._seen = device, visits, [0] * len(sizes)
         self._host = None if kept or visits == 1 else device.host_alloc("ram histories", starts[-1])
         self._homes = [slice(a, a + size) for a, size in zip(starts, sizes, strict=False)]

@@ -103,11 +103,13 @@ def _fused_quantise(x: Tensor, group: int) -> Int8Rows:
 
 
 def _fused_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor, group: int) -> Int8Rows:
-    return Int8Rows(*q.modulate_int8_op(x, shift, scale, group), group, x.dtype)
+    values, of_row = q.modulate_int8_op(x, shift, scale, group)
+    return Int8Rows(values, of_row, group, x.dtype)
 
 
 def _fused_gelu_int8(x: Tensor, group: int) -> Int8Rows:
-    return Int8Rows(*q.gelu_int8_op(x, group), group, x.dtype)
+    values, scale = q.gelu_int8_op(x, group)
+    return Int8Rows(values, scale, group, x.dtype)
 
 
 def _fused_int8_linear(x: Int8Rows, weight: Int8Matrix, bias: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowvram.cli.main import _run
+from lowvram.conversion import plan_conversion, run_conversion
 from lowvram.quant.names import CLIP
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, ClipSpec, DitSpec, Shape, TextSpec, VaeSpec
 from lowvram.sampling import presets
@@ -113,6 +114,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, weights in parts.items():
         save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
     return folder
+
+
+NANO = Path(__file__).parents[2] / "lowvram" / "assets" / "nano"
+
+
+@pytest.fixture(scope="session")
+def int8_nano(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The transformers of the embedded model as rotated int8, by expert."""
+    folder = tmp_path_factory.mktemp("int8")
+    made = {}
+    for expert in ("high", "low"):
+        out = folder / f"{expert}.safetensors"
+        list(run_conversion(plan_conversion(NANO / f"{expert}_noise_model.safetensors", out, "int8_convrot")))
+        made[expert] = str(out)
+    return made
 
 
 # ---- models that begin with a picture

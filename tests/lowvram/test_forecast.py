@@ -6,6 +6,7 @@ import pytest
 
 from lowvram import Runtime
 from lowvram.api import Pipeline
+from lowvram.job import Job
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import Tracker, track
 
@@ -33,8 +34,8 @@ class PeakOfStages:
         return
 
 
-def pipeline(vram: str) -> Pipeline:
-    return Runtime(vram=vram, ram="8GB", device="cpu").load("nano")
+def pipeline(vram: str, **files: str) -> Pipeline:
+    return Runtime(vram=vram, ram="8GB", device="cpu").load("nano", **files)
 
 
 @pytest.mark.parametrize("vram", ["64MB", "13MB"])
@@ -43,7 +44,16 @@ def test_measured_is_at_most_planned_and_planned_at_most_3_percent_more(
     vram: str, guidance: tuple[float, float]
 ) -> None:
     pipe = pipeline(vram)
-    job = pipe.job(PROMPT, steps=3, guidance=guidance)
+    check(pipe, pipe.job(PROMPT, steps=3, guidance=guidance))
+
+
+@pytest.mark.parametrize("vram", ["64MB", "13MB"])
+def test_so_it_is_when_int8_weights_are_multiplied_as_they_are(vram: str, int8_nano: dict[str, str]) -> None:
+    pipe = pipeline(vram, **int8_nano)
+    check(pipe, pipe.job(PROMPT, steps=2, matmul="int8"))
+
+
+def check(pipe: Pipeline, job: Job) -> None:
     plan = pipe.plan_job(job)
     with track(rounding=allocated_size) as tracker:
         stages = PeakOfStages(tracker)

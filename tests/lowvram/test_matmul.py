@@ -13,7 +13,6 @@ import torch
 from strict_device import StrictRuntime
 
 from lowvram import Pipeline, Runtime
-from lowvram.conversion import plan_conversion, run_conversion
 from lowvram.errors import UsageError
 from lowvram.job import describe
 from lowvram.offload.placement import Placement, Where
@@ -28,20 +27,8 @@ NANO = Path(__file__).parents[2] / "lowvram" / "assets" / "nano"
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The embedded model as int8, rotated."""
-    folder = tmp_path_factory.mktemp("int8")
-    made = {}
-    for expert in ("high", "low"):
-        out = folder / f"{expert}.safetensors"
-        list(run_conversion(plan_conversion(NANO / f"{expert}_noise_model.safetensors", out, "int8_convrot")))
-        made[expert] = str(out)
-    return made
-
-
-@pytest.fixture(scope="module")
-def pipe(files: dict[str, str]) -> Pipeline:
-    return Runtime("2GB", "4GB", "cpu", cache=False).load("nano", **files)
+def pipe(int8_nano: dict[str, str]) -> Pipeline:
+    return Runtime("2GB", "4GB", "cpu", cache=False).load("nano", **int8_nano)
 
 
 def test_int8_activations_change_a_little_and_auto_nothing(pipe: Pipeline) -> None:
@@ -72,16 +59,16 @@ def test_placement_and_chunks_never_change_bits(pipe: Pipeline, lean: dict[str, 
             assert torch.equal(latent, resident)
 
 
-def test_on_a_strict_device(pipe: Pipeline, files: dict[str, str]) -> None:
+def test_on_a_strict_device(pipe: Pipeline, int8_nano: dict[str, str]) -> None:
     job = pipe.job(PROMPT, matmul="int8", **SMALL | {"steps": 1})
-    plain, strict = (p.run(job) for p in (pipe, StrictRuntime(GB, 2 * GB, "cpu").load("nano", **files)))
+    plain, strict = (p.run(job) for p in (pipe, StrictRuntime(GB, 2 * GB, "cpu").load("nano", **int8_nano)))
     assert torch.equal(strict.latent, plain.latent)
 
 
 def test_the_choice_is_in_the_plan_the_saved_job_and_the_video(
-    cli: Callable[..., Any], jobs: Path, tmp_path: Path, files: dict[str, str]
+    cli: Callable[..., Any], jobs: Path, tmp_path: Path, int8_nano: dict[str, str]
 ) -> None:
-    flags = ("--high", files["high"], "--low", files["low"], "--steps", 2, "--frames", 1, "--size", "32x32",
+    flags = ("--high", int8_nano["high"], "--low", int8_nano["low"], "--steps", 2, "--frames", 1, "--size", "32x32",
              "--vram", "2GB", "--matmul", "int8")  # fmt: skip
     planned = cli("plan", PROMPT, *flags, "--json")
     assert planned.code == 0, planned.err
@@ -93,8 +80,8 @@ def test_the_choice_is_in_the_plan_the_saved_job_and_the_video(
     assert '"matmul":"int8"' in cli("inspect", tmp_path / "a.mp4", "--json").out
 
 
-def test_weights_that_are_not_int8_are_refused(cli: Callable[..., Any], files: dict[str, str]) -> None:
-    mixed = {"high": files["high"], "low": str(NANO / "low_noise_model.safetensors")}
+def test_weights_that_are_not_int8_are_refused(cli: Callable[..., Any], int8_nano: dict[str, str]) -> None:
+    mixed = {"high": int8_nano["high"], "low": str(NANO / "low_noise_model.safetensors")}
     with pytest.raises(UsageError, match="low-noise transformer are ") as refused:
         Runtime("2GB", "4GB", "cpu", cache=False).load("nano", **mixed).job(PROMPT, matmul="int8", **SMALL)
     text = str(refused.value)

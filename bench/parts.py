@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 import torch
 
-from lowvram.bench import measure
+from lowvram.bench import decoding, measure
 from lowvram.bench.cases import GB, Case, Trial, What, dry_jobs
 from lowvram.bench.measure import Request
 from lowvram.bench.results import Fact, Measurement
@@ -203,6 +203,13 @@ def multiplication(setup: Setup) -> Verdict:
     return Verdict("passed", facts)
 
 
+def decoding_rates(setup: Setup) -> Verdict:
+    """Weights of every encoding are made dense, in torch and by kernels that have to give its bits."""
+    facts = decoding.compare(setup.kind, small=setup.dry)
+    wrong = [name for name, value in facts.items() if isinstance(value, str) and value != "right"]
+    return Verdict("failed" if wrong else "passed", facts, ", ".join(wrong))
+
+
 # ---- jobs
 
 
@@ -301,6 +308,7 @@ PARTS: Mapping[str, tuple[float, Callable[[Setup], Verdict]]] = {
     "job at 4 GB": (300, lambda s: real(s, "pair", 4)),
     "job at 12 GB": (300, lambda s: real(s, "pair", 12)),
     "tax": (300, tax),
+    "decoding": (120, decoding_rates),
     "speed": (120, speed),
     "multiplication": (120, multiplication),
     "vae": (240, vae),

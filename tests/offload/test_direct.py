@@ -20,8 +20,10 @@ from lowvram.offload.device import CpuDevice
 from lowvram.offload.direct import PAGE, DirectFile
 from lowvram.offload.faults import FaultKind, FaultPlan, Faults
 from lowvram.offload.io import FileReader, write_atomic
+from lowvram.offload.kept import KeptBytes
 from lowvram.offload.placement import Placement, plan_traffic
 from lowvram.offload.reading import BlockReader
+from lowvram.offload.slab import read_runs
 from lowvram.offload.stream import BlockStream
 
 DATA = random.Random(1).randbytes(5 * PAGE + 123)
@@ -140,6 +142,26 @@ def test_blocks_read_in_pieces_have_the_bytes_of_the_file(made: Any, past_cache:
         for block, views in stream:
             made.check(block, views)
     assert (device.ledger.used, device.ram.used) == (0, 0)
+
+
+@pytest.mark.parametrize("past_cache", [False, True])
+def test_pieces_that_are_kept_are_not_read_again(made: Any, past_cache: bool) -> None:
+    order = list(made.layouts) * 2
+    whole = sum(run.nbytes for layout in made.layouts.values() for run in read_runs(layout))
+    for capacity in (1 << 30, whole // 2):
+        kept, moved = KeptBytes(capacity), []
+        for _ in range(2):
+            with BlockStream(
+                made.layouts, placed(made, past_cache), CpuDevice(), FileReader, order, kept=kept
+            ) as stream:
+                for block, views in stream:
+                    made.check(block, views)
+                moved.append(sum(stats.disk_bytes for stats in stream.stats().values()))
+            kept.next_job()
+            assert 0 < kept.used <= capacity
+        # what is not kept comes from the file at both visits
+        assert moved == [2 * whole - kept.used, 2 * (whole - kept.used)]
+        assert (kept.used == whole) == (capacity > whole)
 
 
 @pytest.mark.parametrize("past_cache", [False, True])

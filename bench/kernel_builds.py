@@ -200,6 +200,30 @@ def _producers(arch: str) -> Iterator[Build]:
         )  # fmt: skip
 
 
+_SMALL_GROUPS: tuple[tuple[Any, str, dict[str, str], dict[str, object], tuple[str, ...]], ...] = (
+    (dequant_triton.mxfp8_kernel, "", {"weight": "*u8", "scale": "*u8"}, {}, ("chunks",)),
+    *(
+        (dequant_triton.nvfp4_kernel, f"high_first={first} factors={factors}",
+         {"weight": "*u8", "scale": "*u8", "whole": "*fp32", "factors": "*fp32"},
+         {"HIGH_FIRST": first, "FACTORS": factors}, ("chunks",))
+        for first, factors in ((True, False), (False, False), (True, True))
+    ),
+    *(
+        (dequant_triton.levels_kernel, f"nested={nested}",
+         {"weight": "*u8", "absmax": "*u8" if nested else "*fp32", "levels": "*fp32", "outer": "*fp32",
+          "outer_levels": "*fp32"},
+         {"COLUMNS": 64, "NESTED": nested}, ())
+        for nested in (0, 256)
+    ),
+    *(
+        (dequant_triton.halves_kernel, f"shift={shift}",
+         {"packed": "*u8", "scale": "*bf16", "shift": shift}, {"COLUMNS": 128, "WHOLE": shift == "*i8"}, ())
+        for shift in ("*bf16", "*i8")
+    ),
+)  # fmt: skip
+"""Kernels of formats with a scale for some 16 to 128 weights: constants and integers that need not be whole."""
+
+
 def _decoders(arch: str) -> Iterator[Build]:
     for form, scales in itertools.product(("e4m3", "e5m2", "int8"), ("none", "row", "tile")):
         if form == "int8" and scales != "row":
@@ -217,6 +241,19 @@ def _decoders(arch: str) -> Iterator[Build]:
             quick=arch == "sm_86" and form == "e4m3" and scales == "row",
             exact=True,
         )  # fmt: skip
+    for kernel, config, pointers, constants, ragged in _SMALL_GROUPS:
+        yield Build(
+            kernel,
+            config,
+            arch,
+            {**pointers, "out": "*bf16"},
+            {**constants, "BLOCK": dequant_triton.BLOCK},
+            dequant_triton.WARPS,
+            numbers={"offset": "fp32"},
+            ragged=frozenset(ragged),
+            instructions={"wide stores": r"st\.global\S*\.v4"},
+            exact=True,
+        )
     for kind, (groups, width) in ggml_triton.GROUPS.items():
         yield Build(
             ggml_triton.blocks_kernel,

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
 from lowvram.quant.encodings.fp8 import Fp8
+from lowvram.quant.encodings.int4 import QuantoInt4
 from lowvram.quant.encodings.int8 import BNB_FACTOR, Int8
 from lowvram.quant.encodings.kquants import BLOCK_SIZES, Blocks
+from lowvram.quant.encodings.mxfp8 import Mxfp8
+from lowvram.quant.encodings.nf4 import Bnb4
+from lowvram.quant.encodings.nvfp4 import Nvfp4
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
 from lowvram.triton_kernels import dequant
@@ -54,8 +58,40 @@ def _blocks(encoding: Blocks, parts: Parts, out: Tensor) -> None:
     dequant.blocks_(out.view(-1, elements), parts["weight"].reshape(-1, nbytes), encoding.kind)
 
 
+def _mxfp8(encoding: Mxfp8, parts: Parts, out: Tensor) -> None:
+    dequant.mxfp8_(out, *(parts[role].view(torch.uint8) for role in ("weight", "scale")))
+
+
+def _nvfp4(encoding: Nvfp4, parts: Parts, out: Tensor) -> None:
+    dequant.nvfp4_(
+        out, parts["weight"], parts["scale"].view(torch.uint8), encoding.tensor_scale(parts),
+        parts.get("pre_quant_scale"), encoding.tensorwide == "scale",
+    )  # fmt: skip
+
+
+def _bnb4(encoding: Bnb4, parts: Parts, out: Tensor) -> None:
+    table = parts["quant_map"]
+    outer = (parts["nested_absmax"], parts["nested_quant_map"]) if encoding.nested else (table, table)
+    dequant.levels_(
+        out.view(-1), parts["weight"], parts["absmax"], table, *outer,
+        encoding.block, encoding.nested, encoding.offset,
+    )  # fmt: skip
+
+
+def _quanto(encoding: QuantoInt4, parts: Parts, out: Tensor) -> None:
+    dequant.halves_(out.view(-1), parts["packed"], parts["scale"], parts["shift"], encoding.group)
+
+
 _DECODERS: Mapping[type[Encoding], Callable[..., None]] = MappingProxyType(
-    {Fp8: _fp8, Int8: _int8, Blocks: _blocks}
+    {
+        Fp8: _fp8,
+        Int8: _int8,
+        QuantoInt4: _quanto,
+        Bnb4: _bnb4,
+        Nvfp4: _nvfp4,
+        Mxfp8: _mxfp8,
+        Blocks: _blocks,
+    }
 )
 
 

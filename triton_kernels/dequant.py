@@ -42,3 +42,86 @@ def blocks_(out: Tensor, weight: Tensor, kind: str) -> None:
 @blocks_.register_fake
 def _(out: Tensor, weight: Tensor, kind: str) -> None:
     return None
+
+
+@torch.library.custom_op("lowvram::decode_mxfp8_", mutates_args=("out",))
+def mxfp8_(out: Tensor, weight: Tensor, scale: Tensor) -> None:
+    """out [rows, columns] = weight, uint8 holding e4m3, * 2^(scale - 127) of its group of 32; scale uint8, in tiles."""
+    from lowvram.triton_kernels import dequant_triton
+
+    dequant_triton.mxfp8(out, weight, scale)
+
+
+@mxfp8_.register_fake
+def _(out: Tensor, weight: Tensor, scale: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("lowvram::decode_nvfp4_", mutates_args=("out",))
+def nvfp4_(
+    out: Tensor, weight: Tensor, scale: Tensor, whole: Tensor, factors: Tensor | None, high_first: bool
+) -> None:
+    """out [rows, columns] = weight, uint8 [rows, columns/2] holding e2m1, * (whole * scale of its group of 16), * factors.
+
+    scale: uint8 holding e4m3, in tiles. whole: float32 []. factors: one a column. high_first: order of the nibbles.
+    """
+    from lowvram.triton_kernels import dequant_triton
+
+    dequant_triton.nvfp4(out, weight, scale, whole, factors, high_first)
+
+
+@nvfp4_.register_fake
+def _(
+    out: Tensor, weight: Tensor, scale: Tensor, whole: Tensor, factors: Tensor | None, high_first: bool
+) -> None:
+    return None
+
+
+@torch.library.custom_op("lowvram::decode_levels_", mutates_args=("out",))
+def levels_(
+    out: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    table: Tensor,
+    outer: Tensor,
+    outer_table: Tensor,
+    block: int,
+    nested: int,
+    offset: float,
+) -> None:
+    """out, flat = table[code] * absmax of its `block`; weight uint8, the first code of a byte high; table float32 [16].
+
+    With `nested` absmax is outer_table[absmax] * outer of its `nested` blocks + offset; else the last tensors are unused.
+    """
+    from lowvram.triton_kernels import dequant_triton
+
+    dequant_triton.levels(out, weight, absmax, table, outer, outer_table, block, nested, offset)
+
+
+@levels_.register_fake
+def _(
+    out: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    table: Tensor,
+    outer: Tensor,
+    outer_table: Tensor,
+    block: int,
+    nested: int,
+    offset: float,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("lowvram::decode_halves_", mutates_args=("out",))
+def halves_(out: Tensor, packed: Tensor, scale: Tensor, shift: Tensor, group: int) -> None:
+    """out, flat: all low nibbles of packed, uint8, then as many high ones as there is room for. q * scale - shift of its
+    `group`, or (q - shift) * scale if shift is whole."""
+    from lowvram.triton_kernels import dequant_triton
+
+    dequant_triton.halves(out, packed, scale, shift, group)
+
+
+@halves_.register_fake
+def _(out: Tensor, packed: Tensor, scale: Tensor, shift: Tensor, group: int) -> None:
+    return None

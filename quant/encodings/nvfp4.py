@@ -93,7 +93,7 @@ class Nvfp4(Encoding):
         check_shape(tuple(out.shape), shape, "out")
         table = pair_table(_levels(packed.device), high_first=self.tensorwide == "scale")
         scales = from_tiles(parts["scale"].view(torch.uint8), rows, columns // _GROUP)
-        tensor_scale = self._tensor_scale(parts)
+        tensor_scale = self.tensor_scale(parts)
         factors = parts["pre_quant_scale"].to(torch.float32).view(1, columns) if self.column_code else None
         for chunk in row_chunks(rows, columns):
             scale = tensor_scale * scales[chunk].view(_E4M3).to(torch.float32)
@@ -126,7 +126,7 @@ class Nvfp4(Encoding):
             return parts | {"global_scale": 1 / whole}
         return parts | {"alpha": whole, "input_global_scale": torch.ones_like(whole)}
 
-    def _tensor_scale(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def tensor_scale(self, parts: Mapping[str, Tensor]) -> Tensor:
         """float32 []"""
         first, *more = (parts[role].to(torch.float32).reshape(()) for role in _ROLES[self.tensorwide])
         if self.tensorwide == "inverse":

@@ -8,8 +8,12 @@ import torch
 from lowvram.quant import fused
 from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.encodings.fp8 import Fp8
+from lowvram.quant.encodings.int4 import QuantoInt4
 from lowvram.quant.encodings.int8 import Int8
 from lowvram.quant.encodings.kquants import BLOCK_SIZES, Blocks
+from lowvram.quant.encodings.mxfp8 import Mxfp8
+from lowvram.quant.encodings.nf4 import Bnb4
+from lowvram.quant.encodings.nvfp4 import Nvfp4
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -25,6 +29,16 @@ CASES: list[tuple[Encoding, tuple[int, ...]]] = [
     (Int8("row"), (5, 1041)),
     (Int8("tensor", "F16"), (6, 200)),
     (Int8("absmax"), (5, 77)),
+    (QuantoInt4(128), (3, 384)),
+    (QuantoInt4(64, "F32", "I8"), (20, 192)),
+    (Bnb4("nf4", 64), (5, 384)),
+    (Bnb4("fp4", 128, 0), (3, 3, 128)),
+    (Bnb4("nf4", 64, 256, 0.37), (19, 1024)),
+    (Nvfp4(), (160, 112)),
+    (Nvfp4("inverse", "U8"), (130, 1104)),
+    (Nvfp4("alpha", column_code="BF16"), (33, 48)),
+    (Mxfp8(), (160, 1056)),
+    (Mxfp8("U8", "U8"), (32, 32)),
     *((Blocks(kind), (3, 256 * 13)) for kind in BLOCK_SIZES),
 ]
 

@@ -24,7 +24,7 @@ from lowvram.models.vae import DECODER, ENCODER
 from lowvram.models.vae_clip import FRAMES, Half, decoder, encoder
 from lowvram.models.vae_history import Memory, memories, packed, packed_size, tile_memories
 from lowvram.models.vae_tiles import Tile, Tiling, band_edges, make_tile, split
-from lowvram.offload.budget import exact_size, segment_size
+from lowvram.offload.budget import allocated_size, exact_size, segment_size
 from lowvram.offload.estimate import Rounding
 from lowvram.offload.slab import build_layout
 from lowvram.quant.spec import VaeSpec, numel
@@ -154,6 +154,10 @@ class Codings(ABC):
         """Bytes that the first band of a plane hands on for every latent."""
 
     @abstractmethod
+    def under_way(self, tile: Tile) -> int:
+        """Bytes on the device of what a tile gave, while it gives the next."""
+
+    @abstractmethod
     def middle_scratch(self) -> int:
         """Transient bytes of the middle block on one plane."""
 
@@ -220,7 +224,7 @@ class Codings(ABC):
             tile = make_tile(half.tiled, plane, rows[row], columns[column])
         scratch = self.measured(
             partial(self.tile_scratch, tile, before), "tile", *self._of_half, tile.window, repr(tile)
-        )
+        ) + self.under_way(tile)
         self._known[tiling.grid] = int(sizes.max()), int(sizes.sum()), scratch
 
     def _coding(self, tiling: Tiling, largest: int, total: int, tile_scratch: int) -> Coding:
@@ -348,6 +352,10 @@ class Decodings(Codings):
     def borders(self, band: Tile) -> int:
         return footprint.decode_borders(self.spec, self.weights, band, self.dtype)
 
+    def under_way(self, tile: Tile) -> int:
+        cells = numel(self.plane) * self._half.made**2
+        return allocated_size(self.frame * tile.rows.size * tile.columns.size // cells)
+
     def middle_scratch(self) -> int:
         return footprint.decoder_middle_scratch(self.spec, self.weights, self.plane, self.dtype)
 
@@ -367,6 +375,9 @@ class Encodings(Codings):
 
     def borders(self, band: Tile) -> int:
         return footprint.encode_borders(self.spec, self.weights, band, self.dtype)
+
+    def under_way(self, tile: Tile) -> int:
+        return 0
 
     def middle_scratch(self) -> int:
         return footprint.encoder_middle_scratch(self.spec, self.weights, self.plane, self.dtype)

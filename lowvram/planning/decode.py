@@ -34,7 +34,8 @@ def plan_decode(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     nbytes = build_layout(group.refs).nbytes
     device = facts.context | {"vae weights": facts.footprint(nbytes)}
     host = facts.host(
-        {"ring 0": nbytes, "frames": WRITER_FRAMES * frame} | (held_claims(facts) if driven else {})
+        {"ring 0": nbytes, "frames": WRITER_FRAMES * frame, "ram outgoing": 2 * frame}
+        | (held_claims(facts) if driven else {})
     )
     # 2.1: 31 TFLOP per latent at 1280x720 (wan-models 6.6); other widths and sizes in proportion
     flops = 31.1e12 * numel(latent[1:]) / (90 * 160) * (spec.decoder_base / 96) ** 2

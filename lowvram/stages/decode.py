@@ -15,6 +15,7 @@ from lowvram.model import Model
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_clip import FRAMES, Piece
 from lowvram.models.vae_tiles import Span, Tiling
+from lowvram.stages.outbox import Outbox, Sent
 from lowvram.stages.run import Run
 from lowvram.stages.tiles import Shelf, in_tiles
 from lowvram.stages.weights import Dense
@@ -24,14 +25,14 @@ from lowvram.triton_kernels.ops import ops_for
 Pixels = NDArray[np.uint8]
 
 
-def to_pixels(frame: Tensor) -> Pixels:
-    """[1, 3, T, H, W] about -1..1 -> [T, H, W, 3] uint8 on the host, truncated like upstream: 255 * (x + 1) / 2."""
-    return vae.to_uint8(frame).cpu().numpy()
+def to_pixels(frame: Tensor) -> Tensor:
+    """[1, 3, T, H, W] about -1..1 -> [T, H, W, 3] uint8, truncated like upstream: 255 * (x + 1) / 2."""
+    return vae.to_uint8(frame)
 
 
-def to_floats(frame: Tensor) -> NDArray[np.float32]:
-    """[1, 3, T, H, W] about -1..1 -> [T, H, W, 3] float32 on the host, clamped to -1..1."""
-    return frame[0].float().clamp(-1, 1).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+def to_floats(frame: Tensor) -> Tensor:
+    """[1, 3, T, H, W] about -1..1 -> [T, H, W, 3] float32, clamped to -1..1."""
+    return frame[0].float().clamp(-1, 1).permute(1, 2, 3, 0).contiguous()
 
 
 def decode(run: Run, model: Model, job: Job, latent: Tensor) -> Iterator[Pixels]:
@@ -39,16 +40,16 @@ def decode(run: Run, model: Model, job: Job, latent: Tensor) -> Iterator[Pixels]
 
     Memory that runs out in spite of the plan is met with smaller tiles, from the same frame on.
     """
-    return _decode(run, model, job, latent, lambda frame: to_pixels(frame))
+    return _decode(run, model, job, latent, lambda frame: to_pixels(frame), 1)
 
 
 def decode_floats(run: Run, model: Model, job: Job, latent: Tensor) -> Iterator[NDArray[np.float32]]:
     """`decode`, but frames are float32 in -1..1: for a stage that goes on computing with them."""
-    return _decode(run, model, job, latent, to_floats)
+    return _decode(run, model, job, latent, to_floats, 4)
 
 
 def _decode(
-    run: Run, model: Model, job: Job, latent: Tensor, convert: Callable[[Tensor], NDArray[Any]]
+    run: Run, model: Model, job: Job, latent: Tensor, convert: Callable[[Tensor], Tensor], itemsize: int
 ) -> Iterator[NDArray[Any]]:
     spec, dtype, device = model.spec.vae, run.plan.dtype, run.device
     shape = (FRAMES * (latent.shape[1] - 1) + 1, job.height, job.width)
@@ -61,9 +62,12 @@ def _decode(
         def attempt(tiling: Tiling, first: int) -> Iterator[NDArray[Any]]:
             memories = vae_clip.decoder(spec).memories(tiling, ways.plane, spec.shapes())
             visits = -(-latent.shape[1] // tiling.visit)
-            with Shelf(device, memories, dtype, visits, kept=tiling.kept, norm=norm) as shelf:
+            with (
+                Shelf(device, memories, dtype, visits, kept=tiling.kept, norm=norm) as shelf,
+                Outbox(device, 3 * job.height * job.width * itemsize) as outbox,
+            ):
                 pieces = vae_clip.decode(spec, w, latent[None], tiling, shelf, device.torch_device, dtype)
-                yield from _frames(_converted(pieces, convert, first), shape, tiling.rows * tiling.columns)
+                yield from _frames(_converted(pieces, convert, outbox, first), shape, tiling.count)
 
         for frame in in_tiles(device, ways, run.plan.stage("decode").tiling or Tiling(), attempt):
             run.step("decode")
@@ -90,16 +94,26 @@ def _frames(
 
 
 def _converted(
-    pieces: Iterator[Piece], convert: Callable[[Tensor], NDArray[Any]], first: int = 0
+    pieces: Iterator[Piece], convert: Callable[[Tensor], Tensor], outbox: Outbox, first: int = 0
 ) -> Iterator[tuple[int, Span, Span, NDArray[Any]]]:
-    """Number, rows, columns and pixels on the host of the pieces of frame `first` and those after it."""
+    """Number, rows, columns and pixels on the host of the pieces of frame `first` and those after it.
+
+    Each is copied while the next is made.
+    """
+    under_way: list[tuple[int, Span, Span, Sent]] = []
     while True:
         with torch.inference_mode():  # entered anew for every piece: it must not leak into who takes them
             piece = next(pieces, None)
-            if piece is None:
-                return
-            number, rows, columns, frame = piece
-            pixels = convert(frame) if number >= first else None
-            del piece, frame  # or they would live through the making of the next
-        if pixels is not None:
+            if piece is not None:
+                number, rows, columns, frame = piece
+                if number >= first:
+                    under_way.append((number, rows, columns, outbox.send(convert(frame))))
+                del frame  # or it would live through the making of the next
+        if under_way and (len(under_way) > 1 or piece is None):
+            number, rows, columns, sent = under_way.pop(0)
+            pixels = sent.arrived()
+            del sent
             yield number, rows, columns, pixels
+        if piece is None:
+            return
+        del piece

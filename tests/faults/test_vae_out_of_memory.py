@@ -36,6 +36,7 @@ from lowvram.offload.device import CpuDevice
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, VaeSpec
 from lowvram.sampling.presets import model_preset
 from lowvram.stages import decode, encode, tiles
+from lowvram.stages.outbox import Outbox
 from lowvram.stages.run import Run, Traffic
 from lowvram.stages.tiles import Shelf
 from lowvram.tiling import Decodings, Encodings, plan_encode
@@ -162,9 +163,10 @@ def brought_through(version: str, half: str, scarce: Scarce, nth: int) -> list[T
                 yield from islice(latents, first, None)
                 return
             pieces = vae_clip.decode(spec, w, latent, tiling, shelf, cpu, torch.float32)
-            converted = decode._converted(pieces, decode.to_floats, first)
-            for frame in decode._frames(converted, (count, *size), tiling.count):
-                yield torch.from_numpy(frame)
+            with Outbox(device, 12 * math.prod(size)) as outbox:
+                converted = decode._converted(pieces, decode.to_floats, outbox, first)
+                for frame in decode._frames(converted, (count, *size), tiling.count):
+                    yield torch.from_numpy(frame)
 
     scarce.nth, scarce.made, scarce.tilings = nth, 0, []
     with torch.inference_mode():

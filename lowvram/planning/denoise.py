@@ -103,7 +103,10 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
     stream = allocated_size(tokens * spec.dim * width)
     heads = lean.group or spec.heads
     stored = [stored_bytes(mode, heads, tokens, facts.dtype) for mode in facts.job.attention.modes()]
-    latents = 3 + facts.passes + kept_tensors(facts.job.schedule.solver)
+    state = kept_tensors(facts.job.schedule.solver)
+    # in the blocks: the latent, what the solver keeps, and the velocity of the pass before
+    latents = 1 + state + (0 if lean.together else facts.passes - 1)
+    solving = 3 + facts.passes + state - latents  # between the blocks of two steps
     window = 2 * allocated_size(min(lean.chunk, tokens) * spec.dim * width)
     claims = {
         "residual": (facts.passes if lean.together else 1) * stream,
@@ -113,7 +116,7 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
         "attention output": stream,
         "rotary table": allocated_size(4 * tokens * HEAD_DIM),
         "latents": latents * _latent_bytes(facts),
-        "scratch": _scratch(facts, lean),
+        "scratch": max(_scratch(facts, lean), solving * _latent_bytes(facts)),
     }
     unpacked = _unpacked_bytes(facts) if lean.unpacked else 0
     if unpacked:

@@ -138,6 +138,7 @@ def denoise(
             noise = fresh_noise(job, x, i) if solvers.needs_noise(schedule, i) else None
             x, memory = solvers.step(schedule, i, memory, x, v, noise)
             x = _imposed(x, fixed)
+            del v, velocities, noise  # not held beside the blocks of the next step
             _check_finite(x, finite, f"step {i + 1} of {len(schedule)}, {names[schedule.experts[i]]}", work)
             save(State(x.cpu(), _solver_to(memory, torch.device("cpu"))))
             run.step("denoise")

@@ -1,0 +1,121 @@
+"""The denoise stage itself, at the sizes of the real models, on tensors without memory: what it allocates and what the
+plan says that it takes are within 2 % of each other.
+
+Blocks come from nowhere, two an expert, and the latent is not looked at; everything else is the code that runs on a card, in every
+attention mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowvram.job import Job, make_job
+from lowvram.machine import machine_profile
+from lowvram.model import Group, Model, imagined_model
+from lowvram.offload.budget import Budget, allocated_size
+from lowvram.offload.estimate import Peak, peak_memory
+from lowvram.planning.choose import make_plan
+from lowvram.planning.plan import Plan
+from lowvram.planning.visits import visiting_order
+from lowvram.quant.encodings.base import TORCH_DTYPES
+from lowvram.sampling.presets import model_preset
+from lowvram.sampling.solvers import SolverState
+from lowvram.stages import denoise
+from lowvram.stages.condition import Condition
+from lowvram.stages.run import Run, Traffic
+from lowvram.stages.weights import Views
+from lowvram.triton_kernels.modes import Choice
+
+GB = 10**9
+META = torch.device("meta")
+MOVED = ("slot", "resident", "cuda context", "library workspaces")
+"""Claims of the block stream and of the device, which are not allocated here."""
+
+
+class Nowhere(Run):
+    """A run whose weights have no bytes."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[tuple[ExitStack, Traffic]]:
+        with ExitStack() as stack:
+            yield stack, Traffic()
+
+    @contextmanager
+    def carried(self, name: str, group: Group, traffic: Traffic) -> Iterator[Views]:
+        yield imagined(group)
+
+    def step(self, stage: str) -> None:
+        pass
+
+    def check_room(self, stage: str) -> None:
+        pass
+
+
+def imagined(group: Group) -> Views:
+    return {
+        ref.name: {p.role: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype], device=META) for p in ref.parts}
+        for ref in group.refs
+    }
+
+
+def peak(plan: Plan, job: Job, model: Model, patch: pytest.MonkeyPatch) -> Peak:
+    """Of preparation and denoise together, without weights. A step that nobody can look at is taken to be finite."""
+    blocks = {
+        (expert, n): imagined(transformer.groups()[f"blocks.{n}"])
+        for expert, transformer in model.transformers.items()
+        for n in range(model.spec.dit.layers)
+    }
+    order = visiting_order(job, model.spec, plan.lean.together)
+    patch.setattr(denoise, "_open_stream", lambda *_: iter([(block, blocks[block]) for block in order]))
+    patch.setattr(denoise, "_check_finite", lambda *_: None)
+    spec, dtype = model.spec, plan.dtype
+    run = Nowhere(SimpleNamespace(torch_device=META), plan)  # type: ignore[arg-type]
+    lengths = [spec.dit.text_len] * (1 + (max(job.schedule.guidance) > 1))
+    shape = spec.denoised_shape(job.width, job.height, job.frames)
+    state = denoise.State(torch.empty(shape, device=META), SolverState())
+
+    @torch.inference_mode()
+    def whole() -> None:
+        texts = [torch.empty(n, spec.dit.text_dim, dtype=dtype) for n in lengths]
+        denoise.denoise(run, model, job, texts, Condition(), state, lambda _: None)
+
+    return peak_memory(whole, rounding=allocated_size)
+
+
+CASES = [
+    ("wan2.2-t2v-a14b", (1280, 720, 121), 16, "sdpa"),
+    ("wan2.2-t2v-a14b", (1280, 720, 121), 6, "int8-fp16"),
+    ("wan2.2-t2v-a14b", (1280, 720, 121), 4.2, "sdpa"),
+    ("wan2.2-ti2v-5b", (1280, 704, 121), 8, "int8"),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "gigabytes", "mode"), CASES, ids=lambda v: str(v).replace(" ", ""))
+def test_the_plan_is_within_two_percent_of_the_stage_at_real_size(
+    name: str, size: tuple[int, int, int], gigabytes: float, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = model_preset(name)
+    spec = replace(spec, dit=replace(spec.dit, layers=2))
+    attention = Choice(mode, mode, "as asked")
+    job = make_job(
+        spec,
+        model=name,
+        files={},
+        width=size[0],
+        height=size[1],
+        frames=size[2],
+        steps=4,
+        attention=attention,
+    )
+    model, machine = imagined_model(name, spec, "fp8"), machine_profile("rtx4090")
+    plan = make_plan(job, model, Budget(int(gigabytes * GB), 64 * GB), machine)
+    claims = plan.stage("denoise").claims
+    planned = sum(n for claim, n in claims.items() if not claim.startswith(MOVED))
+    found = peak(plan, job, model, monkeypatch)
+    assert found.peak_bytes <= planned <= 1.02 * found.peak_bytes, found.live[:12]

@@ -45,6 +45,9 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
 """Folders and files of the authors', diffusers' and our own layouts, the surest first. Anything else is recognised by
 its contents."""
 
+_SHARED: Mapping[str, str] = {"nano-animate": "nano"}
+"""Embedded models, and the one that has the parts which their own folder has not."""
+
 _SAMPLES, _SAMPLE_BYTES = 8, 4096
 
 
@@ -84,7 +87,9 @@ def find(
         if not Path(path).expanduser().exists():
             raise FileError("no such file or folder", where=path, advice=f"check {FLAGS[part]}")
     folder = _folder(model)
-    if folder is not None:
+    if is_embedded(model):
+        found = ModelFiles(_embedded_parts(model), {})
+    elif folder is not None:
         found = _in_folder(folder, model, chosen, weights, preset, progress)
     elif _is_complete(model, chosen):
         found = ModelFiles({}, {})
@@ -241,6 +246,16 @@ def _embedded(model: str) -> Path | None:
     """The folder of a model that ships inside the package."""
     folder = Path(str(package_files("lowvram") / "assets" / model))
     return folder if model in load_models() and folder.is_dir() else None
+
+
+def _embedded_parts(model: str) -> dict[str, str]:
+    """The parts of a model that ships inside the package; a transformer is never another model's."""
+    folder, shared = _embedded(model), _SHARED.get(model)
+    assert folder is not None
+    rest = {} if shared is None else _embedded_parts(shared)
+    return {part: path for part, path in rest.items() if part in ("vae", "text", "tokenizer")} | _parts_in(
+        folder
+    )
 
 
 def _folder(model: str) -> Path | None:

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.resources import files
 from pathlib import Path
 
 from lowvram.errors import FileError, UsageError
 from lowvram.media.clip import Clip, open_clip
 from lowvram.media.picture import Picture, open_picture
+from lowvram.offload.io import storage_errors, write_atomic
 from lowvram.quant.face_spec import FACE_PIXELS
 
 MODES = ("animate", "replace")
@@ -77,6 +79,23 @@ def reflected(number: int, frames: int) -> int:
         return 0
     number %= 2 * (frames - 1)
     return min(number, 2 * (frames - 1) - number)
+
+
+def copy_sample(folder: Path) -> None:
+    """Write the sample that ships with nano-animate into `folder`, which must be new or empty: all files of both modes.
+
+    UsageError if something lies there already, StorageError if it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            "something lies there already",
+            where=f"--drive {folder}",
+            advice="name a new folder, or run `lowvram animate` on it",
+        )
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for each in files("lowvram").joinpath("assets", "nano-animate", "sample").iterdir():
+        write_atomic(folder / each.name, each.read_bytes())
 
 
 def open_folder(

@@ -82,6 +82,14 @@ def test_the_embedded_model_is_whole() -> None:
     assert all(Path(path).parent == ROOT / "lowvram" / "assets" / "nano" for path in parts.values())
 
 
+def test_the_embedded_model_that_is_driven_takes_the_rest_from_the_other() -> None:
+    parts = find("nano-animate").paths
+    assert set(parts) == set(PARTS) - {"high", "low"}
+    own = {part for part, path in parts.items() if Path(path).parent.name == "nano-animate"}
+    assert own == {"single", "clip"}
+    assert {Path(parts[part]).parent.name for part in parts.keys() - own} == {"nano"}
+
+
 def test_the_version_is_one_number(project: dict[str, Any]) -> None:
     assert lowvram.__version__ == project["project"]["version"]
     assert f"## {lowvram.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """Write nano's checkpoints in the form in which Wan models are published.
 
     python bench/nano/export.py RUN lowvram/assets/nano
+    python bench/nano/export.py RUN lowvram/assets/nano-animate --animate
 
 RUN holds what the training scripts left. Where an expert was not fine-tuned yet, the common ancestor stands for
 it. The VAE's latent statistics are folded into its 1x1x1 convolutions, so that nano uses those of Wan 2.1.
@@ -12,14 +13,18 @@ import argparse
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from distill import ALPHA, TARGETS
+from driven import draw, write_folder
 from networks import DIT, TEXT
 from safetensors.torch import save_file
 from torch import Tensor
+from train_animate import averaged
 from train_vae import SPEC, initial
 
 from lowvram.quant.encodings.registry import planned_encoding
+from lowvram.quant.names import CLIP
 from lowvram.quant.spec import LATENT_MEAN_21, LATENT_STD_21
 
 Weights = dict[str, Tensor]
@@ -73,13 +78,30 @@ def save_fp8(weights: Weights, path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def save_animate(run: Path, out: Path) -> None:
+    """The transformer as Wan-Animate's authors name it, in fp8; CLIP as transformers names it, in bf16."""
+    state = torch.load(run / "animate.pt", weights_only=True)
+    weights, tower = averaged(state["mean"], state["dit"])
+    save_fp8(weights, out / "diffusion_pytorch_model.safetensors")
+    named = {
+        f"vision_model.{CLIP.from_native(k)}": w.to(torch.bfloat16).contiguous() for k, w in tower.items()
+    }
+    save_file(named, out / "clip_vision.safetensors", metadata={"format": "pt"})
+    sample = draw(np.random.default_rng(24), ("yellow", "triangle", "teal"), 25, replace=True)
+    write_folder(sample, out / "sample")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--fp8", action="store_true", help="transformers at half the size")
+    parser.add_argument("--animate", action="store_true", help="what train_animate.py left, in fp8")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.animate:
+        save_animate(args.run, args.out)
+        return
     base = torch.load(args.run / "dit.pt", weights_only=True)
     for expert in ("high", "low"):
         path = args.run / f"dit-{expert}.pt"

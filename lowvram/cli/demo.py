@@ -18,12 +18,25 @@ def demo(
     seed: o.Seed = 1,
     vram: o.Vram = None,
     quiet: o.Quiet = False,
+    drive: Annotated[
+        Path | None,
+        typer.Option(
+            "--drive", help="Write sample driving videos into this folder, and animate them instead."
+        ),
+    ] = None,
 ) -> None:
-    """Make a small video with the model that ships inside."""
+    """Make a small video with a model that ships inside: from the prompt, or with --drive from driving videos."""
     from lowvram.cli.carry import Output
     from lowvram.cli.work import start
 
     out = Output(output, overwrite=True, quiet=quiet)
     out.check()
-    flags = o.JobFlags(seed=seed, vram=vram)
-    start(flags, prompt, flags.settings(), out)
+    if drive is None:
+        flags = o.JobFlags(seed=seed, vram=vram)
+        start(flags, prompt, flags.settings(), out)
+        return
+    from lowvram.driving import copy_sample, open_folder
+
+    copy_sample(drive.expanduser())
+    flags = o.JobFlags(seed=seed, vram=vram, model="nano-animate")
+    start(flags, "", flags.settings(), out, driving=open_folder(drive.expanduser(), "animate"))

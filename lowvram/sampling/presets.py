@@ -89,7 +89,10 @@ def load_models() -> dict[str, ModelSpec]:
     data = _read("models.toml")
     vaes = {name: _vae(table) for name, table in data["vae"].items()}
     texts = {name: TextSpec(**table) for name, table in data["text"].items()}
-    return {name: _model(table, vaes, texts, data["negative"]) for name, table in data["model"].items()}
+    clips = {name: ClipSpec(**table) for name, table in data["clip"].items()}
+    return {
+        name: _model(table, vaes, texts, clips, data["negative"]) for name, table in data["model"].items()
+    }
 
 
 def model_preset(name: str) -> ModelSpec:
@@ -155,9 +158,13 @@ def _vae(table: dict[str, Any]) -> VaeSpec:
 
 
 def _model(
-    table: dict[str, Any], vaes: dict[str, VaeSpec], texts: dict[str, TextSpec], negatives: dict[str, str]
+    table: dict[str, Any],
+    vaes: dict[str, VaeSpec],
+    texts: dict[str, TextSpec],
+    clips: dict[str, ClipSpec],
+    negatives: dict[str, str],
 ) -> ModelSpec:
-    """A ModelSpec; `vae`, `text` and `negative` name shared tables of the same file."""
+    """A ModelSpec; `vae`, `text`, `clip` and `negative` name shared tables of the same file."""
     high, low = table["guidance"]
     return ModelSpec(
         **(
@@ -167,7 +174,7 @@ def _model(
                 "vae": vaes[table["vae"]],
                 "text": texts[table["text"]],
                 "negative": negatives[table["negative"]],
-                "clip": ClipSpec() if "image_tokens" in table["dit"] else None,
+                "clip": clips[table["clip"]] if "clip" in table else None,
                 "guidance": (float(high), float(low)),
             }
         )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from headers import authors_clip
 
+from lowvram.discovery import is_embedded
 from lowvram.library.entries import models_with
 from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.face_spec import FaceSpec
@@ -22,7 +23,7 @@ Shapes = Mapping[str, Shape]
 Entries = dict[str, tuple[str, Shape]]
 
 A14B = {"dim": 5120, "ffn": 13824, "layers": 40, "out_channels": 16}
-ALL = [name for name in load_models() if name != "nano"]
+ALL = [name for name in load_models() if not is_embedded(name)]
 OF_21_VAE = [name for name in ALL if name != "wan2.2-ti2v-5b"]
 NETWORKS: dict[str, tuple[Any, str, str, list[str]]] = {
     # what: spec, kind, variant, known models it is a part of
@@ -187,7 +188,7 @@ def test_a_network_is_known_in_every_style(what: str, style: str, header_of: Cal
         spec = replace(spec, face=FaceSpec(split_kv=True))
     assert {name: ref.shape for name, ref in found.refs.items()} == spec.shapes()
     fits, standard = models_with(found)
-    assert ([name for name in fits if name != "nano"], standard) == (names, True)
+    assert ([name for name in fits if not is_embedded(name)], standard) == (names, True)
     assert all(isinstance(ref.encoding, Encoding) for ref in found.refs.values())
 
 

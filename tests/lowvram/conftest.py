@@ -136,8 +136,14 @@ def int8_nano(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 _NANO_DIT = {"dim": 256, "ffn": 512, "layers": 3, "text_dim": 256}
 PICTURED: dict[str, dict[str, Any]] = {
     "tiny-i2v-a14b": {"experts": 2, "boundary": 0.9, "dit": {"in_channels": 36, "out_channels": 16}},
-    "tiny-i2v-14b": {"dit": {"in_channels": 36, "out_channels": 16, "image_tokens": 257, "image_dim": 160}},
-    "tiny-flf2v-14b": {"dit": {"in_channels": 36, "out_channels": 16, "image_tokens": 514, "image_dim": 160}},
+    "tiny-i2v-14b": {
+        "clip": "nano",
+        "dit": {"in_channels": 36, "out_channels": 16, "image_tokens": 257, "image_dim": 160},
+    },
+    "tiny-flf2v-14b": {
+        "clip": "nano",
+        "dit": {"in_channels": 36, "out_channels": 16, "image_tokens": 514, "image_dim": 160},
+    },
     "tiny-ti2v-5b": {"variant": "ti2v", "vae": "wan22", "dit": {"in_channels": 48, "out_channels": 48}},
 }
 """What their presets have that the embedded model's has not."""

@@ -34,7 +34,7 @@ def test_the_text_encoder_adds_up_to_the_published_parameter_count(name: str) ->
 
 
 def test_the_named_models_are_the_documented_ones() -> None:
-    assert set(load_models()) == {"nano", *DIT_PARAMETERS}
+    assert set(load_models()) == {"nano", "nano-animate", *DIT_PARAMETERS}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,7 @@ def test_only_21_image_to_video_and_animate_have_clip_tokens() -> None:
         "wan2.1-i2v-14b": 257,
         "wan2.1-flf2v-14b": 514,
         "wan2.2-animate-14b": 257,
+        "nano-animate": 257,
     }
     assert all((m.clip is not None) == (m.dit.image_tokens > 0) for m in load_models().values())
 

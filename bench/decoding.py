@@ -67,4 +67,4 @@ def _on_card(run: Callable[[], object]) -> float:
         run()
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop) / 1e3 / AT_ONCE
+    return float(start.elapsed_time(stop)) / 1e3 / AT_ONCE

@@ -34,10 +34,10 @@ CASES: list[tuple[Encoding, tuple[int, ...]]] = [
     (Bnb4("nf4", 64), (5, 384)),
     (Bnb4("fp4", 128, 0), (3, 3, 128)),
     (Bnb4("nf4", 64, 256, 0.37), (19, 1024)),
-    (Nvfp4(), (160, 112)),
-    (Nvfp4("inverse", "U8"), (130, 1104)),
+    (Nvfp4(), (144, 16)),
+    (Nvfp4("inverse", "U8"), (2, 1104)),
     (Nvfp4("alpha", column_code="BF16"), (33, 48)),
-    (Mxfp8(), (160, 1056)),
+    (Mxfp8(), (32, 1056)),
     (Mxfp8("U8", "U8"), (32, 32)),
     *((Blocks(kind), (3, 256 * 13)) for kind in BLOCK_SIZES),
 ]

@@ -88,6 +88,11 @@ def test_the_embedded_model_that_is_driven_takes_the_rest_from_the_other() -> No
     own = {part for part, path in parts.items() if Path(path).parent.name == "nano-animate"}
     assert own == {"single", "clip"}
     assert {Path(parts[part]).parent.name for part in parts.keys() - own} == {"nano"}
+    sample = ROOT / "lowvram" / "assets" / "nano-animate" / "sample"
+    assert {path.name for path in sample.iterdir()} == {
+        *(f"src_{name}.mp4" for name in ("pose", "face", "bg", "mask")),
+        "src_ref.png",
+    }
 
 
 def test_the_version_is_one_number(project: dict[str, Any]) -> None:

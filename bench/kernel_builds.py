@@ -200,7 +200,7 @@ def _producers(arch: str) -> Iterator[Build]:
         )  # fmt: skip
 
 
-_SMALL_GROUPS: tuple[tuple[Any, str, dict[str, str], dict[str, object], tuple[str, ...]], ...] = (
+_SMALL_GROUPS: tuple[tuple[Any, str, Mapping[str, str], Mapping[str, object], tuple[str, ...]], ...] = (
     (dequant_triton.mxfp8_kernel, "", {"weight": "*u8", "scale": "*u8"}, {}, ("chunks",)),
     *(
         (dequant_triton.nvfp4_kernel, f"high_first={first} factors={factors}",

@@ -170,37 +170,49 @@ class Codings(ABC):
 
         If nothing fits: the least VRAM inside `ram`, or else the least RAM inside `vram`, or else the least VRAM.
         """
+        by_size, by_ram = (lambda d, n: (n, seconds(d))), (lambda d, n: (d.ram, seconds(d)))
         found = (
-            self._best(lambda d: d.vram <= vram and d.ram <= ram and not self._late(d.tiling), seconds)
-            or self._best(lambda d: d.vram <= vram and d.ram <= ram, seconds)
-            or self._best(lambda d: d.ram <= ram, lambda d: (d.vram, seconds(d)), CAREFUL)
-            or self._best(lambda d: d.vram <= vram, lambda d: (d.ram, seconds(d)), CAREFUL)
-            or self._best(lambda d: True, lambda d: (d.vram, seconds(d)), CAREFUL)
+            self._best(
+                lambda d, n: n <= vram and d.ram <= ram and not self._late(d.tiling), lambda d, n: seconds(d)
+            )
+            or self._best(lambda d, n: n <= vram and d.ram <= ram, lambda d, n: seconds(d))
+            or self._best(lambda d, n: d.ram <= ram, by_size, CAREFUL)
+            or self._best(lambda d, n: n <= vram, by_ram, CAREFUL)
+            or self._best(lambda d, n: True, by_size, CAREFUL)
         )
         assert found is not None
         return found
 
     def _best(
-        self, fits: Callable[[Coding], bool], key: Callable[[Coding], Any], doubt: float = 1.0
+        self, fits: Callable[[Coding, int], bool], key: Callable[[Coding, int], Any], doubt: float = 1.0
     ) -> Coding | None:
-        """The first by `key` of those that fit. Guesses, times `doubt`, lead to it; what is returned is exact."""
-        while pool := [d for d in (self._guess(h, doubt) for h in self._histories) if fits(d)]:
-            best = min(pool, key=key)
+        """The first by `key` of those that fit; both are told a way and its VRAM.
+
+        Guesses, times `doubt`, lead to it; what is returned is exact.
+        """
+        while pool := [(d, n) for d, n in self._guessed(doubt) if fits(d, n)]:
+            best, _ = min(pool, key=lambda way: key(*way))
             if best.tiling.grid in self._known:
                 return best
             self._settle(best.tiling)
         return None
 
-    def _guess(self, histories: _Histories, doubt: float) -> Coding:
-        """What `histories` takes: as far as it is known, else with scratch in proportion to history, as of the tiling
+    def _guessed(self, doubt: float) -> Iterator[tuple[Coding, int]]:
+        """Every way and its VRAM: as far as it is known, else with scratch in proportion to history, as of the tiling
         of its kind with the nearest history that is known."""
-        tiling, largest, total = histories
-        known = self._known.get(tiling.grid)
-        if known is None:
-            alike = (k for grid, k in self._known.items() if grid[2] == tiling.banded)
-            nearest = min(alike, key=lambda k: abs(log(k[0] / largest)), default=(1, 1, 0))
-            known = largest, total, int(doubt * largest * nearest[2] / nearest[0])
-        return self._coding(tiling, *known)
+        guesses: dict[tuple[int, int, bool], int] = {}
+        for way, histories in zip(self._ways, self._histories, strict=True):
+            grid = way.tiling.grid
+            if grid in self._known:
+                yield way, way.vram
+                continue
+            if grid not in guesses:
+                alike = (k for known, k in self._known.items() if known[2] == grid[2])
+                nearest = min(
+                    alike, key=lambda k: abs(log(k[0] / histories.largest)), default=(1, 1, 0)
+                )  # fmt: skip
+                guesses[grid] = int(doubt * histories.largest * nearest[2] / nearest[0])
+            yield way, way.slab + self._scratch(way.tiling, guesses[grid])
 
     def exactly(self, tiling: Tiling) -> Coding:
         """What a given tiling takes."""
@@ -225,17 +237,19 @@ class Codings(ABC):
         scratch = self.measured(
             partial(self.tile_scratch, tile, before), "tile", *self._of_half, tile.window, repr(tile)
         ) + self.under_way(tile)
-        self._known[tiling.grid] = int(sizes.max()), int(sizes.sum()), scratch
+        self._known[tiling.grid] = known = int(sizes.max()), int(sizes.sum()), scratch
+        self._ways = [
+            self._coding(way.tiling, *known) if way.tiling.grid == tiling.grid else way for way in self._ways
+        ]
 
     def _coding(self, tiling: Tiling, largest: int, total: int, tile_scratch: int) -> Coding:
         visits = ceil(self.latent[1] / tiling.visit)
         everything = total + self._middle_history
         away = not tiling.kept and visits > 1
-        handed = self._handed * tiling.visit if tiling.banded else 0
         return Coding(
             tiling,
             slab=self.rounding(everything if tiling.kept else max(largest, self._middle_history)),
-            scratch=max(self._middle_scratch, tile_scratch) + handed,
+            scratch=self._scratch(tiling, tile_scratch),
             shelf=everything if away else 0,
             waiting=tiling.visit * self._half.channels * numel(self.plane) * self.dtype.itemsize,
             frames=self.frame * self.frames_held(tiling),
@@ -243,11 +257,20 @@ class Codings(ABC):
             work=1.0 if tiling.banded else total / self._whole,
         )
 
+    def _scratch(self, tiling: Tiling, of_tile: int) -> int:
+        handed = self._handed * tiling.visit if tiling.banded else 0
+        return max(self._middle_scratch, of_tile) + handed
+
     def _late(self, tiling: Tiling) -> bool:
         """Whether all frames wait for the last tile, however long the clip."""
         return not tiling.kept and tiling.visit == self.latent[1] > VISIT
 
     # ---- what is known in closed form
+
+    @cached_property
+    def _ways(self) -> list[Coding]:
+        """One for each of `_histories`, without scratch until its grid is known."""
+        return [self._coding(tiling, largest, total, 0) for tiling, largest, total in self._histories]
 
     @cached_property
     def _histories(self) -> list[_Histories]:

@@ -39,7 +39,7 @@ from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.kept import KeptBytes
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
-from lowvram.preview import Preview
+from lowvram.preview import Decoder, Preview
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.report import Report, Sample
 from lowvram.sampling.presets import few_step, model_preset
@@ -190,10 +190,12 @@ class Pipeline:
         """What the job would claim, move and take."""
         return self.plan_job(self.job(prompt, **settings))
 
-    def plan_job(self, job: Job) -> Plan:
+    def plan_job(self, job: Job, preview: Decoder | None = None) -> Plan:
+        """The plan of a job, and of a small decoder that makes previews beside it."""
         budget, machine = self.runtime.budget, self.runtime.machine
         cached = text.is_cached(self.model, job, self.runtime.texts, machine)
-        return make_plan(job, with_loras(self.model, job.loras), budget, machine, text_cached=cached)
+        model = with_loras(self.model, job.loras)
+        return make_plan(job, model, budget, machine, text_cached=cached, preview=preview)
 
     def __call__(self, prompt: str, *, listener: Listener | None = None, **settings: Any) -> Video:
         """Text and denoise: the finished latent. Frames are decoded when the video is saved or iterated."""
@@ -251,7 +253,7 @@ class Pipeline:
         """
         check_complete(self.model.spec, job)
         model = with_loras(self.model, job.loras)
-        plan = plan or self.plan_job(job)
+        plan = plan or self.plan_job(job, None if preview is None else preview.decoder)
         state = state or denoise.initial_state(job, model)
         with self.runtime.device() as device:
             run = self.runtime.begin(device, plan, listener or Silent(), clock, preview)

@@ -21,6 +21,7 @@ from lowvram.models.vae_layers import History, Weights
 from lowvram.models.vae_tiles import Tile
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import peak_memory
+from lowvram.preview import Decoder, decoded
 from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
 from lowvram.quant.face_spec import FACE_PIXELS, FACE_SCOPE
 from lowvram.quant.linear import Encoded, Params
@@ -251,6 +252,20 @@ def clip_layer_scratch(spec: ClipSpec, layer: Group, dtype: torch.dtype) -> int:
     with META:
         p, x = _meta_params(layer, dtype), torch.empty(spec.tokens, spec.dim, dtype=dtype)
     return _peak(lambda x: clip.layer(p, spec, x), x)
+
+
+def preview_scratch(decoder: Decoder, latent: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    """Transient bytes of `preview.decoded` on a latent [C, F, h, w]. Two latent frames tell: later ones repeat the second."""
+    with META:
+        w = Dense(_meta_params(decoder.weights), dtype)
+        x = torch.empty(latent[0], min(2, latent[1]), *latent[2:])
+
+    def run(x: Tensor) -> None:
+        for _ in decoded(x, x, 0.5, decoder, w):
+            pass
+
+    with torch.no_grad():
+        return _peak(run, x)
 
 
 class _UnderWay(PackedHistory):

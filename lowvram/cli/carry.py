@@ -32,6 +32,8 @@ class Output:
     """Where to write where memory, bytes and time went: JSON, or a drawing if its name ends with .svg."""
     preview: int | None = None
     """Steps between two looks at what the video will be."""
+    preview_decoder: Path | None = None
+    """The small decoder that makes them."""
 
     def check(self) -> None:
         """Before anything else: an output that cannot be written ends the command at once."""

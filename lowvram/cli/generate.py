@@ -26,6 +26,13 @@ def generate(
             "--preview", min=1, help="Every so many steps, show what the video will be: OUTPUT.preview.webp."
         ),
     ] = None,
+    preview_decoder: Annotated[
+        Path | None,
+        typer.Option(
+            "--preview-decoder",
+            help="Show it sharp, by a small decoder: taew2_1 or taew2_2.safetensors. It is part of the plan.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -35,6 +42,6 @@ def generate(
     from lowvram.cli.carry import Output
     from lowvram.cli.work import start
 
-    out = Output(output, overwrite, as_json, quiet, report, preview)
+    out = Output(output, overwrite, as_json, quiet, report, preview, preview_decoder)
     out.check()
     start(flags, prompt, settings, out, weights=weights)

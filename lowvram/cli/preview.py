@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from lowvram.cli.carry import Output
 from lowvram.cli.console import Progress
+from lowvram.errors import UsageError
 from lowvram.job import Job
 from lowvram.offload.io import write_atomic
-from lowvram.preview import Pixels, Preview, animated, colours_of
+from lowvram.preview import Decoder, Pixels, Preview, animated, colours_of, open_decoder
 from lowvram.quant.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -26,9 +28,27 @@ def preview_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}.preview.webp")
 
 
-def open_preview(every: int, spec: ModelSpec, job: Job, target: Path, progress: Progress) -> Preview:
-    """A preview of this job. UsageError if none is known for the model."""
-    path, milliseconds = preview_path(target), round(4000 / job.fps)
+def preview_decoder(out: Output, spec: ModelSpec) -> Decoder | None:
+    """What makes the previews, if not a linear map. UsageError if no preview can be made as asked, FileError for a file
+    that is no decoder for the model."""
+    if out.preview is None and out.preview_decoder is not None:
+        raise UsageError(
+            "a preview decoder, but no previews are asked for",
+            where="--preview-decoder",
+            advice="say with --preview N after how many steps one is to be made",
+        )
+    if out.preview_decoder is not None:
+        return open_decoder(out.preview_decoder, spec.vae)
+    if out.preview is not None:
+        colours_of(spec.vae)
+    return None
+
+
+def open_preview(
+    every: int, spec: ModelSpec, decoder: Decoder | None, job: Job, target: Path, progress: Progress
+) -> Preview:
+    """A preview of this job, by a decoder or else by a linear map. UsageError if none is known for the model."""
+    path, milliseconds = preview_path(target), round((4000 if decoder is None else 1000) / job.fps)
 
     def show(done: int, frames: Sequence[Pixels]) -> None:
         write_atomic(path, animated(frames, milliseconds))
@@ -36,7 +56,7 @@ def open_preview(every: int, spec: ModelSpec, job: Job, target: Path, progress: 
         if progress.live:
             progress.show(half_blocks(frames[len(frames) // 2]))
 
-    return Preview(colours_of(spec.vae), every, show)
+    return Preview(decoder or colours_of(spec.vae), every, show)
 
 
 def half_blocks(picture: Pixels) -> Text:

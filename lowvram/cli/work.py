@@ -13,13 +13,12 @@ from lowvram.cli.console import Forecast, Progress
 from lowvram.cli.driven import rest_of_driven
 from lowvram.cli.models import announce, tell_files, tell_preset
 from lowvram.cli.options import JobFlags
-from lowvram.cli.preview import open_preview
+from lowvram.cli.preview import open_preview, preview_decoder
 from lowvram.cli.tensors import damaged, load_tensors, save_tensors
 from lowvram.conditions.contract import Condition
 from lowvram.driving import Driving
 from lowvram.job import Job, check_complete
 from lowvram.planning.plan import Plan
-from lowvram.preview import colours_of
 from lowvram.report import Report
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.denoise import State
@@ -43,10 +42,8 @@ def start(
     else:
         job = pipe.job(prompt, **settings)
         check_complete(pipe.model.spec, job)
-        if out.preview is not None:  # known before a folder is made
-            colours_of(pipe.model.spec.vae)
         tell_preset(pipe, flags, job, silent)
-    plan = pipe.plan_job(job)
+    plan = pipe.plan_job(job, preview_decoder(out, pipe.model.spec))  # known before a folder is made
     work(new_folder(pipe.runtime, job, out), pipe, job, plan, out)
 
 
@@ -87,6 +84,7 @@ def work(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output) -
 def rest_of(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output) -> Rest:
     """The steps that are not saved, and the video."""
     latent, state = load_latent(folder), load_state(folder)
+    decoder = preview_decoder(out, pipe.model.spec)
     done = state.step if state else 0
     forecast = [
         Forecast(s.name, s.steps - done if s.name == "denoise" else s.steps, s.seconds) for s in plan.stages
@@ -105,7 +103,7 @@ def rest_of(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output
             plan=plan,
             preview=None
             if out.preview is None
-            else open_preview(out.preview, pipe.model.spec, job, out.target, progress),
+            else open_preview(out.preview, pipe.model.spec, decoder, job, out.target, progress),
         )
         save_latent(folder, video.latent)
         return video.save(out.target, overwrite=out.overwrite)

@@ -17,6 +17,7 @@ from lowvram.planning.plan import Plan, StagePlan
 from lowvram.planning.prepare import plan_prepare
 from lowvram.planning.refuse import refusal
 from lowvram.planning.text import plan_text
+from lowvram.preview import Decoder
 from lowvram.stages.condition import plan_condition
 
 Planner = Callable[[Facts, Budget], Sequence[StagePlan]]
@@ -31,17 +32,27 @@ STEP = 10**9
 """Bytes more whose use a plan looks up."""
 
 
-def make_plan(job: Job, model: Model, budget: Budget, machine: Machine, *, text_cached: bool = False) -> Plan:
+def make_plan(
+    job: Job,
+    model: Model,
+    budget: Budget,
+    machine: Machine,
+    *,
+    text_cached: bool = False,
+    preview: Decoder | None = None,
+) -> Plan:
     """The plan with the most that fits. BudgetError, naming the true minimum, if nothing does.
 
-    text_cached: whether the features of all prompts are kept from an earlier job
+    text_cached: whether the features of all prompts are kept from an earlier job. preview: what makes previews
     """
-    return choose(gather(job, model, machine, text_cached=text_cached), budget)
+    return choose(gather(job, model, machine, text_cached=text_cached, preview=preview), budget)
 
 
-def plan_steps(job: Job, model: Model, budget: Budget, machine: Machine) -> Plan:
+def plan_steps(
+    job: Job, model: Model, budget: Budget, machine: Machine, preview: Decoder | None = None
+) -> Plan:
     """As `make_plan`, of what is done once more when a step begins anew: the preparation and the denoise alone."""
-    return choose(gather(job, model, machine), budget, before=(plan_prepare,), after=())
+    return choose(gather(job, model, machine, preview=preview), budget, before=(plan_prepare,), after=())
 
 
 def choose(

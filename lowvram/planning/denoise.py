@@ -12,6 +12,7 @@ from lowvram.model import kinds
 from lowvram.models.self_attention import CHUNK
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.placement import BlockId, Placement, Where, plan_buffers, spread, visits_of
+from lowvram.offload.slab import build_layout
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import Lean, StagePlan
 from lowvram.planning.prepare import kept_claims
@@ -116,8 +117,10 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
         "attention output": stream,
         "rotary table": allocated_size(4 * tokens * HEAD_DIM),
         "latents": latents * _latent_bytes(facts),
-        "scratch": max(_scratch(facts, lean), solving * _latent_bytes(facts)),
+        "scratch": max(_scratch(facts, lean), solving * _latent_bytes(facts) + _preview_scratch(facts)),
     }
+    if facts.preview is not None:
+        claims["preview weights"] = facts.footprint(build_layout(facts.preview.weights.refs).nbytes)
     unpacked = _unpacked_bytes(facts) if lean.unpacked else 0
     if unpacked:
         claims["unpacked block"] = allocated_size(unpacked)
@@ -133,7 +136,7 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
 def _ram_claims(facts: Facts, lean: Lean) -> dict[str, int]:
     stream = facts.tokens * facts.spec.dit.dim * facts.dtype.itemsize
     away = {f"ram residual {n}": stream for n in range(_streams(facts, lean))} if lean.away else {}
-    return held_claims(facts) | away
+    return held_claims(facts) | _preview_ram(facts) | away
 
 
 def _streams(facts: Facts, lean: Lean) -> int:
@@ -174,6 +177,24 @@ def _scratch(facts: Facts, lean: Lean) -> int:
         embed = facts.measured(partial(footprint.embed_scratch, *ends), "embed", *key)
         found += [head + _latent_bytes(facts), embed]
     return max(found) + allocated_size(2 * spec.layers)  # two truths a block
+
+
+def _preview_scratch(facts: Facts) -> int:
+    """Of a preview by a decoder, made between two steps: the scratch of the blocks is free then."""
+    if facts.preview is None:
+        return 0
+    what = facts.latent, facts.dtype
+    measure = partial(footprint.preview_scratch, facts.preview, *what)
+    return facts.measured(measure, "preview", facts.preview.weights.kind, *what)
+
+
+def _preview_ram(facts: Facts) -> dict[str, int]:
+    """The decoder on its way to the device, and the pictures it makes."""
+    if facts.preview is None:
+        return {}
+    pictures = facts.preview.pictures_bytes(facts.latent[1], facts.latent[2:])
+    nbytes = build_layout(facts.preview.weights.refs).nbytes
+    return {"ram preview": nbytes, "preview pictures": pictures}
 
 
 def _unpacked_bytes(facts: Facts) -> int:

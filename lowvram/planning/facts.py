@@ -15,6 +15,7 @@ from lowvram.offload.budget import segment_size
 from lowvram.offload.placement import BlockId
 from lowvram.offload.slab import BlockLayout
 from lowvram.planning.visits import layouts_of
+from lowvram.preview import Decoder
 from lowvram.quant.spec import ModelSpec, numel
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.tokenizer import tokenize
@@ -48,6 +49,8 @@ class Facts:
     """Footprints measured so far: a search asks for the same ones often, and each takes a tenth of a second."""
     text_cached: bool = False
     """Whether the features of all prompts are kept from an earlier job."""
+    preview: Decoder | None = None
+    """What makes previews between the steps, if not a linear map."""
 
     def with_job(self, job: Job) -> Facts:
         """The same for another size or length of the video."""
@@ -114,6 +117,7 @@ def gather(
     known: dict[Hashable, Any] | None = None,
     *,
     text_cached: bool = False,
+    preview: Decoder | None = None,
 ) -> Facts:
     """The facts of a job. Nothing is read but the tokenizer.
 
@@ -137,6 +141,7 @@ def gather(
         ),
         {} if known is None else known,
         text_cached,
+        preview,
     )
 
 

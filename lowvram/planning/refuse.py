@@ -94,6 +94,7 @@ def nearest(facts: Facts, budget: Budget, least: Least) -> dict[str, str]:
             facts.machine,
             facts.known,
             text_cached=facts.text_cached,
+            preview=facts.preview,
         )
         if max(layout.nbytes for layout in other.layouts.values()) < heaviest and fits(other):
             found["weights"] = weights

@@ -27,6 +27,7 @@ from lowvram.quant.spec import DitSpec
 from lowvram.sampling import guidance, solvers
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.run import Run, Traffic
+from lowvram.stages.weights import Dense
 from lowvram.triton_kernels.dispatch import half_of
 from lowvram.triton_kernels.keys import carve, stored_bytes
 from lowvram.triton_kernels.ops import ops_for
@@ -104,6 +105,7 @@ def denoise(
         driving = _driving(condition, spec.dit, len(texts), device)
         rope = dit.rope_table(*grid, device=device)
         works = _workspaces(run, stack, job, spec.dit, tokens, len(texts) if lean.together else 1)
+        shown = _preview_weights(run, stack)
         stream = _open_stream(run, stack, traffic, layouts, job, model, state.step, stop)
         for i in range(state.step, stop):
             finite = torch.ones(spec.dit.layers, 2, dtype=torch.bool, device=device)
@@ -134,7 +136,7 @@ def denoise(
                 )
             v = guidance.combine(velocities[0], velocities[1] if passes == 2 else None, schedule.guidance[i])
             if run.preview is not None:
-                run.preview.step(i + 1, x, v, schedule.sigmas[i])
+                run.preview.step(i + 1, x, v, schedule.sigmas[i], shown)
             noise = fresh_noise(job, x, i) if solvers.needs_noise(schedule, i) else None
             x, memory = solvers.step(schedule, i, memory, x, v, noise)
             x = _imposed(x, fixed)
@@ -223,6 +225,13 @@ def _open_stream(
     )
     stack.callback(traffic.add, stream)  # once it is closed
     return stack.enter_context(stream)
+
+
+def _preview_weights(run: Run, stack: ExitStack) -> Dense | None:
+    """Those of the decoder that makes previews, on the device while the stage lasts."""
+    if run.decoder is None:
+        return None
+    return Dense(stack.enter_context(run.resident("preview", run.decoder.weights)), run.plan.dtype)
 
 
 def _take(stream: BlockStream | None, n: int) -> Iterator[tuple[BlockId, Views]]:

@@ -19,10 +19,10 @@ from lowvram.offload.device import Device, lost
 from lowvram.offload.io import FileReader
 from lowvram.offload.kept import KeptBytes
 from lowvram.offload.placement import BlockId, Placement, block_name
-from lowvram.offload.slab import build_layout
+from lowvram.offload.slab import as_bytes, build_layout, carve, read_runs
 from lowvram.offload.stream import BlockStats, BlockStream, Views
 from lowvram.planning.plan import Plan, StagePlan
-from lowvram.preview import Preview
+from lowvram.preview import Decoder, Preview
 from lowvram.quant import fused
 from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.linear import Params
@@ -122,6 +122,11 @@ class Run:
     began: int = field(default_factory=resident_set)
     """`rss` when the job began."""
 
+    @property
+    def decoder(self) -> Decoder | None:
+        """What makes previews, if not a linear map."""
+        return None if self.preview is None else self.preview.decoder
+
     def tell(self, note: str) -> None:
         """Something that went otherwise than planned, or than usual: said now, and in the report."""
         self.notes.append(note)
@@ -207,6 +212,25 @@ class Run:
         """A group of tensors on the device for as long as the block lasts."""
         with self.carried(name, group, traffic) as views:
             yield self.params(group, views)
+
+    @contextmanager
+    def resident(self, name: str, group: Group) -> Iterator[Params]:
+        """A small group of tensors on the device, beside any stream, for as long as the block lasts."""
+        layout = build_layout(group.refs)
+        place = self.device.alloc(f"{name} weights", layout.nbytes)
+        try:
+            passing = self.device.host_alloc(f"ram {name}", layout.nbytes)
+            try:
+                for read in read_runs(layout):
+                    with self.open_reader(read.file) as reader:
+                        part = passing.tensor[read.slab_offset : read.slab_offset + read.nbytes]
+                        reader.read_into(read.file_offset, as_bytes(part))
+                self.device.copy_async(place.tensor, passing.tensor).synchronize()
+            finally:
+                passing.free()
+            yield self.params(group, carve(layout, place.tensor))
+        finally:
+            place.free()
 
     def choose_decoders(self, model: Model) -> None:
         """Try the kernels that decode the weights of a model, and note where torch has to do it."""

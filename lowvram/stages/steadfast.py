@@ -52,7 +52,7 @@ def denoise_steadfastly(
                 raise
             safe = replace(job, attention=SDPA, matmul=EXACT)
             try:
-                plan = make_plan(safe, model, run.plan.budget, run.plan.machine)
+                plan = make_plan(safe, model, run.plan.budget, run.plan.machine, preview=run.decoder)
             except BudgetError:
                 raise problem from None
             again = "sdpa and exact multiplication" if job.matmul.int8 else "sdpa"
@@ -80,7 +80,8 @@ def _smaller(run: Run, model: Model, job: Job, step: int, lack: OutOfMemoryError
     else:
         what, vram = f"memory ran out in step {step + 1}", min(vram, was.vram * 7 // 8)
     try:
-        plan = plan_steps(job, model, Budget(max(1, vram), max(1, ram)), run.plan.machine)
+        left = Budget(max(1, vram), max(1, ram))
+        plan = plan_steps(job, model, left, run.plan.machine, run.decoder)
     except BudgetError:
         raise lack from None
     now = plan.stage("denoise")

@@ -296,7 +296,13 @@ class Video:
         """Frames [H, W, 3] uint8 RGB in order, decoded as they are taken."""
         with self.pipeline.runtime.device() as device:
             run = Run(
-                device, self.plan, self.listener, self.clock, reports=self.reports, samples=self.samples
+                device,
+                self.plan,
+                self.listener,
+                self.clock,
+                reports=self.reports,
+                notes=self.notes,
+                samples=self.samples,
             )
             for chunk in decode.decode(run, self.pipeline.model, self.job, self.latent):
                 yield from chunk

@@ -81,14 +81,12 @@ class Coding:
 
     def explain(self) -> str:
         """The choice and its reason, in words."""
-        tiling, tiles = self.tiling, self.tiling.rows * self.tiling.columns
-        if tiles == 1 and tiling.kept:
-            return "whole frames, the fastest"
-        cut = f"{tiling.rows} x {tiling.columns} tiles, {self.work - 1:.0%} more work and the same pixels"
-        if tiling.banded:
-            cut = f"{tiles} bands, nothing computed twice and the same pixels"
-        if tiles == 1:
-            cut = "whole frames"
+        tiling, cut = self.tiling, self.tiling.words
+        if tiling.count == 1 and tiling.kept:
+            return f"{cut}, the fastest"
+        if tiling.count > 1:
+            work = "nothing computed twice" if tiling.banded else f"{self.work - 1:.0%} more work"
+            cut = f"{cut}, {work} and the same pixels"
         if tiling.kept:
             return f"{cut}: whole frames do not fit"
         if self.shelf:

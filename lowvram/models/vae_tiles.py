@@ -268,6 +268,13 @@ class Tiling:
     1."""
 
     @property
+    def words(self) -> str:
+        """How the plane is cut, in words."""
+        if self.count == 1:
+            return "whole frames"
+        return f"{self.count} bands" if self.banded else f"{self.rows} x {self.columns} tiles"
+
+    @property
     def grid(self) -> tuple[int, int, bool]:
         """How the plane is cut."""
         return self.rows, self.columns, self.banded

@@ -69,7 +69,10 @@ def _decode(
                 pieces = vae_clip.decode(spec, w, latent[None], tiling, shelf, device.torch_device, dtype)
                 yield from _frames(_converted(pieces, convert, outbox, first), shape, tiling.count)
 
-        for frame in in_tiles(device, ways, run.plan.stage("decode").tiling or Tiling(), attempt):
+        def tell(given: int, smaller: Tiling) -> None:
+            run.tell(f"decode: memory ran out after {given} frames; it went on in {smaller.words}")
+
+        for frame in in_tiles(device, ways, run.plan.stage("decode").tiling or Tiling(), attempt, tell):
             run.step("decode")
             yield frame
 

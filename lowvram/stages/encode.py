@@ -62,7 +62,10 @@ def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, t
                 )
                 yield from (z.to("cpu") for z in islice(latents, first, None))
 
-        for n, z in enumerate(in_tiles(device, ways, plan.tiling, attempt)):
+        def tell(given: int, smaller: Tiling) -> None:
+            run.tell(f"encode: memory ran out after {given} latents; it went on in {smaller.words}")
+
+        for n, z in enumerate(in_tiles(device, ways, plan.tiling, attempt, tell)):
             latent[:, n] = z[0, :, 0]
             del z  # or it would live through the making of the next
             run.step("encode")

@@ -80,11 +80,16 @@ class Shelf:
 
 
 def in_tiles(
-    device: Device, ways: Codings, tiling: Tiling, attempt: Callable[[Tiling, int], Iterator[Result]]
+    device: Device,
+    ways: Codings,
+    tiling: Tiling,
+    attempt: Callable[[Tiling, int], Iterator[Result]],
+    tell: Callable[[int, Tiling], None],
 ) -> Iterator[Result]:
     """The results of `attempt(tiling, 0)`. If memory runs out, those of `attempt(smaller, n)` after the first n.
 
     attempt  gives the results from the nth on; histories begin with the clip, so what was given is computed again
+    tell     is told n and the smaller tiling
 
     Each time the tiling takes at most half of what the one before took on the device, or the least there is. What it
     needs more on the host is claimed. OutOfMemoryError if there is no smaller one.
@@ -108,6 +113,7 @@ def in_tiles(
             if smaller.vram >= last.vram:
                 raise _told(problem, device, last) from None
             tiling = smaller.tiling
+            tell(given, tiling)
             more.enter_context(device.ram.claim("smaller tiles", max(0, smaller.resting - planned.resting)))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram import Runtime
-from lowvram.api import Pipeline
+from lowvram.api import Pipeline, Video
 from lowvram.conditions.pictures import GivenClip
 from lowvram.errors import OutOfMemoryError
 from lowvram.job import Job
@@ -73,13 +73,13 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> Scarce:
     """Counts inside the attempts only: without weights no tile is small enough, and plans are made on meta tensors."""
     mode = Scarce(0)
 
-    def watched(device: Any, ways: Any, tiling: Tiling, attempt: Any) -> Iterator[Any]:
+    def watched(device: Any, ways: Any, tiling: Tiling, attempt: Any, tell: Any) -> Iterator[Any]:
         def seen(tiling: Tiling, first: int) -> Iterator[Any]:
             mode.tilings.append(tiling)
             with mode:
                 yield from attempt(tiling, first)
 
-        return tiles.in_tiles(device, ways, tiling, seen)
+        return tiles.in_tiles(device, ways, tiling, seen, tell)
 
     monkeypatch.setattr(decode, "in_tiles", watched)
     monkeypatch.setattr(encode, "in_tiles", watched)
@@ -123,6 +123,17 @@ def test_whatever_fails_while_decoding_every_frame_comes_once_and_is_the_same(
         off = np.abs(clip.astype(int) - whole)
         assert off.max() <= 1 and (off > 0).mean() < 1e-3
         assert run.device.ledger.used == run.device.ram.used == 0
+
+
+def test_a_report_says_that_memory_ran_out_while_decoding(
+    pipe: Pipeline, job: Job, run: Run, scarce: Scarce, tmp_path: Path
+) -> None:
+    shape = pipe.model.spec.latent_shape(job.width, job.height, job.frames)
+    scarce.nth, scarce.made, scarce.tilings = 50, 0, []
+    video = Video(pipe, job, run.plan, torch.zeros(shape), notes=["said before"])
+    report = video.save(tmp_path / "a.mp4")
+    assert report.notes[0] == "said before" and len(report.notes) == 2
+    assert report.notes[1].startswith("decode: memory ran out after 0 frames; it went on in ")
 
 
 SPECS = {
@@ -170,7 +181,7 @@ def brought_through(version: str, half: str, scarce: Scarce, nth: int) -> list[T
 
     scarce.nth, scarce.made, scarce.tilings = nth, 0, []
     with torch.inference_mode():
-        made = list(tiles.in_tiles(device, ways, Tiling(), attempt))
+        made = list(tiles.in_tiles(device, ways, Tiling(), attempt, lambda *_: None))
     assert device.ledger.used == device.ram.used == 0
     return made
 

@@ -228,7 +228,7 @@ def test_memory_that_runs_out_while_driving_videos_are_encoded_is_met_with_small
         latents.append(encode.encode(*args))
         return latents[-1]
 
-    def scarce(device: Any, ways: Any, tiling: Tiling, attempt: Any) -> Iterator[Any]:
+    def scarce(device: Any, ways: Any, tiling: Tiling, attempt: Any, tell: Any) -> Iterator[Any]:
         def failing(now: Tiling, first: int) -> Iterator[Any]:
             tilings.append(now)
             results = attempt(now, first)
@@ -237,7 +237,7 @@ def test_memory_that_runs_out_while_driving_videos_are_encoded_is_met_with_small
                 raise torch.OutOfMemoryError
             yield from results
 
-        return tiles.in_tiles(device, ways, tiling, failing)
+        return tiles.in_tiles(device, ways, tiling, failing, tell)
 
     monkeypatch.setattr(animate, "encode", recorded)
     animation = pipe.animate(drive(9, 128, 128), "replace", **SETTINGS | {"steps": 1})

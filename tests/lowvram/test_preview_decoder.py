@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from strict_device import StrictRuntime, metered
 from torch import Tensor, nn
 
-from lowvram import footprint
+from lowvram import Runtime, footprint
 from lowvram.cli.preview import preview_path
 from lowvram.errors import FileError
-from lowvram.models import tae
+from lowvram.models import dit, tae
 from lowvram.models.tae import TaeSpec
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import track
@@ -222,3 +222,31 @@ def test_another_file_is_refused(cli: Callable[..., Any], files: dict[str, Path]
     bad.write_bytes(b"{}")
     with pytest.raises(FileError, match="not a safetensors file"):
         open_decoder(bad, VAES["taew2_1"])
+
+
+def test_a_step_that_is_planned_again_keeps_its_previews(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out in the second step; in the third, the preview itself finds none, and only that ends."""
+    pipe = Runtime("1GB", "2GB", "cpu", cache=False).load("nano")
+    job = pipe.job(PROMPT, steps=3, frames=5)
+    plain, decoder = pipe.run(job).latent, open_decoder(files["taew2_1"], pipe.model.spec.vae)
+    forward, calls, seen = dit.forward, 0, []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("made to fail")
+        return forward(*args, **kwargs)
+
+    def show(done: int, frames: Any) -> None:
+        if done == 3:
+            raise torch.OutOfMemoryError("no room for pictures")
+        seen.append((done, len(frames)))
+
+    monkeypatch.setattr(dit, "forward", failing)
+    video = pipe.run(job, preview=Preview(decoder, 1, show))
+    assert torch.equal(video.latent, plain) and seen == [(1, 5), (2, 5)]
+    again, last = video.notes
+    assert "planned again" in again and last == "no more previews: no room for pictures"

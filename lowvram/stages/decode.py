@@ -58,14 +58,13 @@ def _decode(
         w = Dense(stack.enter_context(run.loaded("vae", ways.weights, traffic)), dtype)
 
         norm = ops_for(run.plan.machine.arch, run.plan.machine.unfused).rms_silu
+        # not a matter of tiles: smaller ones would not help if there were no room for it
+        outbox = stack.enter_context(Outbox(device, 3 * job.height * job.width * itemsize))
 
         def attempt(tiling: Tiling, first: int) -> Iterator[NDArray[Any]]:
             memories = vae_clip.decoder(spec).memories(tiling, ways.plane, spec.shapes())
             visits = -(-latent.shape[1] // tiling.visit)
-            with (
-                Shelf(device, memories, dtype, visits, kept=tiling.kept, norm=norm) as shelf,
-                Outbox(device, 3 * job.height * job.width * itemsize) as outbox,
-            ):
+            with Shelf(device, memories, dtype, visits, kept=tiling.kept, norm=norm) as shelf:
                 pieces = vae_clip.decode(spec, w, latent[None], tiling, shelf, device.torch_device, dtype)
                 yield from _frames(_converted(pieces, convert, outbox, first), shape, tiling.count)
 

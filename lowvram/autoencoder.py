@@ -24,6 +24,7 @@ from lowvram.offload.budget import Budget, format_bytes
 from lowvram.offload.io import FileReader, write_atomic
 from lowvram.offload.placement import Placement
 from lowvram.planning.decode import plan_decode
+from lowvram.planning.encode import plan_encode
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import Lean, Plan, StagePlan
 from lowvram.quant.identify import identify_path
@@ -32,7 +33,6 @@ from lowvram.sampling.presets import load_models
 from lowvram.stages import decode as decode_stage
 from lowvram.stages.encode import encode as encode_stage
 from lowvram.stages.run import Listener, Run, Silent
-from lowvram.tiling import plan_encode
 
 TENSOR = "latent"
 """Name of the tensor in a latent file: [z, F, h, w] float32, normalised as the transformer takes it."""

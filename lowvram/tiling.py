@@ -7,7 +7,7 @@ that tile's history, closely enough to choose by; a run of the tile on meta tens
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import ceil, log
@@ -18,15 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from lowvram import footprint
-from lowvram.machine import Machine
 from lowvram.model import Group, Model, vae_group
 from lowvram.models.vae import DECODER, ENCODER
 from lowvram.models.vae_clip import FRAMES, Half, decoder, encoder
 from lowvram.models.vae_history import Memory, memories, packed, packed_size, tile_memories
 from lowvram.models.vae_tiles import Tile, Tiling, band_edges, make_tile, split
-from lowvram.offload.budget import allocated_size, exact_size, segment_size
+from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import Rounding
-from lowvram.offload.slab import build_layout
 from lowvram.quant.spec import VaeSpec, numel
 
 VISIT = 16
@@ -117,7 +115,8 @@ class Measured(Protocol):
     def __call__(self, measure: Callable[[], _T], *what: Hashable) -> _T: ...
 
 
-def _anew(measure: Callable[[], _T], *what: Hashable) -> _T:
+def anew(measure: Callable[[], _T], *what: Hashable) -> _T:
+    """`Measured` that remembers nothing."""
     return measure()
 
 
@@ -135,7 +134,7 @@ class Codings(ABC):
     dtype: torch.dtype
     rounding: Rounding
     """What the device gives up for a long-lived buffer."""
-    measured: Measured = _anew
+    measured: Measured = anew
     _known: dict[tuple[int, int, bool], tuple[int, int, int]] = field(default_factory=dict, init=False)
     """By grid of tiles: history of the largest, of all, scratch of the largest."""
 
@@ -407,35 +406,12 @@ class Encodings(Codings):
         return FRAMES * tiling.visit
 
 
-# ---- a planned encode
-
-
-@dataclass(frozen=True, slots=True)
-class EncodePlan:
-    """How one clip is encoded: what `lowvram.stages.encode` is given, and what a stage that calls it must claim."""
-
-    shape: tuple[int, int, int]
-    """Frames (1 + 4k), rows and columns of pixels."""
-    dtype: torch.dtype
-    """What is computed in."""
-    tiling: Tiling
-    claims: Mapping[str, int]
-    """Device bytes by name."""
-    ram_claims: Mapping[str, int]
-    disk_read: int
-    h2d: int
-    seconds: float
-    """A forecast."""
-    choice: str
-    """The tiling and its reason, in words."""
-
-
 def encodings(
     model: Model,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     rounding: Rounding,
-    measured: Measured = _anew,
+    measured: Measured = anew,
 ) -> Encodings:
     """The ways to encode a clip of `shape`: frames, rows and columns of pixels."""
     frames, height, width = shape
@@ -450,50 +426,3 @@ def decodings(model: Model, shape: tuple[int, int, int], dtype: torch.dtype, rou
     latent = model.spec.latent_shape(width, height, frames)
     group = vae_group(model, DECODER)
     return Decodings(model.spec.vae, group, latent, 3 * height * width, dtype, rounding)
-
-
-def plan_encode(
-    model: Model,
-    shape: tuple[int, int, int],
-    vram: int,
-    ram: int,
-    machine: Machine,
-    dtype: torch.dtype = torch.float32,
-    measured: Measured = _anew,
-) -> EncodePlan:
-    """The fastest way to encode `shape` pixels inside `vram` and `ram` bytes; the smallest if none fits.
-
-    `vram` and `ram` are what a stage has left beside its other claims (the context and the program are among those).
-    A stage that encodes several clips one after the other claims the most of each name. bf16 loses detail that an
-    encoder cannot do without; float32 is what the authors compute in.
-    """
-    spec = model.spec.vae
-    rounding = segment_size if machine.kind == "cuda" else exact_size
-    ways = encodings(model, shape, dtype, rounding, measured)
-    stored, latent = build_layout(ways.weights.refs).nbytes, ways.latent
-    # 2.1: 18 TFLOP per latent at 1280x720 (wan-models 6.5), in the format that `matmul` was measured in
-    native = 2 if machine.kind == "cuda" else 4
-    flops = 18e12 * numel(latent[1:]) / (90 * 160) * (spec.base / 96) ** 2 * dtype.itemsize / native
-
-    def seconds(coding: Coding) -> float:
-        return coding.work * flops / machine.matmul + 2 * coding.moved / machine.link
-
-    weights = rounding(stored)
-    found = ways.choose(vram - weights, ram - stored, seconds)
-    host = {
-        "ring 0": stored,
-        "frames": found.frames,
-        "vae planes": found.waiting,
-        "ram histories": found.shelf,
-    }
-    return EncodePlan(
-        shape,
-        dtype,
-        found.tiling,
-        {"vae weights": weights, "vae histories": found.slab, "vae scratch": found.scratch},
-        {name: nbytes for name, nbytes in host.items() if nbytes},
-        stored,
-        stored + found.moved,
-        stored / machine.disk + seconds(found),
-        found.explain(),
-    )

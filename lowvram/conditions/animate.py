@@ -27,13 +27,13 @@ from lowvram.media.picture import read_picture
 from lowvram.media.resize import letterbox, to_tensor
 from lowvram.model import Model
 from lowvram.offload.budget import Budget
+from lowvram.planning.encode import plan_encode
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.stages.encode import encode
 from lowvram.stages.run import Run
-from lowvram.tiling import plan_encode
 
 
 class Sources:

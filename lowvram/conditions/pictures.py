@@ -24,12 +24,12 @@ from lowvram.media.picture import Picture, read_picture
 from lowvram.media.resize import to_frame, to_tensor
 from lowvram.model import Model
 from lowvram.offload.budget import Budget
+from lowvram.planning.encode import plan_encode
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import CLIP_TOKENS, ModelSpec, numel
 from lowvram.stages.encode import encode
 from lowvram.stages.run import Run
-from lowvram.tiling import plan_encode
 
 
 class PictureChannels:

@@ -6,7 +6,7 @@ allocate besides comes from running their own code on meta tensors (`lowvram.foo
     plan      the nouns: Plan, StagePlan, Lean
     facts     what does not depend on the budget
     visits    the blocks of a network and the order in which a job visits them
-    text, prepare, denoise, decode    one stage each
+    text, prepare, denoise, decode    one stage each; encode plans part of one
     choose    `make_plan`: the most that fits
     words     a choice, an advice, a refusal
 """

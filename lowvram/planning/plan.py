@@ -13,7 +13,7 @@ from lowvram.models.self_attention import CHUNK
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Budget
 from lowvram.offload.placement import Placement
-from lowvram.tiling import EncodePlan
+from lowvram.planning.encode import EncodePlan
 
 SCHEMA = "lowvram.plan/1"
 

@@ -13,10 +13,11 @@ from lowvram.model import Model
 from lowvram.models import vae_clip
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.device import exhausted
+from lowvram.planning.encode import EncodePlan
 from lowvram.stages.run import Run, Traffic
 from lowvram.stages.tiles import Shelf, in_tiles
 from lowvram.stages.weights import Dense
-from lowvram.tiling import EncodePlan, encodings
+from lowvram.tiling import encodings
 from lowvram.triton_kernels.ops import ops_for
 
 
@@ -27,7 +28,7 @@ def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, t
              `plan.shape` says. Asked for when their turn comes: one latent's frames at a time, or as many latents'
              as pass a tile at once (`plan.tiling.visit`). If they can be iterated over again (a list, not an
              iterator), memory that runs out in spite of the plan is met with smaller tiles.
-    plan     of `lowvram.tiling.plan_encode`. The caller's stage must hold its claims, as `Run.stage` does for the
+    plan     of `lowvram.planning.encode.plan_encode`. The caller's stage must hold its claims, as `Run.stage` does for the
              claims that the stage's plan names alike; "vae weights" and "ring 0" are taken here.
     traffic  of the caller's stage
 

@@ -33,13 +33,14 @@ from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger, exact_size
 from lowvram.offload.device import CpuDevice
+from lowvram.planning.encode import plan_encode
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, VaeSpec
 from lowvram.sampling.presets import model_preset
 from lowvram.stages import decode, encode, tiles
 from lowvram.stages.outbox import Outbox
 from lowvram.stages.run import Run, Traffic
 from lowvram.stages.tiles import Shelf
-from lowvram.tiling import Decodings, Encodings, plan_encode
+from lowvram.tiling import Decodings, Encodings
 
 GB = 10**9
 STRIDE = int(os.environ.get("LOWVRAM_FAULTS") == "all")

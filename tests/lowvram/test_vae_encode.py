@@ -20,6 +20,7 @@ from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger, allocated_size, exact_size
 from lowvram.offload.device import CpuDevice
 from lowvram.offload.estimate import track
+from lowvram.planning.encode import EncodePlan, plan_encode
 from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.spec import LATENT_MEAN_22, LATENT_STD_22, VaeSpec
 from lowvram.sampling.presets import model_preset
@@ -27,7 +28,7 @@ from lowvram.stages.encode import encode
 from lowvram.stages.run import Run, Traffic
 from lowvram.stages.tiles import Shelf
 from lowvram.stages.weights import Dense, to_params
-from lowvram.tiling import EncodePlan, Encodings, plan_encode
+from lowvram.tiling import Encodings
 
 GB = 10**9
 SPECS = {

@@ -1,14 +1,14 @@
-"""The headers of a checkpoint of 14 billion parameters: opened in half a second and 100 MB, however large the file is."""
+"""The headers of a checkpoint of 14 billion parameters: opened in little work and 100 MB, however large the file is."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
+from work import lines_run
 
 from lowvram.offload.io import FileReader
 from lowvram.quant.encodings.registry import planned_encoding
@@ -19,7 +19,7 @@ from lowvram.quant.published import published
 from lowvram.sampling.presets import load_models
 
 SHAPES = load_models()["wan2.2-t2v-a14b"].dit.shapes()
-SECONDS, BYTES = 0.5, 100e6
+LINES, BYTES = 1_000_000, 100e6
 
 
 def sparse(path: Path, head: bytes, nbytes: int, notes: dict[int, bytes]) -> Path:
@@ -93,16 +93,14 @@ def shards(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [fp8, comfy_int8, gguf, shards])
-def test_headers_of_a_14b_checkpoint_open_quickly_in_little_memory(make, tmp_path: Path) -> None:
+def test_headers_of_a_14b_checkpoint_open_in_little_work_and_memory(make, tmp_path: Path) -> None:
     path = make(tmp_path)
     size = sum(f.stat().st_size for f in tmp_path.iterdir())
     assert size > 8e9
     identify_path(path, FileReader)  # once for what is only made once: compiled patterns
-    wall, began = time.perf_counter(), time.process_time()
-    found = identify_path(path, FileReader)
-    took = time.process_time() - began
+    found, lines = lines_run(lambda: identify_path(path, FileReader))
     assert len(found.refs) == 1095 and found.spec is not None
-    assert took < SECONDS, f"{took:.2f} s of the processor, {time.perf_counter() - wall:.2f} s in all"
+    assert lines < LINES
     tracemalloc.start()
     identify_path(path, FileReader)
     _, peak = tracemalloc.get_traced_memory()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -23,6 +22,7 @@ from headers import (
     plain,
     renamed,
 )
+from work import lines_run
 
 from lowvram.errors import FileError
 from lowvram.quant.encodings.fp8 import Fp8
@@ -33,6 +33,7 @@ from lowvram.quant.identify import identify, identify_path, kinds
 from lowvram.quant.names import CLIP, DIT, TEXT, vae_renames
 from lowvram.quant.spec import ClipSpec, TextSpec, VaeSpec
 
+LINES = 400_000
 MODELS = [
     (T2V, "dit", "t2v"), (I2V, "dit", "i2v"), (TI2V, "dit", "ti2v"), (I2V_CLIP, "dit", "i2v-clip"),
     (FLF, "dit", "flf2v"), (ANIMATE, "dit", "animate"), (NANO, "dit", "t2v"), (VaeSpec(), "vae", "2.1"), (VAE_22, "vae", "2.2"),
@@ -275,11 +276,6 @@ def test_a_path_is_read_and_identified(tmp_path, pack, open_file):
     assert found.metadata == {"format": "pt"}
 
 
-def test_a_14b_file_is_identified_in_milliseconds(header_of):
+def test_a_14b_file_is_identified_in_little_work(header_of):
     header = header_of(plain(T2V.shapes()))
-    times = []
-    for _ in range(5):
-        start = time.process_time()
-        identify([header])
-        times.append(time.process_time() - start)
-    assert min(times) < 0.05  # measured 0.014 on an idle core
+    assert lines_run(lambda: identify([header]))[1] < LINES

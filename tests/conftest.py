@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from lowvram.quant.files.header import Header, StoredTensor
 from lowvram.quant.refs import Reader, Shape, stored_bytes
+
+settings.register_profile("same everywhere", deadline=None, derandomize=True, database=None)
+settings.load_profile("same everywhere")
 
 
 @pytest.fixture(autouse=True)

@@ -274,7 +274,7 @@ def test_a_header_longer_than_any_is_refused(refusal):
     assert "header of more than" in refusal(head, size=1 << 30)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 400), st.binary(min_size=0, max_size=8)), min_size=1, max_size=4),
     cut=st.integers(0, 40),

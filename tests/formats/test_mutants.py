@@ -32,7 +32,7 @@ def test_a_mutant_is_read_or_refused(name: str) -> None:
     make, parse = fuzz.TARGETS[name]
     start = make()
 
-    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=150)
     @given(st.integers(0, 2**32))
     def survives(seed: int) -> None:
         with suppress(FileError):
@@ -42,7 +42,7 @@ def test_a_mutant_is_read_or_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pickle", "index"])
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(data=st.binary(max_size=300))
 def test_any_bytes_are_read_or_refused(name: str, data: bytes) -> None:
     with suppress(FileError):

@@ -228,7 +228,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(pack, refusal):
     assert "became shorter" in refusal(data[:40], size=len(data))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 400), st.binary(min_size=0, max_size=3)), min_size=1, max_size=4),
     cut=st.integers(0, 40),
@@ -256,7 +256,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(dtype=JSON_VALUES, shape=JSON_VALUES, offsets=JSON_VALUES, metadata=JSON_VALUES)
 def test_any_json_in_any_place_gives_a_header_or_a_file_error(bytes_reader, dtype, shape, offsets, metadata):
     text = json.dumps(

@@ -45,7 +45,7 @@ def authors_rule(w: int, h: int, area: int, stride: int = 8, patch: int = 2) -> 
 
 
 @given(SIDES, SIDES, st.sampled_from([832 * 480, HD]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_size_is_of_whole_tokens_inside_the_area_and_near_the_shape(w: int, h: int, area: int) -> None:
     for spec, unit in ((I2V, 16), (TI2V, 32)):
         try:

@@ -194,7 +194,7 @@ def whole(version: str, part: str) -> Whole:
 
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
 @pytest.mark.parametrize("version", SPECS)
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_rectangle_can_be_a_tile(version: str, part: str, data: st.DataObject) -> None:
     """Not aligned to latents either, as small as a pixel, touching borders or not; over two chunks of time."""

@@ -98,7 +98,7 @@ def test_claims_are_rounded_as_the_device_rounds() -> None:
 orders = st.lists(st.tuples(st.sampled_from(["high", "low"]), st.integers(0, 3)), max_size=40)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(orders, st.data())
 def test_reading_in_order_never_waits_for_a_later_read(order: list[BlockId], data: st.DataObject) -> None:
     """Replays the two sides of a stream in the worst case: the reader as far ahead as its buffers let it be,

@@ -89,7 +89,7 @@ def test_views_share_the_memory_of_the_slab() -> None:
     assert views["w"]["weight"].untyped_storage().data_ptr() == slab.untyped_storage().data_ptr()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32), st.lists(st.integers(0, 300), min_size=0, max_size=6), st.sampled_from([0, 8, 300])
 )

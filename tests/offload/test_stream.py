@@ -60,7 +60,7 @@ def made(checkpoint: Callable[..., Any], tmp_path: Path) -> Any:
     return checkpoint(tmp_path, NETWORKS)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     order=st.lists(
         st.tuples(st.just("high"), st.integers(0, 5)) | st.tuples(st.just("low"), st.integers(0, 4)),
@@ -101,7 +101,7 @@ def test_placement_never_changes_bits(
     assert reader_threads() == []
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     eager=st.sampled_from(["copies", "compute"]),
     kinds=st.lists(st.sampled_from(KINDS), min_size=11, max_size=11),

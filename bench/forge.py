@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowvram.errors import UsageError
-from lowvram.offload.io import write_atomic
+from lowvram.offload.writing import write_large
 from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.encodings.kquants import Blocks
 from lowvram.quant.encodings.plain import Plain
@@ -107,7 +107,7 @@ def forge(shapes: Mapping[str, Shape], path: Path, weights: str, seed: int = 0) 
     else:
         stored = [piece for name, shape in shapes.items() for piece in _pieces(name, shape, encodings[name])]
         head, align = safetensors_head([s.entry for s in stored], {"format": "pt"}), 1
-    write_atomic(path, _data(head.data, stored, shapes, encodings, align, seed))
+    write_large(path, _data(head.data, stored, shapes, encodings, align, seed))
     return head.nbytes
 
 

@@ -242,14 +242,23 @@ def write_atomic(path: Path, data: Buffer | Iterable[Buffer], *, faults: Faults 
     The bytes go to a temporary file in the same folder, reach the disk, then take the name. A link is
     followed. Raises StorageError, with the old file untouched and the temporary one removed, if that fails.
     """
+    with replacing(path) as file:
+        for piece in (data,) if isinstance(data, Buffer) else data:
+            write_all(file, piece, faults)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[FileIO]:
+    """A new file that takes the place of `path` when the block ends, and is removed if it ends with an error.
+
+    StorageError as `write_atomic`.
+    """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    pieces = (data,) if isinstance(data, Buffer) else data
     with storage_errors(path):
         try:
-            with open(temporary, "xb", buffering=0) as file:
-                for piece in pieces:
-                    write_all(file, piece, faults)
+            with FileIO(temporary, "x") as file:
+                yield file
                 os.fsync(file.fileno())
             replace_file(temporary, target)
         except BaseException:

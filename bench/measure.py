@@ -6,12 +6,14 @@ A process of its own for each trial: its peak of RAM, its CUDA context and its a
 from __future__ import annotations
 
 import hashlib
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,6 +30,7 @@ from lowvram.job import Job
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.device import Device
 from lowvram.offload.estimate import track
+from lowvram.offload.io import read_kernel_text
 from lowvram.planning.plan import Plan
 from lowvram.report import Sample, StageReport
 
@@ -234,6 +237,10 @@ def peak_rss() -> int:
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows
         return int(memory.peak_wset)
+    # getrusage begins with what the process that started this one had.
+    said = re.search(r"^VmHWM:\s+(\d+) kB", read_kernel_text(Path("/proc/self/status")) or "", re.MULTILINE)
+    if said:
+        return int(said[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

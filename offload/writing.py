@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
@@ -20,31 +21,34 @@ from lowvram.offload.io import Buffer, replacing, write_all
 
 WRITE_BYTES = 16 << 20
 """Bytes that go to the disk at once: more is not faster."""
+_BUFFERS = 4
+"""So many are filled ahead that the disk has work while this process waits for a processor."""
 
 
 def write_large(path: Path, data: Iterable[Buffer], *, faults: Faults | None = None) -> None:
     """Write a file of many pieces, whole or not at all: as `write_atomic`, for what is larger than the cache.
 
-    Pieces are gathered in two buffers of 16 MiB, of which one is written while the other is filled. Where the file
+    Pieces are gathered in buffers of 16 MiB, of which one is written while the next are filled. Where the file
     system allows it they go past the system's cache, which would copy every byte, push out what others keep there and
     write it back later. Takes pieces as they come, and lets go of each before it takes the next.
     """
     with replacing(path) as file, ThreadPoolExecutor(1, "lowvram-write") as writer:
         _past_cache(file, True)
-        pending: Future[None] | None = None
+        pending: deque[Future[None]] = deque()
         for piece in _gathered(data):
-            if pending is not None:
-                pending.result()
-            pending = writer.submit(_write, file, piece, faults)
-        if pending is not None:
-            pending.result()
+            pending.append(writer.submit(_write, file, piece, faults))
+            if len(pending) == _BUFFERS:
+                pending.popleft().result()
+        for written in pending:
+            written.result()
 
 
 def _gathered(data: Iterable[Buffer]) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of `data` in pieces of WRITE_BYTES and a last one; each stays as it is until the next but one is asked for."""
-    memory = np.empty(2 * WRITE_BYTES + PAGE, np.uint8)
+    """The bytes of `data` in pieces of WRITE_BYTES and a last one; each stays as it is while the _BUFFERS - 1 after it
+    are made."""
+    memory = np.empty(_BUFFERS * WRITE_BYTES + PAGE, np.uint8)
     start = -memory.ctypes.data % PAGE
-    buffers = cycle(memory[start + n * WRITE_BYTES :][:WRITE_BYTES] for n in range(2))
+    buffers = cycle(memory[start + n * WRITE_BYTES :][:WRITE_BYTES] for n in range(_BUFFERS))
     buffer, filled = next(buffers), 0
     for piece in data:
         left = np.frombuffer(piece, np.uint8)

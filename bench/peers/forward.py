@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import resource
 import statistics
 import sys
 import threading
@@ -51,7 +50,7 @@ def measure(mode: str, work: Work, rounds: int = ROUNDS) -> dict[str, Any]:
     return {
         "seconds": statistics.median(spent),
         "disk_read": read,
-        "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "rss": told("status", "VmHWM") * 1024,
         "vram": torch.cuda.max_memory_allocated() if cuda else None,
         "driver": before - least.free if least is not None else None,
         "checksum": hashlib.sha256(out.numpy().tobytes()).hexdigest()[:16],
@@ -68,8 +67,13 @@ def seconds(cuda: bool) -> float:
 
 def bytes_read() -> int:
     """Bytes this process has asked files for, from the disk or from the system's cache."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+    return told("io", "rchar")
+
+
+def told(file: str, name: str) -> int:
+    """What the kernel says of this process. Its peak of memory in `getrusage` begins with that of its parent."""
+    lines = Path("/proc/self", file).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 class LeastFree(threading.Thread):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
 from lowvram import Runtime
+from lowvram.bench import forging
 from lowvram.bench.forge import forge, forge_model, forged_files
 from lowvram.errors import UsageError
 from lowvram.offload.io import FileReader
@@ -69,3 +71,23 @@ def test_a_forged_model_makes_a_video(tmp_path: Path) -> None:
     pipe = Runtime("64MB", "4GB", "cpu").load("nano", **forged_files(spec, tmp_path, "fp8"))
     video = pipe("a red circle", steps=2, width=32, height=32, frames=5)
     assert video.latent.isfinite().all() and sum(1 for _ in video.frames()) == 5
+
+
+def test_forging_is_measured_beside_plain_writes_and_a_block_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def child(way: str, folder: Path, options: argparse.Namespace, nbytes: int = 0) -> dict[str, float]:
+        if way == "forged":
+            forge_model(spec, folder, options.weights, parts=spec.expert_names())
+        else:
+            forging.write(folder / "plain", nbytes, past=False)
+            assert (folder / "plain").stat().st_size == forging.PIECE  # in whole pieces
+        return {"seconds": 2.0 if way == "forged" else 1.0, "rss": 10**9}
+
+    monkeypatch.setattr(forging, "child", child)
+    spec = forging.model("nano", 1)
+    assert spec.dit.layers == 1
+    forging.compare(spec, tmp_path, forging.parser().parse_args(["--rounds", "2", "--weights", "q8_0"]))
+    said = capsys.readouterr().out
+    assert "high_noise_model.gguf: 1 blocks of width 256" in said and "q8_0, ran on 64 tokens" in said
+    assert said.count("forged at 0.50 of its rate") == 2

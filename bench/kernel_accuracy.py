@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lowvram.models.dit import rope_table
 from lowvram.triton_kernels.attention import attend_reference
+from lowvram.triton_kernels.keys import SAMPLE, balanced_centre
 from lowvram.triton_kernels.modes import MODES
-from lowvram.triton_kernels.norm_rope import centre_of, quantise_rows, quantise_values, rotate
+from lowvram.triton_kernels.norm_rope import quantise_rows, quantise_values, rotate
 
 GRID = (8, 16, 32)
 TOKENS = 4096
@@ -81,9 +82,11 @@ def errors(quick: bool) -> Iterator[dict[str, object]]:
             _with_sink(q, k)
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
         exact = _exact(q, k, v)
+        balance, centre = balanced_centre(q[:, ::SAMPLE], k[:, ::SAMPLE])
+        scale = balance.view(HEADS, 1, 128).bfloat16()  # of powers of two: nothing is rounded
+        rows = *quantise_rows(q * scale), *quantise_rows(k / scale, centre)
         for mode in MODES.values():
             if mode.quantised and mode.keep == 1:
-                rows = *quantise_rows(q), *quantise_rows(k, centre_of(k[:, ::64]))
                 values = (v, q[:0].float()) if mode.v_format == "bf16" else quantise_values(v, mode.v_format)
                 got = attend_reference(*rows, *values, v_format=mode.v_format, half=True)
                 error = float((got.double() - exact).norm() / exact.norm())

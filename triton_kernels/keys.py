@@ -23,13 +23,13 @@ from lowvram.triton_kernels.attention import (
     select_tiles,
 )
 from lowvram.triton_kernels.modes import Mode
-from lowvram.triton_kernels.norm_rope import centre_of
+from lowvram.triton_kernels.norm_rope import balance_of, centre_of
 from lowvram.triton_kernels.ops import Ops
 
 SAMPLE = 64
-"""One token in so many says where the keys of a head lie."""
-_SAMPLED = 1024
-"""Tokens of a sample at most."""
+"""One token in so many says where the keys of a head lie, in a sequence of 4,096 to 65,536 tokens."""
+_SAMPLED = 64, 1024
+"""Tokens of a sample at least, if there are as many, and at most."""
 _V_DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -65,7 +65,8 @@ class Keys:
 
     def stride_of_sample(self) -> int:
         """Distance of the tokens that are sampled for the centre."""
-        return max(SAMPLE, -(-self.tokens // _SAMPLED))
+        least, most = _SAMPLED
+        return max(1, min(SAMPLE, self.tokens // least), -(-self.tokens // most))
 
 
 def _parts(mode: Mode, heads: int, tokens: int, dtype: torch.dtype) -> tuple[list[int], list[int]]:
@@ -136,7 +137,7 @@ def write_keys_(
     factor: Tensor | None,
     centre: Tensor | None,
 ) -> None:
-    """The projection x [n, heads * 128] of tokens start.. -> keys. centre: of `sampled_centre`, if quantised."""
+    """The projection x [n, heads * 128] of tokens start.. -> keys. centre: of `balanced_centre`, if quantised."""
     some = slice(start, start + x.shape[0])
     if keys.mode.quantised:
         ops.norm_rope_int8_(keys.k[:, some], keys.k_scale[:, some], x, weight, rope, factor, centre)
@@ -157,11 +158,18 @@ def write_values_(ops: Ops, keys: Keys, start: int, x: Tensor) -> None:
     ops.quantise_values_(out, keys.v_scale[:, runs], x, keys.mode.v_format)
 
 
-def sampled_centre(ops: Ops, x: Tensor, weight: Tensor, rope: Tensor, factor: Tensor | None) -> Tensor:
-    """The centre of keys whose projections of some tokens are x [n, heads * 128]: [heads, 128] float32."""
-    k = x.new_empty(x.shape[1] // HEAD_DIM, x.shape[0], HEAD_DIM)
-    ops.norm_rope_(k, x, weight, rope, factor)
-    return centre_of(k)
+def sampled(ops: Ops, x: Tensor, weight: Tensor, rope: Tensor, factor: Tensor | None) -> Tensor:
+    """Queries or keys of some tokens from their projections x [n, heads * 128]: [heads, n, 128]."""
+    rows = x.new_empty(x.shape[1] // HEAD_DIM, x.shape[0], HEAD_DIM)
+    ops.norm_rope_(rows, x, weight, rope, factor)
+    return rows
+
+
+def balanced_centre(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """From samples of queries and keys [heads, n, 128]: the balance [heads * 128] to multiply the weight of q's norm by
+    and to divide that of k's by, and the centre [heads, 128] of the keys that are made so. Both float32."""
+    balance = balance_of(q, k)
+    return balance.flatten(), centre_of(k / balance.unsqueeze(-2))
 
 
 def finish_(keys: Keys) -> None:

@@ -8,7 +8,8 @@ run a fused kernel on CUDA. A row x of a head is stored as integers i and a scal
 
 H is orthonormal, so products of rotated rows are the products of the rows; it spreads an outlier channel over all of
 them. Subtracting any m from all keys adds a constant to each row of logits, which the softmax ignores; m is the mean
-of a sample of keys, which takes away what they have in common.
+of a sample of keys, which takes away what they have in common. What is left of an offset turns with the rotary
+embedding and makes some channels of k larger than those of q: `balance_of` divides one and multiplies the other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from lowvram.triton_kernels.attention import HEAD_DIM, KEY_TILE, V_PEAK, V_RUN
 EPS = 1e-6
 LEAST = 1e-12
 """The least maximum that a scale is made from: rows of zeros stay finite."""
+_WIDEST = 4
+"""The largest power of two in a balance: a sample that says nothing keeps numbers in the range of their type."""
 
 
 # ---- norm and rotary embedding
@@ -71,6 +74,22 @@ def centre_of(k: Tensor) -> Tensor:
     """What to subtract from keys: the mean of k [heads, sample, 128], rotated like rows: [heads, 128] float32."""
     mean = k.float().mean(-2)
     return mean @ hadamard(mean) / math.sqrt(HEAD_DIM)
+
+
+def balance_of(q: Tensor, k: Tensor) -> Tensor:
+    """What to multiply channels of queries by, and to divide those of keys by, from samples [heads, n, 128] of both:
+    [heads, 128] float32.
+
+    Rounding errors of rotated rows are white, so those of the logits grow as |q| |k|: the least product over scales s of
+    channels is at s^2 = rms(k) / rms(q), in each. Powers of two, so that no product of q and k changes by a bit; the same
+    for both channels of a pair, so that the rotary embedding does not see it.
+    """
+    queries = q.float().square().mean(-2)
+    keys = k.float().var(-2, correction=0)  # around the centre, which is taken away
+    ratio = keys.unflatten(-1, (-1, 2)).sum(-1).clamp_min(LEAST) / queries.unflatten(-1, (-1, 2)).sum(
+        -1
+    ).clamp_min(LEAST)
+    return torch.exp2(torch.round(torch.log2(ratio) / 4).clamp(-_WIDEST, _WIDEST)).repeat_interleave(2, -1)
 
 
 def quantise_rows(x: Tensor, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,15 @@ from torch import Tensor
 from lowvram.models.rows import Rows
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM
-from lowvram.triton_kernels.keys import Keys, attend, finish_, sampled_centre, write_keys_, write_values_
+from lowvram.triton_kernels.keys import (
+    Keys,
+    attend,
+    balanced_centre,
+    finish_,
+    sampled,
+    write_keys_,
+    write_values_,
+)
 from lowvram.triton_kernels.modes import MODES
 from lowvram.triton_kernels.ops import TORCH, Ops
 from lowvram.triton_kernels.quantise import Int8Rows
@@ -78,6 +86,7 @@ class SelfAttention:
         self._p, self._x, self._mod, self._rope, self._work = p, x, mod, rope, work
         self._group = p  # holds the projections of the heads at hand
         self._factors: tuple[Tensor, Tensor] | None = None
+        self._balance: Tensor | None = None  # of the heads at hand, where they are quantised
         if work.out is not None:
             q = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
             self._factors = q, torch.empty_like(q)
@@ -98,11 +107,7 @@ class SelfAttention:
         work, length = self._work, self._x.shape[0]
         if rows is not None:
             self._group = self._p.slices(("self_attn.q", "self_attn.k", "self_attn.v"), self._x.dtype, rows)
-        centre = None
-        if work.keys.mode.quantised:
-            step = work.keys.stride_of_sample()
-            k, weight, factor = self._projected("k", self._modulated(0, length, step), rows, 0, length, step)
-            centre = sampled_centre(work.ops, k, weight, self._rope[::step].contiguous(), factor)
+        centre = self._sample(rows) if work.keys.mode.quantised else None
         for i, j in chunks(length, work.chunk):
             h = self._modulated(i, j)
             k, weight, factor = self._projected("k", h, rows, i, j)
@@ -115,6 +120,18 @@ class SelfAttention:
         q, weight, factor = self._projected("q", self._modulated(i, j), rows, i, j)
         return attend(self._work.ops, self._work.keys, q, weight, self._rope[i:j], factor, out)
 
+    def _sample(self, rows: slice | None) -> Tensor:
+        """The centre of the keys of the heads at hand; their balance is kept."""
+        work, length, step = self._work, self._x.shape[0], self._work.keys.stride_of_sample()
+        self._balance = None
+        h, rope = self._modulated(0, length, step), self._rope[::step].contiguous()
+        q, k = (
+            sampled(work.ops, x, weight, rope, factor)
+            for x, weight, factor in (self._projected(name, h, rows, 0, length, step) for name in "qk")
+        )
+        self._balance, centre = balanced_centre(q, k)
+        return centre
+
     def _modulated(self, i: int, j: int, step: int = 1) -> Tensor | Int8Rows:
         names, mod = ("self_attn.q", "self_attn.k", "self_attn.v"), self._mod
         x, shift, scale = self._x[i:j:step], mod(0, i, j, step), mod(1, i, j, step)
@@ -125,9 +142,12 @@ class SelfAttention:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The projection of h, its norm's weight, and the factors of tokens i, i + step.. if they are known."""
         weight = self._p[f"self_attn.norm_{name}.weight"]
+        weight = weight if rows is None else weight[rows]
+        if self._balance is not None:
+            weight = weight * self._balance if name == "q" else weight / self._balance
         factor = None if self._factors is None else self._factors["qk".index(name)][i:j:step]
         return (
             self._group.linear(f"self_attn.{name}", h),
-            weight if rows is None else weight[rows],
+            weight,
             factor,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from lowvram.triton_kernels.attention import V_RUN, attend_, attention
 from lowvram.triton_kernels.keys import Keys, attend, carve, finish_, stored_bytes, write_keys_, write_values_
 from lowvram.triton_kernels.modes import MODES
-from lowvram.triton_kernels.norm_rope import hadamard
+from lowvram.triton_kernels.norm_rope import balance_of, hadamard
 from lowvram.triton_kernels.ops import TORCH
 
 OURS = [m.name for m in MODES.values() if m.ours]
@@ -66,6 +66,25 @@ def test_a_mode_stores_less_than_bfloat16(name: str) -> None:
 def test_the_hadamard_matrix_is_orthogonal_and_its_own_transpose() -> None:
     matrix = hadamard(torch.empty(0))
     assert torch.equal(matrix, matrix.mT) and torch.equal(matrix @ matrix, 128 * torch.eye(128))
+
+
+def test_a_balance_changes_no_product_and_makes_the_smallest_lengths() -> None:
+    q, k = normal(2, 200, 128), normal(2, 300, 128, seed=1)
+    k[..., 6:8] *= 16
+    k[..., 9] += 100  # an offset is the centre's to take away
+    q[..., 32:40] /= 4
+    balance = balance_of(q, k)
+    want = torch.ones(128)
+    want[6:8], want[32:40] = 4, 2
+    assert torch.equal(balance, want.expand(2, 128))
+    scale = balance.unsqueeze(-2)
+    assert torch.equal((q * scale)[:, :5, None] * (k / scale)[:, None, :5], q[:, :5, None] * k[:, None, :5])
+
+
+@pytest.mark.parametrize(("q", "k"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1e-30, 1e30)])
+def test_a_balance_of_a_sample_that_says_nothing_is_finite(q: float, k: float) -> None:
+    balance = balance_of(normal(1, 3, 128) * q, normal(1, 3, 128, seed=1) * k)
+    assert balance.min() >= 2**-4 and balance.max() <= 2**4
 
 
 def test_the_ops_hold_what_torch_asks_of_ops() -> None:

@@ -13,7 +13,7 @@ from lowvram.job import make_job
 from lowvram.machine import machine_profile
 from lowvram.model import imagined_model
 from lowvram.models import dit
-from lowvram.models.self_attention import plain_workspace
+from lowvram.models.self_attention import Workspace, plain_workspace
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.device import CpuDevice
 from lowvram.offload.estimate import track
@@ -25,6 +25,8 @@ from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.linear import Branch, Encoded, Params
 from lowvram.quant.spec import HEAD_DIM, DitSpec
 from lowvram.sampling.presets import model_preset
+from lowvram.triton_kernels.keys import carve, stored_bytes
+from lowvram.triton_kernels.modes import MODES
 
 SPEC = DitSpec(dim=512, ffn=768, layers=2, in_channels=16, out_channels=16, text_dim=64)
 GRID = (3, 5, 4)
@@ -124,6 +126,38 @@ def test_what_encoded_weights_take_is_what_fake_tensors_say(encoding: str, unpac
         dit.block_(p.unpacked(torch.float32, scratch) if unpacked else p, x, time, context, rope, work)
     measured = tracker.peak().peak_bytes
     assert measured <= predicted <= 1.03 * measured
+
+
+@pytest.mark.parametrize("group", [0, 1])
+@pytest.mark.parametrize("name", ["int8", "int8-fp16"])
+def test_8_bit_attention_does_not_see_on_which_side_of_a_product_a_channel_is_large(
+    params: Params, name: str, group: int
+) -> None:
+    """Rows of q and k are balanced channel by channel before they are quantised: no bit depends on who was larger."""
+
+    def result() -> torch.Tensor:
+        stored = stored_bytes(MODES[name], group or SPEC.heads, TOKENS, torch.float32)
+        keys = carve(
+            MODES[name], group or SPEC.heads, TOKENS, torch.float32,
+            *(torch.empty(n, dtype=torch.uint8) for n in stored),
+        )  # fmt: skip
+        out = torch.empty(TOKENS, SPEC.dim) if group else None
+        x = torch.randn(TOKENS, SPEC.dim, generator=torch.Generator().manual_seed(2))
+        time = dit.embed_time(params, SPEC, torch.tensor([500.0]), TOKENS)
+        context = dit.embed_text(params, SPEC, torch.zeros(7, 64))
+        with torch.inference_mode():
+            dit.block_(
+                params.scope("blocks.0."), x, time, context, dit.rope_table(*GRID),
+                Workspace(keys, torch.float32, out),
+            )  # fmt: skip
+        return x
+
+    before = result()
+    by = torch.ones(SPEC.dim)
+    by[128:140], by[300:302] = 4, 0.5
+    params["blocks.0.self_attn.norm_q.weight"].div_(by)
+    params["blocks.0.self_attn.norm_k.weight"].mul_(by)
+    assert torch.equal(result(), before)
 
 
 def plan(vram: str, **settings: object) -> Plan:

@@ -33,6 +33,7 @@ from lowvram.triton_kernels import (
     vae_norm_triton,
 )
 from lowvram.triton_kernels.attention import KEY_TILE, QUERY_TILE, V_PEAK, V_RUN
+from lowvram.triton_kernels.gemm import RANK
 from lowvram.triton_kernels.modes import ARCHS
 from lowvram.triton_kernels.norm_rope import EPS, LEAST
 from lowvram.triton_kernels.vae_norm import LEAST as LEAST_NORM
@@ -272,21 +273,21 @@ def _decoders(arch: str) -> Iterator[Build]:
 
 def _gemm(arch: str) -> Iterator[Build]:
     chosen = tiles.GEMM[arch]
-    for tile in sorted({chosen, *tiles.GEMM_CANDIDATES}, key=lambda t: t != chosen):
-        for gated in (False, True):
+    for tile in sorted({chosen, tiles.NARROW, *tiles.GEMM_CANDIDATES}, key=lambda t: t != chosen):
+        for gated, adapted in itertools.product((False, True), repeat=2):
             yield Build(
                 gemm_triton.linear_kernel,
-                f"gated={gated} tile={tile.m}x{tile.n}x{tile.k} warps={tile.warps} stages={tile.stages}",
+                f"gated={gated} lora={adapted} tile={tile.m}x{tile.n}x{tile.k} warps={tile.warps} stages={tile.stages}",
                 arch,
                 {"a": "*i8", "a_scale": "*fp32", "w": "*i8", "w_scale": "*fp32", "bias": "*bf16", "gate": "*fp32",
-                 "out": "*bf16"},
-                {"BIASED": True, "GATED": gated, "EVEN": True, "GROUP": gemm_triton.GROUP, "BLOCK_M": tile.m,
-                 "BLOCK_N": tile.n, "BLOCK_K": tile.k},
+                 "low": "*bf16", "up": "*bf16", "out": "*bf16"},
+                {"BIASED": True, "GATED": gated, "ADAPTED": adapted, "EVEN": True, "GROUP": gemm_triton.GROUP,
+                 "RANK": RANK, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
                 tile.warps,
                 tile.stages,
                 ragged=frozenset({"m"}),
                 instructions={"int8 mma": INT8, "ldmatrix": r"ldmatrix|wgmma", "cp.async": r"cp\.async\.c[ag]"},
-                quick=tile == chosen and gated and arch in ("sm_86", "sm_120"),
+                quick=tile == chosen and gated and adapted and arch in ("sm_86", "sm_120"),
             )  # fmt: skip
     rows = {"x": "*bf16", "out": "*i8", "scale": "*fp32"}
     for width, block in ((5120, 8192), (13824, 16384)):

@@ -12,10 +12,10 @@ import torch
 from torch import Generator, Tensor
 
 from lowvram.quant.encodings.int8 import Int8
-from lowvram.triton_kernels.gemm import int8_linear
+from lowvram.triton_kernels.gemm import int8_linear, low_rank
 from lowvram.triton_kernels.quantise import quantise
 
-TOKENS, WIDTH, ROWS = 256, 4096, 512
+TOKENS, WIDTH, ROWS, RANK = 256, 4096, 512, 64
 BOUND = 0.02
 """What rotated weights and activations promise; those that are not rotated promise nothing."""
 
@@ -48,18 +48,29 @@ DATA: tuple[Callable[[Tensor, Generator], Tensor], ...] = (gaussian, modulated, 
 
 
 def errors(quick: bool) -> Iterator[dict[str, object]]:
-    """One object a mode and data: int8 activations on weights that are rotated and that are not, and, for comparison,
-    exact activations on the rotated weights. quick: the first data only."""
+    """One object a mode and data: int8 activations on weights that are rotated and that are not, what a LoRA of RANK adds
+    to them, and, for comparison, exact activations on the rotated weights. quick: the first data only."""
     for data in DATA[: 1 if quick else None]:
         g = torch.Generator().manual_seed(0)
         weight = _student(g) / WIDTH**0.5
         x = data(torch.randn(TOKENS, WIDTH, generator=g), g).bfloat16()
         exact = x.double() @ weight.double().mT
+        down, up = torch.randn(RANK, WIDTH, generator=g) / WIDTH**0.5, torch.randn(ROWS, RANK, generator=g)
         for mode, encoding in (("int8_convrot", Int8(group=256)), ("int8", Int8())):
             parts = encoding.encode(weight)
             matrix = encoding.int8_matrix(parts, (ROWS, WIDTH))
-            got = int8_linear(quantise(x.float(), encoding.group), matrix, None)
-            yield _row(mode, data.__name__, got, exact, BOUND if encoding.group else None)
+            rows, bound = quantise(x.float(), encoding.group), BOUND if encoding.group else None
+            got = int8_linear(rows, matrix, None)
+            yield _row(mode, data.__name__, got, exact, bound)
+            lora = low_rank([quantise(down, encoding.group)], [up], [1.0])
+            branch = int8_linear(rows, matrix, None, lora) - got
+            yield _row(
+                f"{mode}, its LoRA",
+                data.__name__,
+                branch,
+                x.double() @ down.double().mT @ up.double().mT,
+                bound,
+            )
             if encoding.group:
                 numbers = encoding.decode(parts, (ROWS, WIDTH), torch.float32)
                 yield _row(f"{mode}, exact activations", data.__name__, x.float() @ numbers.mT, exact, None)

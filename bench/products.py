@@ -73,4 +73,4 @@ def _kernel(rows: Int8Rows, matrix: Int8Matrix, bias: Tensor, gate: Tensor | Non
     from lowvram.triton_kernels import gemm_triton
 
     y = torch.empty(rows.values.shape[0], matrix.values.shape[0], dtype=rows.dtype, device=bias.device)
-    gemm_triton.linear(y, rows.values, rows.scale, matrix.values, matrix.scale, bias, gate, tile)
+    gemm_triton.linear(y, rows.values, rows.scale, matrix.values, matrix.scale, bias, gate, None, None, tile)

@@ -100,7 +100,7 @@ def block_scratch(
     """
     n = min(tokens, 2 * chunk)
     with META:
-        p = _block_params(block, dtype, int8, ops)
+        p = _meta_params(block, dtype)
         rows = 2 if per_frame else 1
         # some chunk holds tokens of both rows
         first = min(per_frame, n // 2) or n
@@ -117,11 +117,16 @@ def block_scratch(
         x, rope = torch.empty(n, spec.dim, dtype=dtype), torch.empty(n, HEAD_DIM // 2, 2)
         work = Workspace(keys, dtype, torch.empty_like(x) if group else None, chunk, ops)
         finite = torch.ones(2, dtype=torch.bool)
-        scratch = torch.empty(p.unpacked_nbytes(dtype), dtype=torch.uint8)
+        scratch = torch.empty(_as_multiplied(p, int8, ops, dtype).unpacked_nbytes(dtype), dtype=torch.uint8)
     factors = factor_bytes(tokens) - factor_bytes(n) if group else 0
 
     def run(x: Tensor) -> None:
-        ready = p.unpacked(dtype, scratch) if unpacked else p
+        before = _as_multiplied(
+            p, int8, ops, dtype
+        )  # LoRAs are made ready while those of the last block are there
+        ready = _as_multiplied(p, int8, ops, dtype)
+        del before
+        ready = ready.unpacked(dtype, scratch) if unpacked else ready
         dit.block_(ready, x, time, context, rope, work, finite)
 
     return factors + _peak(run, x)
@@ -140,12 +145,11 @@ def time_bytes(spec: DitSpec, time_rows: int) -> int:
 def unpacked_nbytes(block: Group, dtype: torch.dtype, int8: bool = False) -> int:
     """Bytes of the buffer for the matrices of a block in `dtype`; 0 if they are stored as they are multiplied."""
     with META:
-        return _block_params(block, dtype, int8, TORCH).unpacked_nbytes(dtype)
+        return _as_multiplied(_meta_params(block, dtype), int8, TORCH, dtype).unpacked_nbytes(dtype)
 
 
-def _block_params(block: Group, dtype: torch.dtype, int8: bool, ops: Ops) -> Params:
-    p = _meta_params(block, dtype)
-    return p.multiplied(dit.INT8_LINEARS, ops.int8) if int8 else p
+def _as_multiplied(p: Params, int8: bool, ops: Ops, dtype: torch.dtype) -> Params:
+    return p.multiplied(dit.INT8_LINEARS, ops.int8, dtype) if int8 else p
 
 
 def context_rows(spec: DitSpec, words: int) -> int:

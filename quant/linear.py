@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowvram.quant import fused
+from lowvram.triton_kernels.gemm import LowRank, low_rank
 from lowvram.triton_kernels.ops import Int8Ops
 from lowvram.triton_kernels.quantise import Int8Rows
 
@@ -45,9 +46,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Multiplied(Encoded):
-    """An int8 weight that is multiplied as it is stored, by activations that are int8 too."""
+    """An int8 weight that is multiplied as it is stored, by activations that are int8 too, as its LoRA is."""
 
     ops: Int8Ops = field(kw_only=True)
+    lora: LowRank | None = None
 
     @property
     def group(self) -> int:
@@ -58,13 +60,13 @@ class Multiplied(Encoded):
         """x [..., in] -> [..., out] in its dtype."""
         matrix = self.encoding.int8_matrix(self.parts, self.shape)
         rows = x if isinstance(x, Int8Rows) else self.ops.quantise(x, matrix.group)
-        return self.ops.linear(rows, matrix, bias)
+        return self.ops.linear(rows, matrix, bias, self.lora)
 
     def linear_gated_(self, x: Tensor | Int8Rows, bias: Tensor | None, into: Tensor, gate: Tensor) -> None:
         """into [n, out] += linear(x [n, in]) * gate [1 or n, out]."""
         matrix = self.encoding.int8_matrix(self.parts, self.shape)
         rows = x if isinstance(x, Int8Rows) else self.ops.quantise(x, matrix.group)
-        self.ops.linear_gated_(into, rows, matrix, bias, gate)
+        self.ops.linear_gated_(into, rows, matrix, bias, gate, self.lora)
 
     def of_rows(self, rows: slice) -> Multiplied:
         """As if it had only these outputs. Nothing is copied."""
@@ -73,7 +75,8 @@ class Multiplied(Encoded):
             role: part.reshape(n, -1)[rows] if part.numel() % n == 0 and part.dim() else part
             for role, part in self.parts.items()
         }
-        return replace(self, shape=(parts["weight"].shape[0], self.shape[1]), parts=parts)
+        lora = self.lora and replace(self.lora, up=self.lora.up[rows])
+        return replace(self, shape=(parts["weight"].shape[0], self.shape[1]), parts=parts, lora=lora)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +172,9 @@ class Params:
         """
         value, bias = self.tensors[f"{name}.weight"], self._bias(name, x.dtype)
         if isinstance(value, Multiplied):
-            y = value.linear(x, bias)
-            if isinstance(x, Int8Rows):
-                assert not self.branches.get(name), f"{name} has LoRA branches: they want numbers"
-                return y
-        else:
-            assert isinstance(x, Tensor)
-            y = functional.linear(x, self._weight(name, x.dtype), bias)
+            return value.linear(x, bias)
+        assert isinstance(x, Tensor)
+        y = functional.linear(x, self._weight(name, x.dtype), bias)
         for branch in self.branches.get(name, ()):
             if branch.dora is None:
                 down = functional.linear(x, branch.down.flatten(1).to(x.dtype))
@@ -192,38 +191,39 @@ class Params:
     ) -> None:
         """into [n, out] += linear(name, x [n, in]) * gate [1 or n, out]; by `gated_` where that is not one operation."""
         value = self.tensors[f"{name}.weight"]
-        if isinstance(value, Multiplied) and not self.branches.get(name):
+        if isinstance(value, Multiplied):
             value.linear_gated_(x, self._bias(name, x.dtype), into, gate)
         else:
             gated_(into, self.linear(name, x), gate)
 
     def int8_group(self, *names: str) -> int | None:
         """Columns rotated together in the int8 rows that all these Linears take for their input; None if any of them
-        wants numbers, for its weight or for its LoRA branches."""
-        groups = set()
-        for name in names:
-            value = self.tensors[f"{name}.weight"]
-            plain = not isinstance(value, Multiplied) or self.branches.get(name)
-            groups.add(None if plain else value.group)  # type: ignore[union-attr]
+        wants numbers."""
+        weights = [self.tensors[f"{name}.weight"] for name in names]
+        groups = {value.group if isinstance(value, Multiplied) else None for value in weights}
         return groups.pop() if len(groups) == 1 else None
 
-    def multiplied(self, prefixes: tuple[str, ...], ops: Int8Ops) -> Params:
-        """The same parameters; Linears whose names start with one of `prefixes` multiply int8 where they are stored so.
+    def multiplied(self, prefixes: tuple[str, ...], ops: Int8Ops, dtype: torch.dtype) -> Params:
+        """The same parameters; Linears whose names start with one of `prefixes` multiply int8 where they are stored so,
+        with their LoRA branches, which are made ready here for activations of `dtype`.
 
         A weight that a difference or a DoRA changes is not what is stored any more: it is multiplied as numbers.
         """
-        tensors = {
-            name: Multiplied(value.encoding, value.shape, value.parts, ops=ops)
-            if isinstance(value, Encoded)
-            and name.startswith(prefixes)
-            and name.endswith(".weight")
-            and len(value.shape) == 2
-            and value.encoding.int8_rows
-            and not self._is_changed(name)
-            else value
-            for name, value in self.tensors.items()
-        }
-        return replace(self, tensors=tensors)
+        tensors, branches = dict(self.tensors), dict(self.branches)
+        for name, value in self.tensors.items():
+            if (
+                isinstance(value, Encoded)
+                and name.startswith(prefixes)
+                and name.endswith(".weight")
+                and len(value.shape) == 2
+                and value.encoding.int8_rows
+                and not self._is_changed(name)
+            ):
+                weight = Multiplied(value.encoding, value.shape, value.parts, ops=ops)
+                beside = branches.pop(name.removesuffix(".weight"), ())
+                lora = _low_rank(beside, weight.group, ops, dtype) if beside else None
+                tensors[name] = replace(weight, lora=lora)
+        return replace(self, tensors=tensors, branches=branches)
 
     def _bias(self, name: str, dtype: torch.dtype) -> Tensor | None:
         return self.dense(f"{name}.bias", dtype) if f"{name}.bias" in self.tensors else None
@@ -327,6 +327,15 @@ class Params:
     def blocks(self, count: int) -> Iterable[Params]:
         """The scopes `blocks.0.` to `blocks.<count-1>.`."""
         return [self.scope(f"blocks.{n}.") for n in range(count)]
+
+
+def _low_rank(branches: tuple[Branch, ...], group: int, ops: Int8Ops, dtype: torch.dtype) -> LowRank:
+    """The branches of a weight rotated by `group`, for activations of `dtype`."""
+    return low_rank(
+        [ops.quantise(branch.down.flatten(1).to(dtype), group) for branch in branches],
+        [branch.up.flatten(1).to(dtype) for branch in branches],
+        [branch.scale for branch in branches],
+    )
 
 
 def _aligned(nbytes: int) -> int:

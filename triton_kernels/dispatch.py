@@ -14,7 +14,7 @@ from torch import Tensor
 from lowvram.errors import UsageError
 from lowvram.triton_kernels import backends
 from lowvram.triton_kernels.attention import attend_, attend_reference, attention, sdpa_backend
-from lowvram.triton_kernels.gemm import Int8Matrix
+from lowvram.triton_kernels.gemm import Int8Matrix, LowRank, low_rank
 from lowvram.triton_kernels.modes import (
     ARCHS,
     AUTO,
@@ -285,11 +285,13 @@ def try_int8(device: torch.device, ops: Int8Ops = FUSED.int8) -> str:
         return torch.randn(*shape, generator=generator).to(device)
 
     x, shift, gate, bias = normal(70, 512).bfloat16(), normal(1, 512), normal(1, 100), normal(100).bfloat16()
+    up = normal(100, 40).bfloat16()
     values = torch.randint(-127, 128, (100, 512), generator=generator, dtype=torch.int8).to(device)
     try:
         for group in GROUPS:
             weight = Int8Matrix(values, normal(100).abs() / 100, group)
-            found = [_int8_results(some, x, shift, gate, bias, weight) for some in (TORCH.int8, ops)]
+            lora = low_rank([TORCH.int8.quantise(x[:40], group)], [up], [0.5])
+            found = [_int8_results(some, x, shift, gate, bias, weight, lora) for some in (TORCH.int8, ops)]
             for name, want in found[0].items():
                 wrong = _far(found[1][name], want, _SAME, "torch")
                 if wrong:
@@ -300,7 +302,7 @@ def try_int8(device: torch.device, ops: Int8Ops = FUSED.int8) -> str:
 
 
 def _int8_results(
-    ops: Int8Ops, x: Tensor, shift: Tensor, gate: Tensor, bias: Tensor, weight: Int8Matrix
+    ops: Int8Ops, x: Tensor, shift: Tensor, gate: Tensor, bias: Tensor, weight: Int8Matrix, lora: LowRank
 ) -> dict[str, Tensor]:
     """What every operation makes of x [n, in]."""
     made = {
@@ -309,6 +311,9 @@ def _int8_results(
         "gelu_int8": ops.gelu(x.clone(), weight.group),
     }
     results = {name: rows.values.float() * rows.scale.unsqueeze(-1) for name, rows in made.items()}
-    added = x[:, : gate.shape[1]].clone()
-    ops.linear_gated_(added, made["quantise"], weight, bias, gate)
-    return results | {"int8_linear": ops.linear(made["quantise"], weight, bias), "int8_linear_gated": added}
+    for name, branch in (("", None), (" with a LoRA", lora)):
+        added = x[:, : gate.shape[1]].clone()
+        ops.linear_gated_(added, made["quantise"], weight, bias, gate, branch)
+        results[f"int8_linear_gated{name}"] = added
+        results[f"int8_linear{name}"] = ops.linear(made["quantise"], weight, bias, branch)
+    return results

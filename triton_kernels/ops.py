@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lowvram.triton_kernels import gemm as g
@@ -15,7 +16,7 @@ from lowvram.triton_kernels import modulate as m
 from lowvram.triton_kernels import norm_rope as n
 from lowvram.triton_kernels import quantise as q
 from lowvram.triton_kernels import vae_norm as vn
-from lowvram.triton_kernels.gemm import Int8Matrix
+from lowvram.triton_kernels.gemm import Int8Matrix, LowRank
 from lowvram.triton_kernels.modes import INT8_GEMM
 from lowvram.triton_kernels.quantise import Int8Rows
 
@@ -30,10 +31,10 @@ class Int8Ops:
     """`Ops.modulate`, quantised"""
     gelu: Callable[[Tensor, int], Int8Rows]
     """`Ops.gelu`, quantised; its argument may be lost"""
-    linear: Callable[[Int8Rows, Int8Matrix, Tensor | None], Tensor]
-    """(x [..., in], weight [out, in], bias) -> [..., out]"""
-    linear_gated_: Callable[[Tensor, Int8Rows, Int8Matrix, Tensor | None, Tensor], None]
-    """(x [n, out], y [n, in], weight, bias, gate [1 or n, out]): x += linear(y) * gate"""
+    linear: Callable[[Int8Rows, Int8Matrix, Tensor | None, LowRank | None], Tensor]
+    """(x [..., in], weight [out, in], bias, LoRA) -> [..., out]"""
+    linear_gated_: Callable[[Tensor, Int8Rows, Int8Matrix, Tensor | None, Tensor, LowRank | None], None]
+    """(x [n, out], y [n, in], weight, bias, gate [1 or n, out], LoRA): x += linear(y) * gate"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +113,34 @@ def _fused_gelu_int8(x: Tensor, group: int) -> Int8Rows:
     return Int8Rows(values, scale, group, x.dtype)
 
 
-def _fused_int8_linear(x: Int8Rows, weight: Int8Matrix, bias: Tensor | None) -> Tensor:
+def _fused_int8_linear(
+    x: Int8Rows, weight: Int8Matrix, bias: Tensor | None, lora: LowRank | None = None
+) -> Tensor:
     rows = x.values.flatten(0, -2), x.scale.flatten()
-    y: Tensor = g.int8_linear_op(*rows, weight.values, weight.scale, bias, x.dtype)
+    branch = _low(rows, lora, x.dtype)
+    y: Tensor = g.int8_linear_op(*rows, weight.values, weight.scale, bias, *branch, x.dtype)
     return y.view(*x.values.shape[:-1], y.shape[1])
 
 
+def _low(
+    rows: tuple[Tensor, Tensor], lora: LowRank | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What the epilogue of a product takes of a LoRA."""
+    if lora is None:
+        return None, None
+    down = lora.down
+    return g.int8_linear_op(*rows, down.values, down.scale, None, None, None, dtype), lora.up
+
+
 def _fused_int8_linear_gated_(
-    x: Tensor, y: Int8Rows, weight: Int8Matrix, bias: Tensor | None, gate: Tensor
+    x: Tensor, y: Int8Rows, weight: Int8Matrix, bias: Tensor | None, gate: Tensor, lora: LowRank | None = None
 ) -> None:
     if gate.shape[0] > 1:  # some chunk of TI2V: its first latent frame has another time
-        m.gated_(x, _fused_int8_linear(y, weight, bias), gate)
+        m.gated_(x, _fused_int8_linear(y, weight, bias, lora), gate)
     else:
-        g.int8_linear_gated_op_(x, y.values, y.scale, weight.values, weight.scale, bias, gate)
+        rows = y.values, y.scale
+        branch = _low(rows, lora, y.dtype)
+        g.int8_linear_gated_op_(x, *rows, weight.values, weight.scale, bias, *branch, gate)
 
 
 TORCH = Ops(
@@ -143,8 +159,10 @@ FUSED = Ops(
 """Triton."""
 
 
-def _by_int_mm_gated_(x: Tensor, y: Int8Rows, weight: Int8Matrix, bias: Tensor | None, gate: Tensor) -> None:
-    m.gated_(x, g.int8_linear(y, weight, bias), gate)
+def _by_int_mm_gated_(
+    x: Tensor, y: Int8Rows, weight: Int8Matrix, bias: Tensor | None, gate: Tensor, lora: LowRank | None = None
+) -> None:
+    m.gated_(x, g.int8_linear(y, weight, bias, lora), gate)
 
 
 _BY_INT_MM = replace(FUSED, int8=replace(FUSED.int8, linear=g.int8_linear, linear_gated_=_by_int_mm_gated_))

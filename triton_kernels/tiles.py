@@ -77,6 +77,13 @@ GEMM_CANDIDATES: tuple[GemmTile, ...] = (
 
 GEMM: Mapping[str, GemmTile] = dict.fromkeys(ARCHS, GemmTile(128, 256, 128, 8, 3))
 """By architecture."""
+NARROW = GemmTile(128, 64, 128, 4, 3)
+"""For weights of few rows, such as those of a LoRA: wider tiles would multiply mostly nothing."""
+
+
+def gemm_tile(arch: str, rows: int) -> GemmTile:
+    """What a program of a product by a weight of `rows` rows works on."""
+    return NARROW if rows <= NARROW.n else GEMM[arch]
 
 
 def arch_of(device: torch.device) -> str:

@@ -194,7 +194,7 @@ def _workspaces(
 
 def _as_multiplied(block: Params, job: Job, work: Workspace) -> Params:
     """The block, its int8 weights as integers if the job multiplies those."""
-    return block.multiplied(dit.INT8_LINEARS, work.ops.int8) if job.matmul.int8 else block
+    return block.multiplied(dit.INT8_LINEARS, work.ops.int8, work.dtype) if job.matmul.int8 else block
 
 
 def _open_stream(

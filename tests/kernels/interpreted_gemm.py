@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowvram.triton_kernels import gemm_triton, quantise_triton, tiles
 from lowvram.triton_kernels.dispatch import try_int8
-from lowvram.triton_kernels.gemm import Int8Matrix, int8_linear
+from lowvram.triton_kernels.gemm import Int8Matrix, LowRank, int8_linear, low_rank
 from lowvram.triton_kernels.modulate import gated
 from lowvram.triton_kernels.quantise import Int8Rows, gelu_int8, modulate_int8, quantise
 from lowvram.triton_kernels.tiles import GemmTile
@@ -32,9 +32,35 @@ def operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Int8Rows, Int8
     return rows, Int8Matrix(w, normal(n, seed=4).abs() / 100, 0), normal(n, seed=5).to(dtype)
 
 
-def launched(out: Tensor, x: Int8Rows, w: Int8Matrix, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-    gemm_triton.linear(out, x.values, x.scale, w.values, w.scale, bias, gate, TILE)
+def launched(
+    out: Tensor,
+    x: Int8Rows,
+    w: Int8Matrix,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    lora: LowRank | None = None,
+) -> Tensor:
+    low, up = None, None
+    if lora is not None:
+        low = out.new_empty(len(out), len(lora.down.values))
+        launched(low, x, lora.down, None, None)
+        up = lora.up
+    gemm_triton.linear(out, x.values, x.scale, w.values, w.scale, bias, gate, low, up, TILE)
     return out
+
+
+def whole(m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple[Int8Rows, Int8Matrix, LowRank]:
+    """Operands whose products and sums float32 holds exactly, so that their order does not matter."""
+    a, w, down, up = (
+        torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+        for seed, shape in enumerate([(m, k), (n, k), (rank, k), (n, rank)])
+    )
+    some = Int8Rows(down, torch.full((rank,), 0.5), 0, dtype)
+    return (
+        Int8Rows(a, 2.0 ** torch.arange(m).remainder(3), 0, dtype),
+        Int8Matrix(w, 2.0 ** -torch.arange(n).remainder(3), 0),
+        low_rank([some], [up.to(dtype)], [0.25]),
+    )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
@@ -65,6 +91,34 @@ def test_gate_and_residual(dtype: torch.dtype) -> None:
     got = residual.clone()
     assert torch.equal(launched(got[:, :50], x, w, bias, gate), want)
     assert torch.equal(got[:, 50:], residual[:, 50:])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize(("m", "n", "k", "rank"), [(1, 1, 2, 1), (65, 33, 65, 32), (70, 100, 96, 45)])
+def test_a_lora_in_the_epilogue_bit_for_bit(dtype: torch.dtype, m: int, n: int, k: int, rank: int) -> None:
+    x, w, lora = whole(m, n, k, rank, dtype)
+    bias, gate, residual = (int8(*shape).to(dtype) for shape in ((n,), (1, n), (m, n + 5)))
+    wide = torch.full((m, n + 7), 5.0, dtype=dtype)
+    assert torch.equal(launched(wide[:, :n], x, w, bias, None, lora), int8_linear(x, w, bias, lora))
+    assert (wide[:, n:] == 5).all()
+    assert not torch.equal(wide[:, :n], int8_linear(x, w, bias))
+    want, got = residual[:, :n].clone(), residual.clone()
+    gate = 2.0 ** gate.float().remainder(3)
+    exact = Int8Rows(x.values, x.scale, 0, torch.float32)
+    low = int8_linear(x, lora.down, None).float()  # the sum with the branch is not rounded before it is gated
+    want = gated(want, int8_linear(exact, w, bias) + low @ lora.up.float().mT, gate)
+    assert torch.equal(launched(got[:, :n], x, w, bias, gate, lora), want)
+    assert torch.equal(got[:, n:], residual[:, n:])
+
+
+def test_a_lora_of_any_numbers() -> None:
+    x, w, bias = operands(70, 50, 96, torch.float32)
+    downs = [quantise(normal(rank, 96, seed=rank), 0) for rank in (3, 40)]
+    lora = low_rank(downs, [normal(50, rank, seed=rank + 1) for rank in (3, 40)], [0.7, -2.0])
+    want = int8_linear(x, w, bias, lora)
+    assert torch.allclose(
+        launched(torch.empty(70, 50), x, w, bias, None, lora), want, atol=1e-6 * want.abs().max()
+    )
 
 
 def test_a_row_that_is_not_finite_stays_so_and_others_do_not_see_it() -> None:

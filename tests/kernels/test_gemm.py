@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowvram.quant.encodings.int8 import Int8
 from lowvram.triton_kernels import quantise
-from lowvram.triton_kernels.gemm import Int8Matrix, int8_linear, int8_linear_gated_
+from lowvram.triton_kernels.gemm import Int8Matrix, LowRank, int8_linear, int8_linear_gated_, low_rank
 from lowvram.triton_kernels.ops import FUSED, TORCH, Int8Ops
 
 
@@ -75,6 +75,24 @@ def test_zero_rows_and_the_gated_sum() -> None:
         assert torch.equal(got, residual + y * gate)
 
 
+@pytest.mark.parametrize("group", [0, 256])
+def test_a_lora_is_as_exact_as_the_weight_beside_it(group: int) -> None:
+    x, weight, bias = normal(40, 512), normal(70, 512, seed=1) / 20, normal(70, seed=2)
+    factors = [(normal(rank, 512, seed=rank), normal(70, rank, seed=rank + 1)) for rank in (4, 40)]
+    lora = low_rank(
+        [quantise.quantise(down, group) for down, _ in factors], [up for _, up in factors], [0.3, -0.5]
+    )
+    assert lora.down.values.shape == (64, 512) and lora.up.shape == (70, 64)
+    branch = sum(s * x @ down.mT @ up.mT for s, (down, up) in zip((0.3, -0.5), factors, strict=True))
+    rows = quantise.quantise(x, group)
+    plain, got = (int8_linear(rows, matrix(weight, group), bias, some) for some in (None, lora))
+    assert (got - plain - branch).norm() <= 0.02 * branch.norm()
+    gate, into = normal(1, 70, seed=5), normal(40, 70, seed=6)
+    want = into + got * gate
+    int8_linear_gated_(into, rows, matrix(weight, group), bias, gate, lora)
+    assert torch.equal(into, want)
+
+
 def test_activations_must_be_rotated_as_the_weight_is() -> None:
     with pytest.raises(AssertionError, match="rotated otherwise"):
         int8_linear(quantise.quantise(normal(2, 256), 0), matrix(normal(8, 256), 256), None)
@@ -89,9 +107,14 @@ def test_a_plan_sees_the_shapes_of_both_paths(ops: Int8Ops) -> None:
         rows = ops.quantise(x, 256)
         assert rows.values.shape == x.shape and rows.values.dtype == torch.int8
         assert rows.scale.shape == (3, 5) and rows.scale.dtype == torch.float32
-        y = ops.linear(rows, weight, None)
-        assert y.shape == (3, 5, 8) and y.dtype == torch.bfloat16
+        lora = LowRank(
+            Int8Matrix(torch.empty(32, 256, dtype=torch.int8), torch.empty(32), 256),
+            torch.empty(8, 32, dtype=torch.bfloat16),
+        )
+        for branch in (None, lora):
+            y = ops.linear(rows, weight, None, branch)
+            assert y.shape == (3, 5, 8) and y.dtype == torch.bfloat16
         for some in (ops.modulate(x[0], shift, shift, 256), ops.gelu(x[0], 256)):
             assert some.values.shape == (5, 256) and some.scale.shape == (5,)
-            ops.linear_gated_(residual, some, weight, None, torch.empty(1, 8))
-            ops.linear_gated_(residual, some, weight, None, torch.empty(5, 8))
+            ops.linear_gated_(residual, some, weight, None, torch.empty(1, 8), lora)
+            ops.linear_gated_(residual, some, weight, None, torch.empty(5, 8), None)

@@ -29,7 +29,7 @@ def test_errors_are_inside_their_bounds_and_are_what_is_printed() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(printed) == 6
+    assert len(printed) == 8
     known_errors = {(row["op"], row["mode"], row["data"]): row["relative_error"] for row in every}
     for row in printed:
         known = known_errors[row["op"], row["mode"], row["data"]]
@@ -43,6 +43,8 @@ def test_int8_multiplication_is_inside_its_bound_on_all_data() -> None:
     for name in data:
         rotated = stored["int8_convrot", name]
         assert rotated["relative_error"] <= rotated["bound"] == 0.02
+        lora = stored["int8_convrot, its LoRA", name]
+        assert lora["relative_error"] <= lora["bound"] == 0.02
         assert stored["int8_convrot, exact activations", name]["relative_error"] < rotated["relative_error"]
 
 

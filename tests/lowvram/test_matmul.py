@@ -23,6 +23,7 @@ from lowvram.state import Saved, list_jobs
 GB = 10**9
 PROMPT = "a red circle moves left on a black background"
 SMALL: dict[str, Any] = {"steps": 3, "seed": 1, "frames": 1, "width": 48, "height": 48, "shift": 3.0}
+WITH_LORAS = SMALL | {"preset": "lightning-4", "steps": None, "shift": None}
 NANO = Path(__file__).parents[2] / "lowvram" / "assets" / "nano"
 
 
@@ -36,9 +37,8 @@ def test_int8_activations_change_a_little_and_auto_nothing(pipe: Pipeline) -> No
     assert torch.equal(auto, exact) and 0 < (int8 - exact).norm() < 0.1 * exact.norm()
 
 
-def test_lora_branches_take_the_activations_as_they_are(pipe: Pipeline) -> None:
-    settings = SMALL | {"preset": "lightning-4", "steps": None, "shift": None}
-    exact, int8 = (pipe(PROMPT, matmul=how, **settings).latent for how in ("exact", "int8"))
+def test_loras_are_multiplied_beside_the_weights(pipe: Pipeline) -> None:
+    exact, int8 = (pipe(PROMPT, matmul=how, **WITH_LORAS).latent for how in ("exact", "int8"))
     assert 0 < (int8 - exact).norm() < 0.1 * exact.norm()
 
 
@@ -58,8 +58,9 @@ def test_placement_never_changes_bits(pipe: Pipeline, lean: dict[str, Any]) -> N
             assert torch.equal(latent, resident)
 
 
-def test_on_a_strict_device(pipe: Pipeline, int8_nano: dict[str, str]) -> None:
-    job = pipe.job(PROMPT, matmul="int8", **SMALL | {"steps": 1})
+@pytest.mark.parametrize("settings", [SMALL | {"steps": 1}, WITH_LORAS], ids=["plain", "loras"])
+def test_on_a_strict_device(pipe: Pipeline, int8_nano: dict[str, str], settings: dict[str, Any]) -> None:
+    job = pipe.job(PROMPT, matmul="int8", **settings)
     plain, strict = (p.run(job) for p in (pipe, StrictRuntime(GB, 2 * GB, "cpu").load("nano", **int8_nano)))
     assert torch.equal(strict.latent, plain.latent)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.quant.linear import Branch, Encoded, Params
+from lowvram.triton_kernels.ops import TORCH
+from lowvram.triton_kernels.quantise import quantise
 
 OUT, IN = 512, 256
 X = torch.randn(3, IN, generator=torch.Generator().manual_seed(0))
@@ -38,6 +42,22 @@ def test_unpacked_weights_give_the_same_bits(encoding: str, dtype: torch.dtype) 
         weight = unpacked.tensors[f"{name}.weight"]
         assert isinstance(weight, torch.Tensor) and weight.dtype is dtype
     assert unpacked["norm.weight"] is stored["norm.weight"]
+
+
+def test_a_linear_with_a_lora_takes_int8_rows_and_its_slices_are_the_whole() -> None:
+    plain = params("int8_convrot")
+    ready = plain.multiplied(("q",), TORCH.int8, X.dtype)
+    assert ready.int8_group("q") == 256 and not ready.branches and ready.int8_group("q", "half") is None
+    rows = quantise(X, 256)
+    y = ready.linear("q", rows)
+    assert torch.equal(y, ready.linear("q", X))
+    exact, without = plain.linear("q", X), replace(plain, branches={}).linear("q", X)
+    assert (y - exact).norm() < 0.02 * exact.norm() < (y - without).norm()
+    for some in (slice(0, 128), slice(384, 512)):
+        assert torch.equal(ready.slices(("q",), X.dtype, some).linear("q", rows), y[:, some])
+    into = torch.ones(3, OUT)
+    ready.linear_gated_("q", rows, into, torch.full((1, OUT), 2.0), TORCH.gated_)
+    assert torch.equal(into, 1 + 2 * y)
 
 
 def test_unpacking_needs_nothing_for_what_is_stored_in_the_dtype() -> None:

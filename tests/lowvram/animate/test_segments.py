@@ -1,0 +1,66 @@
+"""A driven video is made of segments: as long as what drives it, planned once, in the colours of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from videos import frames_of
+
+from lowvram import drift
+from lowvram.animation import Animation
+from lowvram.api import Pipeline
+from lowvram.driving import open_folder
+from lowvram.media.probe import probe
+from lowvram.planning.plan import Plan
+from lowvram.stages.segments import colour_change
+
+
+@pytest.mark.parametrize("mode", ["animate", "replace"])
+def test_a_video_of_three_segments_is_as_long_as_its_driving_video(
+    pipe: Pipeline,
+    plan: Plan,
+    drive: Callable[..., Path],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drift, "NOTABLE", 0.0)
+    output = tmp_path / "out.mp4"
+    job = pipe.driven_job(open_folder(drive(20), mode), **settings)
+    report = Animation(pipe, job, plan).save(output)
+    found = probe(output)
+    assert (found.width, found.height, found.frames, found.fps) == (32, 32, 20, 30)
+    names = [stage.name for stage in report.stages]
+    assert names == ["text", "clip", "faces", "encode", "prepare", "denoise", "decode"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4"]
+    # the last segments show frames 9 to 16 and 17 to 19; the codec clips what noise is out of range
+    assert [c.segment for c in report.colours] == [0, 1, 2]
+    for colours, part in zip(report.colours, np.split(frames_of(output), [9, 17]), strict=True):
+        assert colours.mean == pytest.approx(part.mean((0, 1, 2)), abs=3)
+    assert report.notes[-1].startswith("colours: segment ")
+
+
+def test_the_plan_is_that_of_a_segment_for_any_length(
+    pipe: Pipeline, plan: Plan, drive: Callable[..., Path], settings: dict[str, Any]
+) -> None:
+    longer = pipe.animate(drive(49), **settings).plan
+    assert [(s.claims, s.ram_claims) for s in longer.stages] == [
+        (s.claims, s.ram_claims) for s in plan.stages
+    ]
+
+
+def test_matched_colours_undo_a_drift_that_the_carried_frames_show() -> None:
+    generator = np.random.default_rng(0)
+    wanted = generator.uniform(-0.5, 0.5, (5, 16, 16, 3)).astype(np.float32)
+    drifted = (wanted * np.float32([0.95, 1.04, 1.0]) + np.float32([0.05, -0.03, 0.0])).astype(np.float32)
+    gain, offset = colour_change(drifted, wanted)
+    assert np.abs(drifted * gain + offset - wanted).max() < 2e-3
+    assert np.abs(drifted - wanted).max() > 0.05
+    # what cannot be drift is not undone: a black frame is not made bright
+    gain, offset = colour_change(np.full_like(wanted, -1), wanted)
+    assert np.abs(-gain + offset + 1).max() <= 0.11

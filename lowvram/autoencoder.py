@@ -26,6 +26,7 @@ from lowvram.offload.placement import Placement
 from lowvram.planning.decode import plan_decode
 from lowvram.planning.encode import plan_encode
 from lowvram.planning.facts import Facts
+from lowvram.planning.once import Once
 from lowvram.planning.plan import Lean, Plan, StagePlan
 from lowvram.quant.identify import identify_path
 from lowvram.quant.spec import ModelSpec, VaeSpec
@@ -142,7 +143,7 @@ class Autoencoder:
         machine = self.runtime.machine
         dtype = torch.bfloat16 if machine.kind == "cuda" else torch.float32
         latent = self.model.spec.latent_shape(width, height, frames)
-        return Facts(self._job(shape), self.model, machine, dtype, latent, (), {}, {}, (), {})
+        return Facts(self._job(shape), Once(self.model), machine, dtype, latent, (), {})
 
     def _job(self, shape: tuple[int, int, int]) -> Job:
         frames, height, width = shape

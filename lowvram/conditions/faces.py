@@ -14,7 +14,7 @@ from lowvram.conditions.contract import resting
 from lowvram.model import Group, Model
 from lowvram.models import animate
 from lowvram.offload.budget import allocated_size
-from lowvram.offload.placement import plan_traffic
+from lowvram.offload.placement import Traffic, plan_traffic
 from lowvram.offload.slab import build_layout
 from lowvram.offload.stream import BlockStream
 from lowvram.planning.facts import Facts
@@ -48,15 +48,12 @@ def plan_faces(facts: Facts, made: Mapping[str, int]) -> StagePlan:
     """
     spec, frames = facts.spec.dit, facts.job.frames
     assert spec.face is not None
-    groups = face_groups(facts.model)
-    layouts = {("faces", n): build_layout(group.refs) for n, group in enumerate(groups)}
-    traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
+    groups, traffic, nbytes = facts.of_model(_streamed)
     encode = partial(footprint.faces_scratch, spec, groups[0], groups[1], frames, facts.dtype)
     scratch = facts.measured(encode, "faces", groups[0].kind, groups[1].kind, frames, facts.dtype)
     # what the second pass adds: a second clip of vectors and of tokens
     kept = numel((facts.latent[1], spec.face.tokens, spec.dim)) * facts.dtype.itemsize
     second = (facts.passes - 1) * (allocated_size(kept) + allocated_size(4 * frames * spec.face.motion))
-    nbytes = sum(layout.nbytes for layout in layouts.values())
     machine = facts.machine
     return StagePlan(
         "faces",
@@ -68,6 +65,13 @@ def plan_faces(facts: Facts, made: Mapping[str, int]) -> StagePlan:
         max(frames * _motion_flops(spec.face) / machine.matmul, nbytes / machine.link, nbytes / machine.disk),
         {"segments": _segments(facts)},
     )
+
+
+def _streamed(model: Model) -> tuple[list[Group], Traffic, int]:
+    groups = face_groups(model)
+    layouts = {("faces", n): build_layout(group.refs) for n, group in enumerate(groups)}
+    traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
+    return groups, traffic, sum(layout.nbytes for layout in layouts.values())
 
 
 def _segments(facts: Facts) -> str:

@@ -14,7 +14,7 @@ from lowvram.conditions.contract import resting
 from lowvram.model import Group, Model
 from lowvram.models import clip
 from lowvram.offload.budget import allocated_size
-from lowvram.offload.placement import BlockId, plan_traffic
+from lowvram.offload.placement import BlockId, Traffic, plan_traffic
 from lowvram.offload.slab import BlockLayout, build_layout
 from lowvram.offload.stream import BlockStream
 from lowvram.planning.facts import Facts
@@ -43,6 +43,13 @@ def _layouts(groups: Sequence[Group]) -> dict[BlockId, BlockLayout]:
     return {("clip", n): build_layout(group.refs) for n, group in enumerate(groups)}
 
 
+def _streamed(model: Model, spec: ClipSpec) -> tuple[list[Group], Traffic, int]:
+    groups = clip_groups(model, spec)
+    layouts = _layouts(groups)
+    traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
+    return groups, traffic, sum(layout.nbytes for layout in layouts.values())
+
+
 def image_bytes(facts: Facts) -> dict[str, int]:
     """What `look` makes for the model, as `Conditioning.makes` says it; nothing if it has no CLIP."""
     spec = facts.spec.dit
@@ -54,9 +61,7 @@ def plan_look(facts: Facts, pictures: int, host: Mapping[str, int]) -> StagePlan
     """The stage "clip": the tower streams past `pictures` pictures. host: claims of the pictures and of what is made."""
     spec = facts.spec.clip
     assert spec is not None
-    groups = clip_groups(facts.model, spec)
-    layouts = _layouts(groups)
-    traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
+    groups, traffic, nbytes = facts.of_model(_streamed, spec)
     rows = pictures * allocated_size(spec.tokens * spec.dim * facts.dtype.itemsize)
     look = allocated_size(12 * spec.side**2)
     embed, layer = (
@@ -71,7 +76,6 @@ def plan_look(facts: Facts, pictures: int, host: Mapping[str, int]) -> StagePlan
         "clip rows": rows,
         "clip scratch": peak - rows,
     }
-    nbytes = sum(layout.nbytes for layout in layouts.values())
     parameters = sum(numel(s) for s in spec.layer_shapes().values()) * clip.layers_used(spec)
     machine = facts.machine
     return StagePlan(

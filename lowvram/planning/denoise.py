@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from lowvram import footprint
 from lowvram.conditions.contract import kept
-from lowvram.model import kinds
 from lowvram.models.self_attention import CHUNK
 from lowvram.offload.budget import allocated_size
-from lowvram.offload.placement import BlockId, Placement, Where, plan_buffers, spread, visits_of
-from lowvram.offload.slab import build_layout
-from lowvram.planning.facts import Facts
+from lowvram.offload.placement import BlockId, Buffers, Placement, Where, plan_buffers, spread, visits_of
+from lowvram.offload.slab import BlockLayout, build_layout
+from lowvram.planning.facts import Facts, Transformers
 from lowvram.planning.plan import Lean, StagePlan
 from lowvram.planning.prepare import kept_claims
-from lowvram.planning.visits import visiting_order
+from lowvram.planning.visits import order_of, step_visits
 from lowvram.quant.spec import HEAD_DIM, numel
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.solvers import kept_tensors
@@ -41,8 +41,6 @@ class Way:
     claims: Mapping[str, int]
     """Device memory that does not move."""
     ram_claims: Mapping[str, int]
-    visits: Mapping[BlockId, Sequence[int]]
-    """When each block is visited in the whole job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +62,23 @@ def ways(facts: Facts) -> Iterator[Way]:
 
     Every way with chunks of full length comes before any with shorter ones.
     """
-    packed = _unpacked_bytes(facts) > 0
-    visits = {
-        together: visits_of(visiting_order(facts.job, facts.spec, together)) for together in (True, False)
-    }
+    return (facts.once(_way, *way) for way in facts.once(_by_time))
+
+
+def _way(facts: Facts, lean: Lean, slots: int) -> Way:
+    return Way(lean, slots, facts.once(_claims, lean), facts.once(_ram_claims, lean))
+
+
+def _by_time(facts: Facts) -> list[tuple[Lean, int]]:
+    """Every lean and its slots, in the order of `ways`."""
+    packed = facts.once(_unpacked_bytes) > 0
     found = [(lean, slots) for lean in _leans(facts, packed) for slots in (2, 1)]
-    loads = {
-        together: sum(facts.layouts[b].nbytes * len(at) for b, at in visits[together].items())
-        for together in visits
-    }
 
     def slowness(way: tuple[Lean, int]) -> tuple[int, float]:
         lean, slots = way
-        return -lean.chunk, _seconds(facts, lean, slots, loads[lean.together])
+        return -lean.chunk, _seconds(facts, lean, slots, _carried(facts, lean, slots, Room()).h2d)
 
-    for lean, slots in sorted(found, key=slowness):
-        yield Way(lean, slots, _claims(facts, lean), _ram_claims(facts, lean), visits[lean.together])
+    return sorted(found, key=slowness)
 
 
 def _leans(facts: Facts, packed: bool) -> list[Lean]:
@@ -109,6 +108,7 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
     latents = 1 + state + (0 if lean.together else facts.passes - 1)
     solving = 3 + facts.passes + state - latents  # between the blocks of two steps
     window = 2 * allocated_size(min(lean.chunk, tokens) * spec.dim * width)
+    scratch = facts.once(_scratch, lean.chunk, lean.group > 0, lean.unpacked)
     claims = {
         "residual": (facts.passes if lean.together else 1) * stream,
         "residual window": window,
@@ -117,26 +117,28 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
         "attention output": stream,
         "rotary table": allocated_size(4 * tokens * HEAD_DIM),
         "latents": latents * _latent_bytes(facts),
-        "scratch": max(_scratch(facts, lean), solving * _latent_bytes(facts) + _preview_scratch(facts)),
+        "scratch": max(scratch, solving * _latent_bytes(facts) + _preview_scratch(facts)),
     }
-    if facts.preview is not None:
-        claims["preview weights"] = facts.footprint(build_layout(facts.preview.weights.refs).nbytes)
-    unpacked = _unpacked_bytes(facts) if lean.unpacked else 0
+    claims |= facts.once(_preview_weights)
+    unpacked = facts.once(_unpacked_bytes) if lean.unpacked else 0
     if unpacked:
         claims["unpacked block"] = allocated_size(unpacked)
-    condition = conditioning(facts.spec, facts.job)
-    if condition is not None:
-        claims["condition"] = kept(condition, facts)
+    claims |= facts.once(_condition)
     del claims["residual" if lean.away else "residual window"]
     if not lean.group:
         del claims["attention output"]
     return kept_claims(facts) | claims
 
 
+def _condition(facts: Facts) -> dict[str, int]:
+    condition = conditioning(facts.spec, facts.job)
+    return {} if condition is None else {"condition": kept(condition, facts)}
+
+
 def _ram_claims(facts: Facts, lean: Lean) -> dict[str, int]:
     stream = facts.tokens * facts.spec.dit.dim * facts.dtype.itemsize
     away = {f"ram residual {n}": stream for n in range(_streams(facts, lean))} if lean.away else {}
-    return held_claims(facts) | _preview_ram(facts) | away
+    return facts.once(held_claims) | facts.once(_preview_ram) | away
 
 
 def _streams(facts: Facts, lean: Lean) -> int:
@@ -144,39 +146,50 @@ def _streams(facts: Facts, lean: Lean) -> int:
     return facts.passes if lean.together else 1
 
 
-def _scratch(facts: Facts, lean: Lean) -> int:
+def _scratch(facts: Facts, chunk: int, grouped: bool, unpacked: bool) -> int:
     """Transient bytes of a block or of the head, whichever takes more.
 
     Groups of fewer heads take no more than the largest, so that one stands for all.
     """
-    spec, tokens, n = facts.spec.dit, facts.tokens, min(facts.tokens, 2 * lean.chunk)
-    group = next(g for g in GROUPS if g < spec.heads and spec.heads % g == 0) if lean.group else 0
+    spec, tokens, n = facts.spec.dit, facts.tokens, min(facts.tokens, 2 * chunk)
+    group = next(g for g in GROUPS if g < spec.heads and spec.heads % g == 0) if grouped else 0
     per_frame = tokens // facts.latent[1] if facts.time_rows > 1 else 0
     found, machine, int8 = [], facts.machine, facts.job.matmul.int8
-    for block in facts.block_kinds:
+    for block in facts.transformers.blocks:
         what = n, per_frame, max(facts.lengths), facts.dtype
         for mode in facts.job.attention.modes():
             measure = partial(
-                footprint.block_scratch, spec, block, *what, group=group, chunk=lean.chunk,
-                unpacked=lean.unpacked, attention=mode, int8=int8, ops=ops_for(machine.arch, machine.unfused),
+                footprint.block_scratch, spec, block, *what, group=group, chunk=chunk,
+                unpacked=unpacked, attention=mode, int8=int8, ops=ops_for(machine.arch, machine.unfused),
             )  # fmt: skip
-            how = group, lean.chunk, lean.unpacked, mode.name, int8, machine.arch, machine.unfused
+            how = group, chunk, unpacked, mode.name, int8, machine.arch, machine.unfused
             inside = facts.measured(measure, "block", block.kind, *what, *how)
             factors = footprint.factor_bytes(tokens) - footprint.factor_bytes(n) if group else 0
             found.append(inside + factors)
         if spec.face_blocks:
-            face = tokens, facts.latent[1], facts.dtype, lean.chunk
+            face = tokens, facts.latent[1], facts.dtype, chunk
             attend = partial(footprint.attend_scratch, spec, block, *face)
             found.append(facts.measured(attend, "face", block.kind, *face))
-    for outer in kinds(groups["outer"] for groups in facts.groups.values()):
-        ends = spec, outer, facts.grid, facts.dtype
+    found.append(facts.once(_ends_scratch, chunk))
+    return max(found) + allocated_size(2 * spec.layers)  # two truths a block
+
+
+def _ends_scratch(facts: Facts, chunk: int) -> int:
+    """Of what is before the blocks and behind them."""
+    found = []
+    for outer in facts.transformers.outers:
+        ends = facts.spec.dit, outer, facts.grid, facts.dtype
         key = outer.kind, facts.grid, facts.dtype
-        head = facts.measured(
-            partial(footprint.head_scratch, *ends, chunk=lean.chunk), "head", *key, lean.chunk
-        )
+        head = facts.measured(partial(footprint.head_scratch, *ends, chunk=chunk), "head", *key, chunk)
         embed = facts.measured(partial(footprint.embed_scratch, *ends), "embed", *key)
         found += [head + _latent_bytes(facts), embed]
-    return max(found) + allocated_size(2 * spec.layers)  # two truths a block
+    return max(found)
+
+
+def _preview_weights(facts: Facts) -> dict[str, int]:
+    if facts.preview is None:
+        return {}
+    return {"preview weights": facts.footprint(build_layout(facts.preview.weights.refs).nbytes)}
 
 
 def _preview_scratch(facts: Facts) -> int:
@@ -202,7 +215,7 @@ def _unpacked_bytes(facts: Facts) -> int:
     how = facts.dtype, facts.job.matmul.int8
     return max(
         facts.measured(partial(footprint.unpacked_nbytes, block, *how), "unpacked", block.kind, *how)
-        for block in facts.block_kinds
+        for block in facts.transformers.blocks
     )
 
 
@@ -215,7 +228,8 @@ def _latent_bytes(facts: Facts) -> int:
 
 def _seconds(facts: Facts, lean: Lean, slots: int, moved: int) -> float:
     """A forecast, if `moved` bytes of blocks are copied to the device."""
-    compute, copies = _compute(facts, lean), (moved + _passing(facts, lean)) / facts.machine.link
+    compute = facts.once(_compute, lean.group > 0)
+    copies = (moved + _passing(facts, lean)) / facts.machine.link
     return compute + copies if slots == 1 else max(compute, copies)
 
 
@@ -224,12 +238,12 @@ def _evaluations(facts: Facts) -> int:
     return sum(1 + needs_uncond(g) for g in facts.job.schedule.guidance)
 
 
-def _compute(facts: Facts, lean: Lean) -> float:
+def _compute(facts: Facts, grouped: bool) -> float:
     """Linears on tokens, text keys and values, both attentions (wan-models 1.8); every layer, step and pass."""
     spec, t = facts.spec.dit, facts.tokens
     d, f, n = spec.dim, spec.ffn, spec.text_len
     linears: float = 2 * t * (6 * d * d + 2 * d * f) + 4 * n * d * d
-    if lean.group:  # q and k are projected twice
+    if grouped:  # q and k are projected twice
         linears += 4 * t * d * d
     machine, guidance, attention = facts.machine, facts.job.schedule.guidance, facts.job.attention
     matmul = machine.matmul * (INT8_GAIN.get(machine.arch, 1.0) if facts.job.matmul.int8 else 1.0)
@@ -259,42 +273,83 @@ def _passing(facts: Facts, lean: Lean) -> int:
 # ---- the stage
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Passage:
+    """When each block is visited in the whole job."""
+
+    visits: Mapping[BlockId, Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Carried:
+    """The transformer blocks in their places; the size of the video does not matter."""
+
+    placement: Placement
+    buffers: Buffers
+    disk: int
+    """Bytes read in the whole job."""
+    h2d: int
+    """Bytes copied to the device."""
+
+
 def place(facts: Facts, way: Way, room: Room) -> Placement:
     """Residents, and of the others those held in RAM, spread evenly over the depth of every expert."""
-    where: dict[BlockId, Where] = {}
-    depth = facts.spec.dit.layers
+    return _carried(facts, way.lean, way.slots, room).placement
+
+
+def _carried(facts: Facts, lean: Lean, slots: int, room: Room) -> Carried:
+    each = tuple(step_visits(facts.job, facts.spec, lean.together))
+    passage = facts.of_transformers(_passage, facts.job.schedule.experts, each)
+    return facts.of_transformers(_carry, passage, slots, room, facts.machine.ram)
+
+
+def _passage(transformers: Transformers, experts: tuple[int, ...], each: tuple[int, ...]) -> Passage:
+    order = order_of(tuple(transformers.groups), transformers.depth, experts, each)
+    return Passage(visits_of(order))
+
+
+def _carry(transformers: Transformers, passage: Passage, slots: int, room: Room, ram: int) -> Carried:
+    """On a machine with so much RAM."""
+    layouts, visits, depth = transformers.layouts, passage.visits, transformers.depth
     fixed = spread(depth, room.residents)
     moving = [n for n in range(depth) if n not in fixed]
     held = {moving[i] for i in spread(len(moving), min(room.in_ram, len(moving)))}
-    for expert in facts.groups:
-        for n in range(depth):
-            where[expert, n] = "resident" if n in fixed else "ram" if n in held else "disk"
-    return Placement(where, slots=way.slots, ring=room.ring, past_cache=_outgrows_cache(facts, where))
+    of_depth: list[Where] = [
+        "resident" if n in fixed else "ram" if n in held else "disk" for n in range(depth)
+    ]
+    where = {(expert, n): of_depth[n] for expert in transformers.groups for n in range(depth)}
+    placement = Placement(where, slots, room.ring, past_cache=_outgrows_cache(layouts, where, ram))
+    return Carried(
+        placement,
+        plan_buffers(layouts, placement, visits),
+        sum(layouts[b].nbytes * (len(at) if where[b] == "disk" else 1) for b, at in visits.items()),
+        sum(layouts[b].nbytes * (1 if where[b] == "resident" else len(at)) for b, at in visits.items()),
+    )
 
 
-def _outgrows_cache(facts: Facts, where: Mapping[BlockId, Where]) -> bool:
+def _outgrows_cache(layouts: Mapping[BlockId, BlockLayout], where: Mapping[BlockId, Where], ram: int) -> bool:
     """Whether an expert's blocks outside of the device are more than the RAM: those on disk, read in turns, then find
     nothing in the system's cache."""
-    outside = dict.fromkeys(facts.groups, 0)
+    outside: Counter[str] = Counter()
     for block, place in where.items():
-        outside[block[0]] += 0 if place == "resident" else facts.layouts[block].nbytes
-    return "disk" in where.values() and max(outside.values()) > facts.machine.ram
+        outside[block[0]] += 0 if place == "resident" else layouts[block].nbytes
+    return "disk" in where.values() and max(outside.values()) > ram
 
 
 def stage_plan(facts: Facts, way: Way, room: Room) -> StagePlan:
     """The stage run this way, with blocks placed in this room."""
-    placement, layouts = place(facts, way, room), facts.layouts
-    buffers = plan_buffers(layouts, placement, way.visits)
-    where = placement.where
-    disk = sum(layouts[b].nbytes * (len(at) if where[b] == "disk" else 1) for b, at in way.visits.items())
-    h2d = sum(layouts[b].nbytes * (1 if where[b] == "resident" else len(at)) for b, at in way.visits.items())
-    seconds = max(_seconds(facts, way.lean, way.slots, h2d), disk / facts.machine.disk)
+    return facts.once(_stage_plan, way.lean, way.slots, room)
+
+
+def _stage_plan(facts: Facts, lean: Lean, slots: int, room: Room) -> StagePlan:
+    carried = _carried(facts, lean, slots, room)
+    buffers, seconds = carried.buffers, _seconds(facts, lean, slots, carried.h2d)
     return StagePlan(
         "denoise",
         len(facts.job.schedule),
-        facts.context | dict(way.claims) | buffers.device_claims(facts.footprint),
-        facts.host(dict(way.ram_claims) | buffers.host_claims()),
-        disk,
-        h2d + _passing(facts, way.lean),
-        seconds,
+        facts.context | facts.once(_claims, lean) | buffers.device_claims(facts.footprint),
+        facts.host(facts.once(_ram_claims, lean) | buffers.host_claims()),
+        carried.disk,
+        carried.h2d + _passing(facts, lean),
+        max(seconds, carried.disk / facts.machine.disk),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,8 @@ from lowvram.machine import Machine
 from lowvram.model import Group, Model, kinds
 from lowvram.offload.budget import segment_size
 from lowvram.offload.placement import BlockId
-from lowvram.offload.slab import BlockLayout
+from lowvram.offload.slab import BlockLayout, build_layout
+from lowvram.planning.once import Once
 from lowvram.planning.visits import layouts_of
 from lowvram.preview import Decoder
 from lowvram.quant.spec import ModelSpec, numel
@@ -27,11 +29,35 @@ PROGRAM_RAM = 700_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class Transformers:
+    """The experts of a model, cut into what travels together."""
+
+    groups: Mapping[str, Mapping[str, Group]]
+    """Tensors by expert and block."""
+    layouts: Mapping[BlockId, BlockLayout]
+    """Of all blocks."""
+    depth: int
+    """Blocks of an expert."""
+    blocks: Sequence[Group]
+    """One block of every make."""
+    outers: Sequence[Group]
+    """What is outside the blocks, one of every make."""
+    outer_bytes: Sequence[int]
+    """By expert: the slab of what is outside the blocks."""
+
+    @property
+    def first(self) -> Mapping[str, Group]:
+        """Stands for all experts where shapes are enough: those are the same, encodings may differ."""
+        return next(iter(self.groups.values()))
+
+
+@dataclass(frozen=True)
 class Facts:
     """One job on one model and machine. Sizes in bytes unless they say otherwise."""
 
     job: Job
-    model: Model
+    of_model: Once[Model]
+    """The model, and what plans make of it whatever the job."""
     machine: Machine
     dtype: torch.dtype
     """What the networks compute in."""
@@ -39,12 +65,6 @@ class Facts:
     """[C, F, H, W]"""
     lengths: tuple[int, ...]
     """Tokens of every prompt: one, or two if any step guides."""
-    groups: Mapping[str, Mapping[str, Group]]
-    """Tensors by expert and block."""
-    layouts: Mapping[BlockId, BlockLayout]
-    """Of all transformer blocks."""
-    block_kinds: Sequence[Group]
-    """One transformer block of every make."""
     known: dict[Hashable, Any]
     """Footprints measured so far: a search asks for the same ones often, and each takes a tenth of a second."""
     text_cached: bool = False
@@ -52,9 +72,14 @@ class Facts:
     preview: Decoder | None = None
     """What makes previews between the steps, if not a linear map."""
 
-    def with_job(self, job: Job) -> Facts:
+    @cached_property
+    def once(self) -> Once[Facts]:
+        """What plans make of these facts whatever the budget."""
+        return Once(self)
+
+    def sized(self, width: int, height: int, frames: int) -> Facts:
         """The same for another size or length of the video."""
-        return replace(self, job=job, latent=self.spec.denoised_shape(job.width, job.height, job.frames))
+        return self.once(_sized, width, height, frames)
 
     def measured(self, measure: Callable[[], _T], *what: Hashable) -> _T:
         """A footprint, or what it is made of."""
@@ -62,6 +87,19 @@ class Facts:
             self.known[what] = measure()
         found: _T = self.known[what]
         return found
+
+    @property
+    def model(self) -> Model:
+        return self.of_model.subject
+
+    @property
+    def transformers(self) -> Transformers:
+        return self.of_transformers.subject
+
+    @property
+    def of_transformers(self) -> Once[Transformers]:
+        """The transformers, and what plans make of them whatever the size of the video."""
+        return self.of_model(_transformers)
 
     @property
     def spec(self) -> ModelSpec:
@@ -85,11 +123,6 @@ class Facts:
     def time_rows(self) -> int:
         """Rows of a time embedding: one, and one for the first latent frame if that is given and not denoised."""
         return 2 if self.spec.variant == "ti2v" and self.job.image is not None else 1
-
-    @property
-    def first_expert(self) -> Mapping[str, Group]:
-        """Stands for all where shapes are enough: those are the same, encodings may differ."""
-        return next(iter(self.groups.values()))
 
     @property
     def context(self) -> dict[str, int]:
@@ -116,32 +149,44 @@ def gather(
     machine: Machine,
     known: dict[Hashable, Any] | None = None,
     *,
+    of_model: Once[Model] | None = None,
     text_cached: bool = False,
     preview: Decoder | None = None,
 ) -> Facts:
     """The facts of a job. Nothing is read but the tokenizer.
 
-    known: of an earlier plan, which spares this one the same measurements.
+    known, of_model: of an earlier plan, on any model and on this one, which spare this one the same work.
     """
-    groups = {e: t.groups() for e, t in model.transformers.items()}
-    layouts: dict[BlockId, BlockLayout] = {}
-    for expert, found in groups.items():
-        layouts |= layouts_of(found, expert)
     return Facts(
         job,
-        model,
+        of_model or Once(model),
         machine,
         compute_dtype(machine),
         model.spec.denoised_shape(job.width, job.height, job.frames),
         _prompt_lengths(job, model),
-        groups,
-        layouts,
-        kinds(
-            group for found in groups.values() for key, group in found.items() if key.startswith("blocks.")
-        ),
         {} if known is None else known,
         text_cached,
         preview,
+    )
+
+
+def _sized(facts: Facts, width: int, height: int, frames: int) -> Facts:
+    job = replace(facts.job, width=width, height=height, frames=frames)
+    return replace(facts, job=job, latent=facts.spec.denoised_shape(width, height, frames))
+
+
+def _transformers(model: Model) -> Once[Transformers]:
+    # both experts of an imagined model are the same one
+    groups = {id(t): t.groups() for t in model.transformers.values()}
+    by_expert = {expert: groups[id(t)] for expert, t in model.transformers.items()}
+    layouts: dict[BlockId, BlockLayout] = {}
+    for expert, found in by_expert.items():
+        layouts |= layouts_of(found, expert)
+    blocks = [g for found in groups.values() for key, g in found.items() if key.startswith("blocks.")]
+    outer = [found["outer"] for found in by_expert.values()]
+    outer_bytes = [build_layout(group.refs).nbytes for group in outer]
+    return Once(
+        Transformers(by_expert, layouts, model.spec.dit.layers, kinds(blocks), kinds(outer), outer_bytes)
     )
 
 

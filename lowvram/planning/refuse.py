@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from lowvram.errors import BudgetError
-from lowvram.model import imagined_model
+from lowvram.model import Model, imagined_model
 from lowvram.offload.budget import Budget, format_bytes
-from lowvram.planning.facts import Facts, gather
+from lowvram.planning.facts import Facts
+from lowvram.planning.once import Once
 from lowvram.planning.plan import StagePlan
 from lowvram.triton_kernels.modes import SDPA
 
@@ -70,36 +71,41 @@ def nearest(facts: Facts, budget: Budget, least: Least) -> dict[str, str]:
     def fits(other: Facts) -> bool:
         return all(stage.inside(budget) for stage in least(other, budget))
 
-    def with_frames(n: int) -> Facts:
-        return facts.with_job(replace(facts.job, frames=1 + 4 * n))
-
-    low, high = -1, (facts.job.frames - 1) // 4  # fits at low, unless that is -1; not at high
+    job = facts.job
+    low, high = -1, (job.frames - 1) // 4  # fits at low, unless that is -1; not at high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(with_frames(middle)) else (low, middle)
+        shorter = facts.sized(job.width, job.height, 1 + 4 * middle)
+        low, high = (middle, high) if fits(shorter) else (low, middle)
     if low >= 0:
         found["frames"] = str(1 + 4 * low)
     for width, height in _smaller(facts):
-        if fits(facts.with_job(replace(facts.job, width=width, height=height))):
+        if fits(facts.sized(width, height, job.frames)):
             found["size"] = f"{width}x{height}"
             break
-    if facts.job.attention.mode != "sdpa" and fits(facts.with_job(replace(facts.job, attention=SDPA))):
+    if job.attention.mode != "sdpa" and fits(facts.once(_with_sdpa)):
         found["attention"] = "sdpa"
-    heaviest = max(layout.nbytes for layout in facts.layouts.values())
+    heaviest = max(layout.nbytes for layout in facts.transformers.layouts.values())
     for weights in SMALLER_WEIGHTS:
-        imagined = imagined_model(facts.model.name, facts.spec, weights).transformers
-        other = gather(
-            facts.job,
-            replace(facts.model, transformers=imagined),
-            facts.machine,
-            facts.known,
-            text_cached=facts.text_cached,
-            preview=facts.preview,
-        )
-        if max(layout.nbytes for layout in other.layouts.values()) < heaviest and fits(other):
+        other = facts.once(_stored_as, weights)
+        if max(layout.nbytes for layout in other.transformers.layouts.values()) < heaviest and fits(other):
             found["weights"] = weights
             break
     return found
+
+
+def _with_sdpa(facts: Facts) -> Facts:
+    return replace(facts, job=replace(facts.job, attention=SDPA))
+
+
+def _stored_as(facts: Facts, weights: str) -> Facts:
+    """The same with transformers in another encoding."""
+    return replace(facts, of_model=facts.of_model(_imagined, weights))
+
+
+def _imagined(model: Model, weights: str) -> Once[Model]:
+    imagined = imagined_model(model.name, model.spec, weights).transformers
+    return Once(replace(model, transformers=imagined))
 
 
 def _smaller(facts: Facts) -> Iterator[tuple[int, int]]:

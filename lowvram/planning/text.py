@@ -9,7 +9,7 @@ from typing import Any
 from lowvram import footprint
 from lowvram.model import Group, Model, kinds
 from lowvram.offload.budget import Budget, allocated_size
-from lowvram.offload.placement import plan_traffic
+from lowvram.offload.placement import Traffic, plan_traffic
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.planning.visits import all_on_disk, layouts_of
@@ -35,10 +35,21 @@ def plan_text(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     If the prompts' features are kept from an earlier job, no byte is moved. The memory is planned all the same, for what
     is kept may turn out to be damaged.
     """
-    spec, lengths = facts.spec.text, facts.lengths
-    groups = text_groups(facts.model)
+    return (facts.once(_text),)
+
+
+def _streamed(model: Model) -> tuple[list[Group], Traffic, int]:
+    """One layer of every make, and the passage of all of them."""
+    groups = text_groups(model)
     layouts = layouts_of(groups, "text")
     layers = kinds(group for key, group in groups.items() if key != "outer")
+    traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
+    return layers, traffic, sum(layout.nbytes for layout in layouts.values())
+
+
+def _text(facts: Facts) -> StagePlan:
+    spec, lengths = facts.spec.text, facts.lengths
+    layers, traffic, nbytes = facts.of_model(_streamed)
     rows = max(lengths)
     scratch = max(
         facts.measured(
@@ -47,12 +58,10 @@ def plan_text(facts: Facts, budget: Budget) -> tuple[StagePlan]:
         )
         for layer in layers
     )  # fmt: skip
-    traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
     claims = traffic.device_claims(facts.footprint) | {
         "text rows": 2 * sum(allocated_size(n * spec.dim * facts.dtype.itemsize) for n in lengths),
         "text scratch": scratch,
     }
-    nbytes = sum(layout.nbytes for layout in layouts.values())
     flops = 2 * sum(lengths) * sum(numel(s) for s in spec.layer_shapes().values()) * spec.layers
     machine = facts.machine
     stage = StagePlan(
@@ -66,5 +75,5 @@ def plan_text(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     )
     if facts.text_cached:
         why = {"text": "cached: these prompts were encoded before, the text encoder is not loaded"}
-        return (replace(stage, steps=1, disk_read=0, h2d=0, seconds=0.0, choices=why),)
-    return (stage,)
+        return replace(stage, steps=1, disk_read=0, h2d=0, seconds=0.0, choices=why)
+    return stage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lowvram.job import Job
 from lowvram.model import Group
@@ -31,6 +31,11 @@ def step_visits(job: Job, spec: ModelSpec, together: bool) -> list[int]:
 
 def visiting_order(job: Job, spec: ModelSpec, together: bool) -> list[BlockId]:
     """Every visit of a transformer block in the whole job: all steps, both experts."""
-    names = spec.expert_names()
-    visits = zip(job.schedule.experts, step_visits(job, spec, together), strict=True)
-    return [(names[e], n % spec.dit.layers) for e, count in visits for n in range(count)]
+    each = step_visits(job, spec, together)
+    return order_of(spec.expert_names(), spec.dit.layers, job.schedule.experts, each)
+
+
+def order_of(names: Sequence[str], layers: int, experts: Sequence[int], each: Sequence[int]) -> list[BlockId]:
+    """The blocks of the expert of every step, over and over: `each` visits in the step."""
+    visits = zip(experts, each, strict=True)
+    return [(names[e], n % layers) for e, count in visits for n in range(count)]

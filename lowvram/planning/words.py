@@ -12,7 +12,7 @@ from lowvram.planning.plan import Lean, StagePlan
 def choices(facts: Facts, budget: Budget, stage: StagePlan, way: Way, room: Room) -> dict[str, str]:
     """The choices of the denoise stage, and why."""
     lean, depth = way.lean, facts.spec.dit.layers
-    block = max(layout.nbytes for layout in facts.layouts.values())
+    block = max(layout.nbytes for layout in facts.transformers.layouts.values())
     rest = stage.vram - sum(n for name, n in stage.claims.items() if name.startswith("resident "))
     if facts.passes == 1:
         passes = "1 a step: guidance 1 needs no second"

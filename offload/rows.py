@@ -19,6 +19,7 @@ class HostRows:
 
     device   whose host memory holds it, as `name`, and whose memory holds two runs of `window` rows
     dtype    of the numbers
+    kept     if not 0: rows 0, kept, 2 * kept.. lie on the device as well, and `rows[::kept]` gives those at no cost
 
     `rows[i:j]` is a device tensor, good until the slice after the next is asked for; the run behind it is fetched
     meanwhile. `rows[i:j] = value` writes one; changes to a slice
@@ -27,7 +28,14 @@ class HostRows:
     """
 
     def __init__(
-        self, device: Device, name: str, n: int, width: int, dtype: torch.dtype, window: int
+        self,
+        device: Device,
+        name: str,
+        n: int,
+        width: int,
+        dtype: torch.dtype,
+        window: int,
+        kept: int = 0,
     ) -> None:
         self._device, self._window = device, min(window, n)
         self._home = device.host_alloc(name, n * width * dtype.itemsize)
@@ -35,6 +43,8 @@ class HostRows:
         self._places = [
             torch.empty(self._window, width, dtype=dtype, device=device.torch_device) for _ in range(WINDOWS)
         ]
+        self._stride = kept
+        self._kept = self._places[0].new_empty(-(-n // kept) if kept else 0, width)
         self._written: list[Event | None] = [None] * WINDOWS  # copies home that are under way
         self._last = 0  # the place that was handed out or written last
         self._holds: Run | None = None  # what it holds
@@ -54,6 +64,8 @@ class HostRows:
         return self._matrix.dtype
 
     def __getitem__(self, rows: slice) -> Tensor:
+        if self._stride and rows.indices(self._matrix.shape[0]) == (0, self._matrix.shape[0], self._stride):
+            return self._kept
         run = self._run(rows)
         if self._holds == run:
             self._settle()  # the caller may change it
@@ -72,16 +84,26 @@ class HostRows:
         run = self._run(rows)
         if self._holds != run:
             self._last, self._holds = 1 - self._last, run
-            self._ahead = None  # its place is taken
+            self._forget_ahead()  # its place is taken
         elif self._ahead is not None and self._ahead[0][0] < run[1] and run[0] < self._ahead[0][1]:
-            self._ahead = None  # it holds what was there before
+            self._forget_ahead()  # it holds what was there before
         self._settle()
         place = self._places[self._last][: run[1] - run[0]]
         if value.data_ptr() != place.data_ptr():
             place.copy_(value)
+        if self._stride:
+            first = -(-run[0] // self._stride)
+            fresh = place[first * self._stride - run[0] :: self._stride]
+            self._kept[first : first + fresh.shape[0]] = fresh
         self._written[self._last] = self._device.copy_async(
             self._matrix[run[0] : run[1]], place, after=self._device.record_compute()
         )
+
+    def _forget_ahead(self) -> None:
+        """What arrives is of no use; compute may write to its place once it is there."""
+        if self._ahead is not None:
+            self._device.wait(self._ahead[1])
+            self._ahead = None
 
     def _settle(self) -> None:
         """Compute goes on once the copy home, out of the place that it is about to change, is over."""
@@ -114,5 +136,5 @@ class HostRows:
             self._device.synchronize()
         finally:
             self._places.clear()
-            del self._matrix
+            del self._matrix, self._kept
             self._home.free()

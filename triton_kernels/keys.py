@@ -65,8 +65,13 @@ class Keys:
 
     def stride_of_sample(self) -> int:
         """Distance of the tokens that are sampled for the centre."""
-        least, most = _SAMPLED
-        return max(1, min(SAMPLE, self.tokens // least), -(-self.tokens // most))
+        return sample_stride(self.tokens)
+
+
+def sample_stride(tokens: int) -> int:
+    """Distance of the tokens that are sampled, of so many."""
+    least, most = _SAMPLED
+    return max(1, min(SAMPLE, tokens // least), -(-tokens // most))
 
 
 def _parts(mode: Mode, heads: int, tokens: int, dtype: torch.dtype) -> tuple[list[int], list[int]]:

@@ -145,12 +145,14 @@ def keys_values(p: Params, tokens: Tensor) -> FaceKV:
     return FaceKV(_head_norm(_heads(k), p["k_norm.weight"]), _heads(v).contiguous())
 
 
-def add_pose_(x: Rows, frames: Iterable[Tensor]) -> None:
-    """Add the tokens of each pose frame [L / F, dim] to x [L, dim]; the first slot, the reference picture's, has none."""
+def add_pose_(x: Rows, frames: Iterable[Tensor], chunk: int) -> None:
+    """Add the tokens of each pose frame [L / F, dim] to x [L, dim], `chunk` at a time; the first slot, the reference
+    picture's, has none."""
     start = 0
     for tokens in frames:
         start += tokens.shape[0]
-        x[start : start + tokens.shape[0]] += tokens
+        for i, part in zip(range(start, start + tokens.shape[0], chunk), tokens.split(chunk), strict=True):
+            x[i : i + part.shape[0]] += part
 
 
 def attend_(p: Params, x: Rows, kv: FaceKV, chunk: int) -> None:

@@ -376,7 +376,9 @@ def forward(
         if context.driving is not None:
             poses = context.driving.pose.split(1, dim=1)
             animate.add_pose_(
-                x, (embed_latent(outer, spec, pose, x.dtype, "pose_patch_embedding") for pose in poses)
+                x,
+                (embed_latent(outer, spec, pose, x.dtype, "pose_patch_embedding") for pose in poses),
+                work.chunk,
             )
     for n, stored in enumerate(blocks):
         p = stored if work.unpacked is None else stored.unpacked(work.dtype, work.unpacked)

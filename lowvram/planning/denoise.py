@@ -12,6 +12,7 @@ from lowvram.conditions.contract import kept
 from lowvram.models.self_attention import CHUNK
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.placement import BlockId, Buffers, Placement, Where, plan_buffers, spread, visits_of
+from lowvram.offload.rows import WINDOWS
 from lowvram.offload.slab import BlockLayout, build_layout
 from lowvram.planning.facts import Facts, Transformers
 from lowvram.planning.plan import Lean, StagePlan
@@ -21,7 +22,7 @@ from lowvram.quant.spec import HEAD_DIM, numel
 from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.solvers import kept_tensors
 from lowvram.stages.condition import conditioning, held_claims
-from lowvram.triton_kernels.keys import stored_bytes
+from lowvram.triton_kernels.keys import sample_stride, stored_bytes
 from lowvram.triton_kernels.modes import INT8_GAIN
 from lowvram.triton_kernels.ops import ops_for
 
@@ -84,8 +85,6 @@ def _by_time(facts: Facts) -> list[tuple[Lean, int]]:
 def _leans(facts: Facts, packed: bool) -> list[Lean]:
     """packed: whether any weight has to be decoded before it is used."""
     heads, guided = facts.spec.dit.heads, facts.passes == 2
-    # A face is added to runs of tokens that are no chunks; quantised keys look at tokens all over the sequence.
-    may_pass = not facts.spec.dit.face_blocks and not any(m.quantised for m in facts.job.attention.modes())
     groups = [g for g in GROUPS if g < heads and heads % g == 0]
     found = []
     for chunk in CHUNKS:
@@ -93,8 +92,7 @@ def _leans(facts: Facts, packed: bool) -> list[Lean]:
         found += [Lean(chunk=chunk)] + ([Lean(together=False, chunk=chunk)] if guided else [])
         found += [small] if packed else []
         found += [replace(small, group=g) for g in groups]
-        if may_pass:
-            found += [replace(small, group=g, away=True) for g in (0, *groups)]
+        found += [replace(small, group=g, away=True) for g in (0, *groups)]
     return found
 
 
@@ -107,11 +105,9 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
     # in the blocks: the latent, what the solver keeps, and the velocity of the pass before
     latents = 1 + state + (0 if lean.together else facts.passes - 1)
     solving = 3 + facts.passes + state - latents  # between the blocks of two steps
-    window = 2 * allocated_size(min(lean.chunk, tokens) * spec.dim * width)
     scratch = facts.once(_scratch, lean.chunk, lean.group > 0, lean.unpacked)
     claims = {
-        "residual": (facts.passes if lean.together else 1) * stream,
-        "residual window": window,
+        **_residual_claims(facts, lean, stream),
         "keys": allocated_size(max(keys for keys, _ in stored)),
         "values": allocated_size(max(values for _, values in stored)),
         "attention output": stream,
@@ -124,7 +120,6 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
     if unpacked:
         claims["unpacked block"] = allocated_size(unpacked)
     claims |= facts.once(_condition)
-    del claims["residual" if lean.away else "residual window"]
     if not lean.group:
         del claims["attention output"]
     return kept_claims(facts) | claims
@@ -133,6 +128,18 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
 def _condition(facts: Facts) -> dict[str, int]:
     condition = conditioning(facts.spec, facts.job)
     return {} if condition is None else {"condition": kept(condition, facts)}
+
+
+def _residual_claims(facts: Facts, lean: Lean, stream: int) -> dict[str, int]:
+    """On the device, of residual streams of so many bytes: they themselves, or what passes of those in RAM."""
+    if not lean.away:
+        return {"residual": _streams(facts, lean) * stream}
+    row = facts.spec.dit.dim * facts.dtype.itemsize
+    claims = {"residual window": WINDOWS * allocated_size(min(lean.chunk, facts.tokens) * row)}
+    if any(mode.quantised for mode in facts.job.attention.modes()):
+        sampled = -(-facts.tokens // sample_stride(facts.tokens))
+        claims["residual sample"] = allocated_size(sampled * row)
+    return {name: _streams(facts, lean) * nbytes for name, nbytes in claims.items()}
 
 
 def _ram_claims(facts: Facts, lean: Lean) -> dict[str, int]:
@@ -260,14 +267,15 @@ def _passing(facts: Facts, lean: Lean) -> int:
     """Bytes of the residual that go to the device and back in the whole job, if it does not live there.
 
     A block reads it once for the norm factors and once a group, or once for all keys and values; then reads and
-    writes it once.
+    writes it once. A face adapter does that once more, and so do the poses.
     """
     if not lean.away:
         return 0
     spec = facts.spec.dit
     sweeps = 2 + (1 + spec.heads // lean.group if lean.group else 1)
     stream = facts.tokens * spec.dim * facts.dtype.itemsize
-    return _evaluations(facts) * stream * (spec.layers * sweeps + 2)
+    driven = 2 * (1 + len(spec.face_blocks)) if spec.face_blocks else 0
+    return _evaluations(facts) * stream * (spec.layers * sweeps + driven + 2)
 
 
 # ---- the stage

@@ -29,7 +29,7 @@ from lowvram.sampling.solvers import SolverState
 from lowvram.stages.run import Run, Traffic
 from lowvram.stages.weights import Dense
 from lowvram.triton_kernels.dispatch import half_of
-from lowvram.triton_kernels.keys import carve, stored_bytes
+from lowvram.triton_kernels.keys import carve, sample_stride, stored_bytes
 from lowvram.triton_kernels.ops import ops_for
 
 
@@ -171,9 +171,12 @@ def _workspaces(
     unpacked = like.new_empty(decoded) if lean.unpacked else None
     ops = ops_for(arch, run.plan.machine.unfused)
     residuals: list[Rows] = []
+    sampled = sample_stride(tokens) if any(m.quantised for m in modes) else 0
     for n in range(streams):
         if lean.away:
-            rows = HostRows(run.device, f"ram residual {n}", tokens, spec.dim, dtype, lean.chunk)
+            rows = HostRows(
+                run.device, f"ram residual {n}", tokens, spec.dim, dtype, lean.chunk, kept=sampled
+            )
             stack.callback(rows.close)
             residuals.append(rows)
         else:

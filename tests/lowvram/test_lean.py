@@ -23,7 +23,7 @@ from lowvram.planning.plan import Lean, Plan
 from lowvram.planning.visits import visiting_order
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.linear import Branch, Encoded, Params
-from lowvram.quant.spec import HEAD_DIM, DitSpec
+from lowvram.quant.spec import HEAD_DIM, DitSpec, numel
 from lowvram.sampling.presets import model_preset
 from lowvram.triton_kernels.keys import carve, stored_bytes
 from lowvram.triton_kernels.modes import MODES
@@ -45,20 +45,31 @@ def params() -> Params:
 
 
 def run(
-    params: Params, group: int, chunk: int, dtype: torch.dtype = torch.float32, away: bool = False
+    params: Params,
+    group: int,
+    chunk: int,
+    dtype: torch.dtype = torch.float32,
+    away: bool = False,
+    mode: str = "sdpa",
+    grid: tuple[int, int, int] = GRID,
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
-    latent = torch.randn(16, 3, 10, 8, generator=generator)
+    tokens = numel(grid)
+    latent = torch.randn(16, grid[0], 2 * grid[1], 2 * grid[2], generator=generator)
     context = dit.embed_text(params, SPEC, torch.randn(7, 64, generator=generator).to(dtype))
-    time = dit.embed_time(params, SPEC, torch.tensor([500.0]), TOKENS)
-    k, v = (torch.empty(group or SPEC.heads, TOKENS, HEAD_DIM, dtype=dtype) for _ in "kv")
-    out = torch.empty(TOKENS, SPEC.dim, dtype=dtype) if group else None
-    work = plain_workspace(k, v, out, chunk)
+    time = dit.embed_time(params, SPEC, torch.tensor([500.0]), tokens)
+    stored = stored_bytes(MODES[mode], group or SPEC.heads, tokens, dtype)
+    buffers = (torch.empty(n, dtype=torch.uint8) for n in stored)
+    keys = carve(MODES[mode], group or SPEC.heads, tokens, dtype, *buffers)
+    out = torch.empty(tokens, SPEC.dim, dtype=dtype) if group else None
+    work = Workspace(keys, dtype, out, chunk)
     if away:
-        work = replace(work, residuals=(HostRows(CpuDevice(), "x", TOKENS, SPEC.dim, dtype, chunk),))
+        kept = keys.stride_of_sample() if keys.mode.quantised else 0
+        rows = HostRows(CpuDevice(), "x", tokens, SPEC.dim, dtype, chunk, kept)
+        work = replace(work, residuals=(rows,))
     with torch.inference_mode():
         return dit.forward(
-            params, params.blocks(2), SPEC, latent, time, [context], dit.rope_table(*GRID), work
+            params, params.blocks(2), SPEC, latent, time, [context], dit.rope_table(*grid), work
         )[0]
 
 
@@ -78,6 +89,16 @@ def test_a_residual_on_the_host_changes_no_bit(
     params: Params, group: int, chunk: int, dtype: torch.dtype
 ) -> None:
     assert torch.equal(run(params, group, chunk, dtype, away=True), run(params, group, chunk, dtype))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int8-fp8", "sparse"])
+@pytest.mark.parametrize(("group", "chunk"), [(0, 1024), (2, 1024)])
+def test_nor_where_keys_are_centred_by_tokens_from_all_over_the_sequence(
+    params: Params, group: int, chunk: int, mode: str
+) -> None:
+    grid = (3, 20, 18)  # 1080 tokens, of which 68 are sampled, some in the second chunk
+    plain, away = (run(params, group, chunk, mode=mode, grid=grid, away=each) for each in (False, True))
+    assert torch.equal(away, plain)
 
 
 @pytest.mark.parametrize(("group", "chunk"), [(0, 4096), (0, 16), (1, 4096), (2, 32)])

@@ -95,9 +95,14 @@ def test_lean_ways(lean: dict[str, Any], pipes: tuple[Pipeline, Pipeline], job: 
 
 @pytest.mark.parametrize("attention", ["int8", "int8-fp16", "int8-fp8", "sparse"])
 def test_attention(attention: str, pipes: tuple[Pipeline, Pipeline]) -> None:
+    """Wherever the residual lies."""
     job = pipes[0].job(PROMPT, steps=1, shift=3.0, attention=attention)
-    plain, strict = (pipe.run(job).latent for pipe in pipes)
-    assert torch.equal(strict, plain)
+    plan = pipes[0].plan_job(job)
+    away = replace(plan, lean=replace(plan.lean, away=True, together=False))
+    plain, strict, passing = (
+        p.run(job, plan=w).latent for p, w in zip((*pipes, pipes[1]), (plan, plan, away), strict=True)
+    )
+    assert torch.equal(strict, plain) and torch.equal(passing, plain)
 
 
 def test_half_precision_and_frames(pipes: tuple[Pipeline, Pipeline]) -> None:

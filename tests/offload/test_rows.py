@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from strict_device import DEVICE, Strict, StrictDevice
 
 from lowvram.errors import DeviceLostError, OutOfMemoryError
 from lowvram.offload.budget import Ledger
@@ -16,25 +17,56 @@ from lowvram.offload.rows import HostRows
 
 @pytest.mark.parametrize(("n", "window"), [(1, 4), (3, 4), (4, 4), (5, 4), (8, 4), (9, 4), (31, 8)])
 def test_reads_and_writes_are_those_of_a_tensor(n: int, window: int) -> None:
-    device, rng = CpuDevice(), random.Random(n)
+    """Without a race between the queues."""
+    with Strict():
+        check_reads_and_writes(StrictDevice(None, Ledger(None, "RAM")), n, window)
+
+
+def check_reads_and_writes(device: StrictDevice, n: int, window: int) -> None:
+    rng = random.Random(n)
     rows, tensor = HostRows(device, "x", n, 3, torch.float32, window), torch.zeros(n, 3)
     runs = [(i, min(i + window, n)) for i in range(0, n, window)]
     for i, j in runs:
         tensor[i:j] = torch.randn(j - i, 3)
-        rows[i:j] = tensor[i:j]
+        rows[i:j] = tensor[i:j].to(DEVICE)
     for _ in range(40):
         sweep = runs if rng.random() < 0.7 else rng.sample(runs, len(runs))
+        if rng.random() < 0.2:  # runs that begin elsewhere, and are shorter
+            sweep = [(i, min(i + rng.randint(1, window), n)) for i in rng.sample(range(n), min(n, 4))]
         for i, j in sweep:
             held = rows[i:j]
-            assert torch.equal(held, tensor[i:j])
+            assert torch.equal(held.cpu(), tensor[i:j])
+            if rng.random() < 0.3:
+                held += 1
+                rows[i:j] = held
+                tensor[i:j] += 1
             if rng.random() < 0.5:
                 tensor[i:j] = tensor[i:j] * 0.5 + rng.random()
-                rows[i:j] = tensor[i:j].clone()
+                rows[i:j] = tensor[i:j].to(DEVICE)
             if rng.random() < 0.2:
                 a, b = rng.choice(runs)
                 tensor[a:b] += 1
-                rows[a:b] = tensor[a:b].clone()
-    assert rows.shape == tensor.shape and rows.device == tensor.device
+                rows[a:b] = tensor[a:b].to(DEVICE)
+    assert rows.shape == tensor.shape and rows.device == DEVICE
+    rows.close()
+    assert device.ram.used == 0
+
+
+@pytest.mark.parametrize(("n", "kept"), [(1, 3), (9, 3), (10, 3), (31, 5)])
+def test_rows_that_are_kept_on_the_device_are_those_of_the_matrix(n: int, kept: int) -> None:
+    device, rng = CpuDevice(), random.Random(n)
+    rows, tensor = HostRows(device, "x", n, 3, torch.float32, 4, kept), torch.zeros(n, 3)
+    for start in [*range(0, n, 4), *(rng.randrange(n) for _ in range(20))]:
+        some = slice(start, min(n, start + 4))
+        tensor[some] = torch.randn(some.stop - start, 3)
+        rows[some] = tensor[some]
+        if start + 4 >= n:
+            assert torch.equal(rows[0:n:kept], tensor[::kept])
+    for start in range(0, n, 4):  # changed where it lies
+        held = rows[start : start + 4]
+        held += 1
+        rows[start : start + 4] = held
+    assert torch.equal(rows[::kept], tensor[::kept] + 1)
     rows.close()
     assert device.ram.used == 0
 

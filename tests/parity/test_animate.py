@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lowvram.models import animate, dit
 from lowvram.models.self_attention import plain_workspace
+from lowvram.offload.device import CpuDevice
+from lowvram.offload.rows import HostRows
 from lowvram.quant.face_spec import FACE_PIXELS, FACE_SCOPE, FaceSpec
 from lowvram.quant.linear import Params
 from lowvram.quant.names import DIT
@@ -104,7 +106,7 @@ def truth(case: Case, given: dict[str, Tensor]) -> Tensor:
     return out
 
 
-def forward(case: Case, given: dict[str, Tensor], chunk: int, group: int = 0) -> Tensor:
+def forward(case: Case, given: dict[str, Tensor], chunk: int, group: int = 0, away: bool = False) -> Tensor:
     f, h, w = GRID
     n = f * h * w
     with torch.inference_mode():
@@ -115,6 +117,9 @@ def forward(case: Case, given: dict[str, Tensor], chunk: int, group: int = 0) ->
         work = plain_workspace(
             garbage[0], garbage[1], torch.full((n, SPEC.dim), float("nan")) if group else None, chunk
         )
+        if away:
+            rows = HostRows(CpuDevice(), "x", n, SPEC.dim, torch.float32, chunk)
+            work = replace(work, residuals=(rows,))
         contexts = [replace(context, driving=driving)]
         return dit.forward(
             case.params, case.blocks(), SPEC, given["latent"], time, contexts, dit.rope_table(*GRID), work
@@ -126,6 +131,14 @@ def test_the_whole_forward_equals_the_reference_for_any_chunk(
     case: Case, given: dict[str, Tensor], truth: Tensor, error: Error, chunk: int, group: int
 ) -> None:
     assert error(forward(case, given, chunk, group), truth) <= EXACT
+
+
+@pytest.mark.parametrize(("chunk", "group"), [(4096, 0), (16, 0), (7, 1)])
+def test_a_residual_on_the_host_changes_no_bit(
+    case: Case, given: dict[str, Tensor], chunk: int, group: int
+) -> None:
+    on_host, on_device = (forward(case, given, chunk, group, away=each) for each in (True, False))
+    assert torch.equal(on_host, on_device)
 
 
 def test_the_motion_encoder_equals_the_reference(case: Case, given: dict[str, Tensor], error: Error) -> None:
@@ -177,7 +190,7 @@ def test_the_pose_does_not_reach_the_reference_pictures_slot(case: Case, given: 
     x = torch.zeros(GRID[0] * per_slot, SPEC.dim)
     frames = given["pose"].split(1, dim=1)
     animate.add_pose_(
-        x, (dit.embed_latent(case.params, SPEC, f, x.dtype, "pose_patch_embedding") for f in frames)
+        x, (dit.embed_latent(case.params, SPEC, f, x.dtype, "pose_patch_embedding") for f in frames), 7
     )
     whole = dit.embed_latent(case.params, SPEC, given["pose"], x.dtype, "pose_patch_embedding")
     assert not x[:per_slot].any()

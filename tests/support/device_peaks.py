@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowvram.offload.estimate import Tracker
+from lowvram.planning.denoise import Room, place, stage_plan, ways
+from lowvram.planning.facts import Facts
 from lowvram.planning.plan import Plan
 
 SLACK = 4096
@@ -33,3 +37,11 @@ def check(plan: Plan, stages: Peaks) -> None:
         measured = stages.peaks[stage.name]
         assert measured <= stage.vram + SLACK, stage.name
         assert stage.vram <= 1.03 * measured, stage.name
+
+
+def with_residual_in_ram(plan: Plan, facts: Facts) -> Plan:
+    """`plan`, but the steps run the first way whose residual lies in RAM."""
+    way = next(way for way in ways(facts) if way.lean.away)
+    denoise = stage_plan(facts, way, Room())
+    stages = tuple(denoise if stage.name == "denoise" else stage for stage in plan.stages)
+    return replace(plan, stages=stages, denoise=place(facts, way, Room()), lean=way.lean)

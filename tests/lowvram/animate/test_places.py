@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_peaks import Peaks, check
+from device_peaks import Peaks, check, with_residual_in_ram
 from strict_device import StrictRuntime, metered
 from torch import Tensor
 from videos import frames_of
@@ -20,6 +20,8 @@ from lowvram.conditions import animate
 from lowvram.job import LoraChoice
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.placement import Placement
+from lowvram.planning.facts import gather
+from lowvram.planning.plan import Plan
 from lowvram.stages import encode, tiles
 
 
@@ -62,6 +64,25 @@ def test_a_strict_device_gives_the_same_video_and_holds_what_was_planned(
         replace(plain, pipeline=strict, listener=stages).save(tmp_path / "strict.mp4")
     check(plain.plan, stages)
     assert (tmp_path / "strict.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
+
+
+def test_a_residual_in_ram_gives_the_same_video_and_takes_what_was_planned(
+    pipe: Pipeline,
+    plan: Plan,
+    tiny_animate: Path,
+    drive: Callable[..., Path],
+    settings: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    plain = replace(pipe.animate(drive(9), **settings), plan=plan)
+    plain.save(tmp_path / "plain.mp4")
+    away = with_residual_in_ram(plan, gather(plain.job, pipe.model, plan.machine))
+    strict = StrictRuntime("2GB", "4GB", "cpu", cache=False).load(str(tiny_animate))
+    with metered() as tracker:
+        stages = Peaks(tracker)
+        replace(plain, pipeline=strict, plan=away, listener=stages).save(tmp_path / "away.mp4")
+    check(away, stages)
+    assert (tmp_path / "away.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
 
 
 def test_memory_that_runs_out_while_driving_videos_are_encoded_is_met_with_smaller_tiles(

@@ -5,7 +5,7 @@ Every function returns bytes above what its inputs take. Buffers that are alloca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 
 from lowvram.model import Group
-from lowvram.models import animate, clip, dit, umt5, vae, vae_clip
+from lowvram.models import animate, clip, dit, umt5
 from lowvram.models.self_attention import CHUNK, Workspace
-from lowvram.models.vae_bands import Borders
-from lowvram.models.vae_history import Memory, PackedHistory, memories, tile_memories
-from lowvram.models.vae_layers import History, Weights
-from lowvram.models.vae_tiles import Tile
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import peak_memory
 from lowvram.preview import Decoder, decoded
 from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
 from lowvram.quant.face_spec import FACE_PIXELS, FACE_SCOPE
 from lowvram.quant.linear import Encoded, Params
-from lowvram.quant.spec import HEAD_DIM, ClipSpec, DitSpec, TextSpec, VaeSpec, numel
+from lowvram.quant.spec import HEAD_DIM, ClipSpec, DitSpec, TextSpec, numel
 from lowvram.stages.weights import Dense, to_params
 from lowvram.triton_kernels.keys import carve, stored_bytes
 from lowvram.triton_kernels.modes import MODES, Mode
@@ -49,7 +45,7 @@ class _Imitated(Encoded):
         return like.new_empty(self.shape, dtype=dtype)
 
 
-def _meta_params(group: Group, dtype: torch.dtype = torch.float32) -> Params:
+def meta_params(group: Group, dtype: torch.dtype = torch.float32) -> Params:
     """Parameters as `carve` would give them, each part a tensor of its own: fewer operations to imitate.
 
     Weights of one encoding and shape are decoded to `dtype` once, and from then on imitated. To be called where
@@ -73,7 +69,7 @@ def _meta_params(group: Group, dtype: torch.dtype = torch.float32) -> Params:
     return replace(params, tensors=tensors)
 
 
-def _peak(run: Callable[[Tensor], object], x: Tensor) -> int:
+def peak(run: Callable[[Tensor], object], x: Tensor) -> int:
     return peak_memory(run, x, rounding=allocated_size).peak_bytes
 
 
@@ -100,7 +96,7 @@ def block_scratch(
     """
     n = min(tokens, 2 * chunk)
     with META:
-        p = _meta_params(block, dtype)
+        p = meta_params(block, dtype)
         rows = 2 if per_frame else 1
         # some chunk holds tokens of both rows
         first = min(per_frame, n // 2) or n
@@ -129,7 +125,7 @@ def block_scratch(
         ready = ready.unpacked(dtype, scratch) if unpacked else ready
         dit.block_(ready, x, time, context, rope, work, finite)
 
-    return factors + _peak(run, x)
+    return factors + peak(run, x)
 
 
 def factor_bytes(tokens: int) -> int:
@@ -145,7 +141,7 @@ def time_bytes(spec: DitSpec, time_rows: int) -> int:
 def unpacked_nbytes(block: Group, dtype: torch.dtype, int8: bool = False) -> int:
     """Bytes of the buffer for the matrices of a block in `dtype`; 0 if they are stored as they are multiplied."""
     with META:
-        return _as_multiplied(_meta_params(block, dtype), int8, TORCH, dtype).unpacked_nbytes(dtype)
+        return _as_multiplied(meta_params(block, dtype), int8, TORCH, dtype).unpacked_nbytes(dtype)
 
 
 def _as_multiplied(p: Params, int8: bool, ops: Ops, dtype: torch.dtype) -> Params:
@@ -161,12 +157,12 @@ def embed_scratch(spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype
     """Transient bytes of `dit.embed_framewise_`."""
     _, rows, columns = grid
     with META:
-        p = _meta_params(outer, dtype)
+        p = meta_params(outer, dtype)
         latent = torch.empty(spec.out_channels, 1, 2 * rows, 2 * columns)
         beside = spec.in_channels - spec.out_channels
         given = torch.empty(beside, *latent.shape[1:]) if beside else None
         x = torch.empty(rows * columns, spec.dim, dtype=dtype)
-    return _peak(lambda latent: dit.embed_framewise_(p, spec, latent, given, x), latent)
+    return peak(lambda latent: dit.embed_framewise_(p, spec, latent, given, x), latent)
 
 
 def prepare_scratch(
@@ -174,7 +170,7 @@ def prepare_scratch(
 ) -> int:
     """Bytes at the peak of using one transformer's outer weights: what is kept of them included."""
     with META:
-        p = _meta_params(outer, dtype)
+        p = meta_params(outer, dtype)
         text = torch.empty(max(lengths), spec.text_dim, dtype=dtype)
         tokens = torch.empty(spec.image_tokens, spec.image_dim, dtype=dtype)
 
@@ -186,7 +182,7 @@ def prepare_scratch(
         kept += [t.new_empty(rows, dtype=torch.uint8) for rows in [time_bytes(spec, time_rows)] * (steps - 2)]
         kept.append(p.copied(dit.ENDS))
 
-    return _peak(run, text)
+    return peak(run, text)
 
 
 def attend_scratch(
@@ -196,18 +192,18 @@ def attend_scratch(
     if spec.face is None or not any(ref.name.startswith(FACE_SCOPE) for ref in block.refs):
         return 0
     with META:
-        p = _meta_params(block, dtype).scope(FACE_SCOPE)
+        p = meta_params(block, dtype).scope(FACE_SCOPE)
         per_slot = tokens // slots
         x = torch.empty(-(-min(tokens, 2 * chunk) // per_slot) * per_slot, spec.dim, dtype=dtype)
         kv = torch.empty(2, x.shape[0] // per_slot, spec.heads, spec.face.tokens, HEAD_DIM, dtype=dtype)
-    return _peak(lambda x: animate.attend_(p, x, animate.FaceKV(kv[0], kv[1]), chunk), x)
+    return peak(lambda x: animate.attend_(p, x, animate.FaceKV(kv[0], kv[1]), chunk), x)
 
 
 def faces_scratch(spec: DitSpec, encoders: Group, adapter: Group, frames: int, dtype: torch.dtype) -> int:
     """Transient bytes of a clip's faces on their way to keys and values, what is kept of them included."""
     assert spec.face is not None
     with META:
-        p, q = _meta_params(encoders), _meta_params(adapter)
+        p, q = meta_params(encoders), meta_params(adapter)
         face = torch.empty(1, 3, FACE_PIXELS, FACE_PIXELS)
 
     def run(face: Tensor) -> None:
@@ -216,7 +212,7 @@ def faces_scratch(spec: DitSpec, encoders: Group, adapter: Group, frames: int, d
         vectors[:1] = animate.motion_vectors(p, face.clone(), basis)
         animate.keys_values(q, animate.face_tokens(p, vectors).to(dtype))
 
-    return _peak(run, face)
+    return peak(run, face)
 
 
 def head_scratch(
@@ -226,42 +222,40 @@ def head_scratch(
     tokens = numel(grid)
     n = min(tokens, 2 * chunk)
     with META:
-        p = _meta_params(outer, dtype)
+        p = meta_params(outer, dtype)
         time = dit.Time(torch.empty(1, spec.dim), torch.empty(1, 6, spec.dim), n)
         x = torch.empty(n, spec.dim, dtype=dtype)
         out, whole = (torch.empty(rows, 4 * spec.out_channels) for rows in (n, tokens))
-    project = _peak(lambda x: dit.head_rows(p, x, time, out, chunk), x)
-    return allocated_size(whole.nbytes) + max(
-        project, _peak(lambda y: dit.from_patches(y, spec, grid), whole)
-    )
+    project = peak(lambda x: dit.head_rows(p, x, time, out, chunk), x)
+    return allocated_size(whole.nbytes) + max(project, peak(lambda y: dit.from_patches(y, spec, grid), whole))
 
 
 def text_scratch(spec: TextSpec, layer: Group, rows: int, dtype: torch.dtype) -> int:
     """Transient bytes of one text layer on `rows` tokens."""
     with META:
-        p = _meta_params(layer, dtype)
+        p = meta_params(layer, dtype)
         x, buckets = torch.empty(rows, spec.dim, dtype=dtype), umt5.relative_buckets(rows)
-    return _peak(lambda x: umt5.layer(p, spec, x, buckets), x)
+    return peak(lambda x: umt5.layer(p, spec, x, buckets), x)
 
 
 def clip_embed_scratch(spec: ClipSpec, outer: Group, dtype: torch.dtype) -> int:
     """Transient bytes of the embedding of one picture in the CLIP vision tower, its rows included."""
     with META:
-        p, picture = _meta_params(outer, dtype), torch.empty(3, spec.side, spec.side)
-    return _peak(lambda picture: clip.embed(p, spec, picture, dtype), picture)
+        p, picture = meta_params(outer, dtype), torch.empty(3, spec.side, spec.side)
+    return peak(lambda picture: clip.embed(p, spec, picture, dtype), picture)
 
 
 def clip_layer_scratch(spec: ClipSpec, layer: Group, dtype: torch.dtype) -> int:
     """Transient bytes of one layer of the CLIP vision tower on one picture, its result included."""
     with META:
-        p, x = _meta_params(layer, dtype), torch.empty(spec.tokens, spec.dim, dtype=dtype)
-    return _peak(lambda x: clip.layer(p, spec, x), x)
+        p, x = meta_params(layer, dtype), torch.empty(spec.tokens, spec.dim, dtype=dtype)
+    return peak(lambda x: clip.layer(p, spec, x), x)
 
 
 def preview_scratch(decoder: Decoder, latent: tuple[int, int, int, int], dtype: torch.dtype) -> int:
     """Transient bytes of `preview.decoded` on a latent [C, F, h, w]. Two latent frames tell: later ones repeat the second."""
     with META:
-        w = Dense(_meta_params(decoder.weights), dtype)
+        w = Dense(meta_params(decoder.weights), dtype)
         x = torch.empty(latent[0], min(2, latent[1]), *latent[2:])
 
     def run(x: Tensor) -> None:
@@ -269,162 +263,4 @@ def preview_scratch(decoder: Decoder, latent: tuple[int, int, int, int], dtype: 
             pass
 
     with torch.no_grad():
-        return _peak(run, x)
-
-
-class _UnderWay(PackedHistory):
-    """A history of a clip that has begun: every layer is past its first frames."""
-
-    def first(self, name: str) -> bool:
-        return False
-
-
-def _under_way(found: Sequence[Memory], dtype: torch.dtype) -> _UnderWay:
-    places = {
-        m.name: tuple(
-            torch.empty(1, 1, *m.shape[1:], m.shape[0], dtype=dtype).permute(0, 4, 1, 2, 3)
-            for _ in range(m.frames)
-        )
-        for m in found
-    }
-    return _UnderWay(frames=dict(places), places=places)
-
-
-PLANE = 64 * 64
-"""Latents of the largest plane that is imitated in full; what a larger one takes is in proportion, or less."""
-
-
-def decoder_middle_scratch(spec: VaeSpec, weights: Group, plane: tuple[int, int], dtype: torch.dtype) -> int:
-    """Transient bytes of the decoder's middle block on one latent frame of `plane`, its result included."""
-
-    def run(like: Tensor, size: tuple[int, int], w: Weights, history: History) -> None:
-        mean, std = vae.statistics(spec, like)
-        vae.run(vae.decoder_middle(spec), like.new_empty(1, spec.z, 1, *size) * std + mean, w, history)
-
-    return _middle_scratch(vae.decoder_middle(spec), run, spec, weights, plane, dtype)
-
-
-def encoder_middle_scratch(spec: VaeSpec, weights: Group, plane: tuple[int, int], dtype: torch.dtype) -> int:
-    """Transient bytes of the encoder's middle block on one latent frame of `plane`, its result included."""
-
-    def run(like: Tensor, size: tuple[int, int], w: Weights, history: History) -> None:
-        mean, std = vae.statistics(spec, like)
-        whole = like.new_empty(1, vae_clip.encoder(spec).channels, 1, *size)
-        moments = vae.run(vae.encoder_middle(spec), whole, w, history)
-        (moments[:, : spec.z] - mean).div_(std)
-
-    return _middle_scratch(vae.encoder_middle(spec), run, spec, weights, plane, dtype)
-
-
-def _middle_scratch(
-    layers: tuple[vae.Layer, ...],
-    run: Callable[[Tensor, tuple[int, int], Weights, History], None],
-    spec: VaeSpec,
-    weights: Group,
-    plane: tuple[int, int],
-    dtype: torch.dtype,
-) -> int:
-    excess = max(1.0, plane[0] * plane[1] / PLANE)
-    size = round(plane[0] / excess), plane[1]
-    with META:
-        w = Dense(_meta_params(weights), dtype)
-        history = _under_way(memories(layers, size, spec.shapes()), dtype)
-        like = torch.empty((), dtype=dtype)
-    with torch.no_grad():
-        return allocated_size(int(_peak(lambda like: run(like, size, w, history), like) * excess))
-
-
-def decode_scratch(
-    spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile] = ()
-) -> int:
-    """Transient bytes of one visit of a decoder tile, its window and the conversion of frames to bytes included.
-
-    The first frame tells: what waits for the frames after it is already there. before: of a band, those that hand on.
-    """
-
-    def run(tile: Tile, like: Tensor, w: Weights, history: History) -> None:
-        statistics = vae.statistics(spec, like)  # held meanwhile
-        next(_decoded(spec, tile, like, w, history))
-        del statistics
-
-    return _tile_scratch(run, spec, weights, tile, dtype, before)
-
-
-def decode_borders(spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
-    """Bytes that `band`, the first of a plane, hands on for every latent that passes."""
-
-    def run(tile: Tile, like: Tensor, w: Weights, history: History) -> None:
-        for _ in _decoded(spec, tile, like, w, history):
-            pass
-
-    return _borders(run, spec, weights, band, dtype)
-
-
-def _decoded(spec: VaeSpec, tile: Tile, like: Tensor, w: Weights, history: History) -> Iterator[None]:
-    """A latent through a tile: at every frame that it gives, as bytes."""
-    window = like.new_empty(1, 4 * spec.decoder_base, 1, *(span.size for span in tile.window))
-    for frame in vae.run_framewise(tile.layers, window, w, history):
-        vae.to_uint8(vae.unpatchify(frame, spec.patch))
-        yield
-
-
-def encode_scratch(
-    spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile] = ()
-) -> int:
-    """Transient bytes of one visit of an encoder tile: four frames, its window of them and the result included.
-
-    before: of a band, those that hand on.
-    """
-    return _tile_scratch(partial(_encoded, spec), spec, weights, tile, dtype, before)
-
-
-def encode_borders(spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
-    """Bytes that `band`, the first of a plane, hands on for every latent that passes."""
-    return _borders(partial(_encoded, spec), spec, weights, band, dtype)
-
-
-def _encoded(spec: VaeSpec, tile: Tile, like: Tensor, w: Weights, history: History) -> None:
-    """Four frames through a tile."""
-    size = [span.stop * spec.patch for span in tile.window]
-    statistics = vae.statistics(spec, like)  # held meanwhile
-    frames = [like.new_empty(()).expand(3, *size)] * vae_clip.FRAMES
-    window = vae_clip.patches(spec, tile, frames, like.device, like.dtype)
-    vae.run_pairwise(tile.layers, window, w, history)
-    del statistics
-
-
-Visit = Callable[[Tile, Tensor, Weights, History], None]
-"""Brings something through a tile; the tensor says the device and the dtype."""
-
-
-def _tile_scratch(
-    run: Visit, spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile]
-) -> int:
-    borders = Borders()
-    with META:
-        w = Dense(_meta_params(weights), dtype)
-        like = torch.empty((), dtype=dtype)
-    with torch.no_grad():
-        for band in (
-            (*before, tile) if tile.flow else ()
-        ):  # what is handed on has its place already, planned apart
-            run(band, like, w, _visited(spec, band, borders, dtype))
-        history = _visited(spec, tile, borders, dtype)
-        return _peak(lambda like: run(tile, like, w, history), like)
-
-
-def _borders(run: Visit, spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
-    borders = Borders()
-    with META:
-        w = Dense(_meta_params(weights), dtype)
-        like = torch.empty((), dtype=dtype)
-    with torch.no_grad():
-        run(band, like, w, _visited(spec, band, borders, dtype))
-    return sum(allocated_size(cells.nbytes) for left in borders.values() for cells in left)
-
-
-def _visited(spec: VaeSpec, tile: Tile, borders: Borders, dtype: torch.dtype) -> _UnderWay:
-    with META:
-        history = _under_way(tile_memories(tile, spec.shapes()), dtype)
-    history.band = tile.band(borders)
-    return history
+        return peak(run, x)

@@ -17,15 +17,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowvram import footprint
+from lowvram import vae_footprint
 from lowvram.model import Group, Model, vae_group
 from lowvram.models.vae import DECODER, ENCODER
+from lowvram.models.vae_attention import QUERIES
 from lowvram.models.vae_clip import FRAMES, Half, decoder, encoder
-from lowvram.models.vae_history import Memory, memories, packed, packed_size, tile_memories
+from lowvram.models.vae_history import Memory, packed, packed_size, tile_memories
+from lowvram.models.vae_middle import keys_on_device, most_strips
 from lowvram.models.vae_tiles import Tile, Tiling, band_edges, make_tile, split
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import Rounding
 from lowvram.quant.spec import VaeSpec, numel
+from lowvram.vae_footprint import Ends
 
 VISIT = 16
 """Latents that pass a tile before the next has its turn, if histories are moved: 64 frames wait to be whole."""
@@ -34,6 +37,26 @@ CAREFUL = 0.6
 SMALLEST = 8
 """Latents on a tile's side. A smaller tile would spend most of its work on what lies around it."""
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+
+
+class _Middle(NamedTuple):
+    """What the middle block takes, whole or in strips, in bytes."""
+
+    largest: int
+    """History at one visit."""
+    total: int
+    """Histories of all visits."""
+    scratch: int
+    convolved: int = 0
+    """As much of it as convolutions need in strips."""
+    handed: int = 0
+    """From strip to strip beside that, for each latent of a visit."""
+    resting: int = 0
+    """On the host beside the planes."""
+    results: int = 0
+    """On the host, for each latent of a visit, if they take another place than the planes."""
+    moved: int = 0
+    """For each latent, to the device and as many back."""
 
 
 class _Histories(NamedTuple):
@@ -60,7 +83,7 @@ class Coding:
     frames: int
     """Frames on the host: until every tile has given its part, or of the latents that pass at once."""
     moved: int
-    """Histories copied to the device, and as many back."""
+    """Histories copied to the device, and as many back; and what a middle block in strips is given and gives back."""
     work: float
     """As a multiple of what the whole plane takes."""
 
@@ -137,6 +160,8 @@ class Codings(ABC):
     measured: Measured = anew
     _known: dict[tuple[int, int, bool], tuple[int, int, int]] = field(default_factory=dict, init=False)
     """By grid of tiles: history of the largest, of all, scratch of the largest."""
+    _middles: dict[int, _Middle] = field(default_factory=dict, init=False)
+    """By number of strips."""
 
     @property
     @abstractmethod
@@ -154,9 +179,15 @@ class Codings(ABC):
     def under_way(self, tile: Tile) -> int:
         """Bytes on the device of what a tile gave, while it gives the next."""
 
+    @property
     @abstractmethod
-    def middle_scratch(self) -> int:
-        """Transient bytes of the middle block on one plane."""
+    def ends(self) -> Ends:
+        """What the middle block is given, and what becomes of its result."""
+
+    @property
+    @abstractmethod
+    def result(self) -> int:
+        """Channels of the middle block's result that do not go where its planes were."""
 
     @abstractmethod
     def frames_held(self, tiling: Tiling) -> int:
@@ -240,23 +271,28 @@ class Codings(ABC):
         ]
 
     def _coding(self, tiling: Tiling, largest: int, total: int, tile_scratch: int) -> Coding:
-        visits = ceil(self.latent[1] / tiling.visit)
-        everything = total + self._middle_history
+        visits, middle = ceil(self.latent[1] / tiling.visit), self._middle(tiling.strips)
+        everything = total + middle.total
         away = not tiling.kept and visits > 1
         return Coding(
             tiling,
-            slab=self.rounding(everything if tiling.kept else max(largest, self._middle_history)),
+            slab=self.rounding(everything if tiling.kept else max(largest, middle.largest)),
             scratch=self._scratch(tiling, tile_scratch),
             shelf=everything if away else 0,
-            waiting=tiling.visit * self._half.channels * numel(self.plane) * self.dtype.itemsize,
+            waiting=tiling.visit * (self._plane + middle.results) + middle.resting,
             frames=self.frame * self.frames_held(tiling),
-            moved=everything * (visits - 1) if away else 0,
+            moved=(everything * (visits - 1) if away else 0) + middle.moved * self.latent[1],
             work=1.0 if tiling.banded else total / self._whole,
         )
 
     def _scratch(self, tiling: Tiling, of_tile: int) -> int:
-        handed = self._handed * tiling.visit if tiling.banded else 0
-        return max(self._middle_scratch, of_tile) + handed
+        handed, middle = self._handed * tiling.visit if tiling.banded else 0, self._middle(tiling.strips)
+        return max(middle.scratch, middle.convolved + middle.handed * tiling.visit, of_tile) + handed
+
+    def _middle(self, strips: int) -> _Middle:
+        if strips not in self._middles:
+            self._middles[strips] = self._whole_middle() if strips == 1 else self._middle_in_strips(strips)
+        return self._middles[strips]
 
     def _late(self, tiling: Tiling) -> bool:
         """Whether all frames wait for the last tile, however long the clip."""
@@ -275,7 +311,7 @@ class Codings(ABC):
         frames, found = self.latent[1], []
         whole = self._whole_memories
         per_cell = np.array([m.frames * m.shape[0] * self.dtype.itemsize for m in whole], dtype=np.int64)
-        visits = {ceil(frames / ceil(frames / VISIT)), frames}
+        visits, strips = {ceil(frames / ceil(frames / VISIT)), frames}, sorted({1, self._strips})
         counts = [[n for n in _COUNTS if n == 1 or n * SMALLEST <= size] for size in self.plane]
         for rows in counts[0]:
             vertical = self._along(0, rows)
@@ -284,7 +320,11 @@ class Codings(ABC):
                 sizes = (vertical * per_cell) @ horizontal.T
                 largest, total = int(sizes.max()), int(sizes.sum())
                 found.append(_Histories(Tiling(rows, columns), largest, total))
-                found += [_Histories(Tiling(rows, columns, n, kept=False), largest, total) for n in visits]
+                found += [
+                    _Histories(Tiling(rows, columns, n, kept=False, strips=cut), largest, total)
+                    for n in visits
+                    for cut in strips
+                ]
         shorter = {ceil(frames / ceil(frames / n)) for n in (VISIT // 4, VISIT // 2, VISIT)}
         for grid in self._bands():
             down, across = self._axes(grid)
@@ -292,7 +332,9 @@ class Codings(ABC):
             largest, total = int(sizes.max()), int(sizes.sum())
             found.append(_Histories(Tiling(*grid[:2], banded=True), largest, total))
             found += [
-                _Histories(Tiling(*grid[:2], n, kept=False, banded=True), largest, total) for n in shorter
+                _Histories(Tiling(*grid[:2], n, kept=False, banded=True, strips=cut), largest, total)
+                for n in shorter
+                for cut in strips
             ]
         return found
 
@@ -346,12 +388,49 @@ class Codings(ABC):
         return packed_size(self._whole_memories, self.dtype)
 
     @cached_property
-    def _middle_history(self) -> int:
-        return packed_size(memories(self._half.middle, self.plane, self._shapes), self.dtype)
+    def _plane(self) -> int:
+        """Bytes of what attention sees of a latent."""
+        return self._half.middle.channels * numel(self.plane) * self.dtype.itemsize
+
+    def _whole_middle(self) -> _Middle:
+        middle = self._half.middle
+        scratch = self.measured(
+            partial(
+                vae_footprint.middle_scratch,
+                *(middle, self.ends, self.spec, self.weights, self.plane, self.dtype),
+            ),
+            *("middle", *self._of_half, self.plane),
+        )
+        (history,) = middle.memories(1, self.plane, self._shapes)
+        nbytes = packed_size(history, self.dtype)
+        return _Middle(nbytes, nbytes, scratch)
 
     @cached_property
-    def _middle_scratch(self) -> int:
-        return self.measured(self.middle_scratch, "middle", *self._of_half, self.plane)
+    def _strips(self) -> int:
+        return most_strips(self._half.middle, self.plane)
+
+    def _middle_in_strips(self, count: int) -> _Middle:
+        middle = self._half.middle
+        convolved, attended, handed = self.measured(
+            partial(
+                vae_footprint.strips_scratch,
+                *(middle, self.ends, count, self.spec, self.weights, self.plane, self.dtype),
+            ),
+            *("strips", count, *self._of_half, self.plane),
+        )
+        sizes = [packed_size(found, self.dtype) for found in middle.memories(count, self.plane, self._shapes)]
+        resting = 0 if keys_on_device(middle, self.plane, self.dtype) else 2 * self._plane
+        passes = ceil(numel(self.plane) / QUERIES)  # of keys and values, one for each few queries
+        return _Middle(
+            largest=max(sizes),
+            total=sum(sizes),
+            scratch=max(convolved, attended),
+            convolved=convolved,
+            handed=handed,
+            resting=resting,
+            results=self.result * numel(self.plane) * self.dtype.itemsize,
+            moved=3 * self._plane + resting * (passes + 1) // 2,  # a plane goes both ways three times
+        )
 
     @property
     def _of_half(self) -> tuple[Hashable, ...]:
@@ -367,17 +446,22 @@ class Decodings(Codings):
         return decoder(self.spec)
 
     def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
-        return footprint.decode_scratch(self.spec, self.weights, tile, self.dtype, before)
+        return vae_footprint.decode_scratch(self.spec, self.weights, tile, self.dtype, before)
 
     def borders(self, band: Tile) -> int:
-        return footprint.decode_borders(self.spec, self.weights, band, self.dtype)
+        return vae_footprint.decode_borders(self.spec, self.weights, band, self.dtype)
 
     def under_way(self, tile: Tile) -> int:
         cells = numel(self.plane) * self._half.made**2
         return allocated_size(self.frame * tile.rows.size * tile.columns.size // cells)
 
-    def middle_scratch(self) -> int:
-        return footprint.decoder_middle_scratch(self.spec, self.weights, self.plane, self.dtype)
+    @property
+    def ends(self) -> Ends:
+        return vae_footprint.decoder_ends(self.spec)
+
+    @property
+    def result(self) -> int:
+        return 0
 
     def frames_held(self, tiling: Tiling) -> int:
         return FRAMES * tiling.visit if tiling.rows * tiling.columns > 1 else 1
@@ -391,16 +475,21 @@ class Encodings(Codings):
         return encoder(self.spec)
 
     def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
-        return footprint.encode_scratch(self.spec, self.weights, tile, self.dtype, before)
+        return vae_footprint.encode_scratch(self.spec, self.weights, tile, self.dtype, before)
 
     def borders(self, band: Tile) -> int:
-        return footprint.encode_borders(self.spec, self.weights, band, self.dtype)
+        return vae_footprint.encode_borders(self.spec, self.weights, band, self.dtype)
 
     def under_way(self, tile: Tile) -> int:
         return 0
 
-    def middle_scratch(self) -> int:
-        return footprint.encoder_middle_scratch(self.spec, self.weights, self.plane, self.dtype)
+    @property
+    def ends(self) -> Ends:
+        return vae_footprint.encoder_ends(self.spec)
+
+    @property
+    def result(self) -> int:
+        return 2 * self.spec.z
 
     def frames_held(self, tiling: Tiling) -> int:
         return FRAMES * tiling.visit

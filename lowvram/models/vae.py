@@ -6,12 +6,11 @@ A network is a tuple of layers built from a `VaeSpec`; see `lowvram.models.vae_l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from lowvram.models.vae_attention import Attention
 from lowvram.models.vae_layers import (
     Conv,
     Crop,
@@ -23,40 +22,10 @@ from lowvram.models.vae_layers import (
     Stage,
     Up,
     Weights,
-    add,
 )
 from lowvram.quant.spec import VaeSpec
-from lowvram.triton_kernels.vae_norm import rms_norm
 
 MULTIPLIERS = (1, 2, 4, 4)
-QUERIES = 256
-"""Pixels whose attention logits exist at once; fixed, so that memory never changes the arithmetic."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """Single-head attention over the pixels of each frame."""
-
-    name: str
-
-    def __call__(self, x: Tensor, w: Weights, history: History) -> Tensor:
-        b, c, t = x.shape[:3]
-        frames, n = x.transpose(1, 2).flatten(0, 1), self.name
-        qkv = functional.conv2d(
-            rms_norm(frames, w[f"{n}.norm.gamma"]), w[f"{n}.to_qkv.weight"], w[f"{n}.to_qkv.bias"]
-        )
-        q, k, v = qkv.flatten(2).chunk(3, dim=1)  # [frames, C, pixels]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        k, v = k.to(wide), v.to(wide)
-        y = torch.empty_like(q, memory_format=torch.contiguous_format)
-        # a width over 256 is more than fused kernels take, so the logits are made, a slice at a time
-        for start in range(0, q.shape[2], QUERIES):
-            part = q[:, :, start : start + QUERIES].to(wide) * c**-0.5
-            y[:, :, start : start + QUERIES] = v @ (k.transpose(1, 2) @ part).softmax(1)
-        y = functional.conv2d(y.view_as(frames), w[f"{n}.proj.weight"], w[f"{n}.proj.bias"])
-        return add(y.unflatten(0, (b, t)).transpose(1, 2), x)
-
-
 DECODER = ("conv2.", "decoder.")
 """How the names of the decoder's weights begin."""
 ENCODER = ("conv1.", "encoder.")

@@ -16,8 +16,9 @@ from torch import Tensor
 from lowvram.models import vae
 from lowvram.models.vae import Layer
 from lowvram.models.vae_bands import Borders
-from lowvram.models.vae_history import Memory, Shelf, memories, tile_memories
+from lowvram.models.vae_history import Memory, Shelf, tile_memories
 from lowvram.models.vae_layers import History, Weights
+from lowvram.models.vae_middle import Middle, empty_plane, in_strips, split
 from lowvram.models.vae_tiles import Span, Tile, Tiling
 from lowvram.quant.spec import Shape, VaeSpec
 
@@ -30,9 +31,7 @@ class Half:
     """One direction of an autoencoder: the layers that run in tiles, and those that see the whole latent plane."""
 
     tiled: tuple[Layer, ...]
-    middle: tuple[Layer, ...]
-    channels: int
-    """Of the plane that goes from one to the other."""
+    middle: Middle
     cells: int
     """Cells on the side of a latent that `tiled` is given."""
     made: int
@@ -45,28 +44,23 @@ class Half:
     def memories(
         self, tiling: Tiling, plane: tuple[int, int], shapes: Mapping[str, Shape]
     ) -> list[list[Memory]]:
-        """What the middle block and then each tile remembers. shapes: of the weights, by name."""
+        """What the middle block, or its strips, and then each tile remembers. shapes: of the weights, by name."""
         of_tiles = (tile_memories(tile, shapes) for tile in self.tiles(tiling, plane))
-        return [memories(self.middle, plane, shapes), *of_tiles]
+        return [*self.middle.memories(tiling.strips, plane, shapes), *of_tiles]
 
 
 def decoder(spec: VaeSpec) -> Half:
     """The middle block first, then upsampling in tiles."""
     top = spec.decoder_base * vae.MULTIPLIERS[-1]
-    return Half(
-        vae.decoder_upsampling(spec),
-        vae.decoder_middle(spec),
-        top,
-        cells=1,
-        made=spec.stride[1] // spec.patch,
-    )
+    middle = split(vae.decoder_middle(spec), top)
+    return Half(vae.decoder_upsampling(spec), middle, cells=1, made=spec.stride[1] // spec.patch)
 
 
 def encoder(spec: VaeSpec) -> Half:
     """Downsampling in tiles first, then the middle block."""
     cells = spec.stride[1] // spec.patch
     top = spec.base * vae.MULTIPLIERS[-1]
-    return Half(vae.encoder_downsampling(spec), vae.encoder_middle(spec), top, cells, made=1)
+    return Half(vae.encoder_downsampling(spec), split(vae.encoder_middle(spec), top), cells, made=1)
 
 
 # ---- decode
@@ -96,22 +90,31 @@ def decode(
 
     Computed on `device` in `dtype`; what waits for its tile rests where the latent is.
     """
-    half = decoder(spec)
-    tiles = half.tiles(tiling, (latent.shape[3], latent.shape[4]))
+    half, plane = decoder(spec), (latent.shape[3], latent.shape[4])
+    tiles = half.tiles(tiling, plane)
     mean, std = vae.statistics(spec, torch.empty((), device=device, dtype=dtype))
     borders = Borders()
+
+    def scaled(z: Tensor) -> Tensor:
+        return z.to(device, dtype) * std + mean
+
     for start in range(0, latent.shape[2], tiling.visit):
-        with shelf.visit(0) as history:
-            visitors = latent[:, :, start : start + tiling.visit].split(1, dim=2)
-            planes = [
-                vae.run(half.middle, z.to(device, dtype) * std + mean, w, history).to(latent.device)
-                for z in visitors
-            ]
-        for number, tile in enumerate(tiles, 1):
+        visitors = latent[:, :, start : start + tiling.visit].split(1, dim=2)
+        if tiling.strips == 1:
+            with shelf.visit(0) as history:
+                planes = [
+                    vae.run(half.middle.layers, scaled(z), w, history).to(latent.device) for z in visitors
+                ]
+        else:
+            planes = [empty_plane(half.middle.channels, plane, dtype) for _ in visitors]
+            taken = [lambda strip, z=z: scaled(strip.cut(z)) for z in visitors]
+            in_strips(half.middle, tiling.strips, w, shelf, device, taken, planes, planes)
+        for number, tile in enumerate(tiles, tiling.first):
             with shelf.visit(number) as history:
                 history.band = tile.band(borders)
                 windows = (tile.cut(plane).to(device) for plane in planes)
                 yield from _pieces(spec, w, tile, windows, history, first=max(0, FRAMES * (start - 1) + 1))
+        del planes, windows  # or they would live through the making of the next
 
 
 def _pieces(
@@ -149,8 +152,8 @@ def encode(
     mean, std = vae.statistics(spec, torch.empty((), device=device, dtype=dtype))
     chunks, borders = _chunks(iter(frames)), Borders()
     while visitors := list(islice(chunks, tiling.visit)):
-        planes = [torch.empty(1, half.channels, 1, *plane, dtype=dtype) for _ in visitors]
-        for number, tile in enumerate(tiles, 1):
+        planes = [empty_plane(half.middle.channels, plane, dtype) for _ in visitors]
+        for number, tile in enumerate(tiles, tiling.first):
             with shelf.visit(number) as history:
                 history.band = tile.band(borders)
                 for chunk, whole in zip(visitors, planes, strict=True):
@@ -158,11 +161,26 @@ def encode(
                     whole[..., slice(*tile.rows), slice(*tile.columns)] = y
                     del y
         del visitors, chunk
+        for moments in _moments(spec, tiling.strips, w, planes, shelf, device):
+            yield (moments[:, : spec.z].to(device) - mean).div_(std)
+            del moments
+        del planes, whole
+
+
+def _moments(
+    spec: VaeSpec, strips: int, w: Weights, planes: list[Tensor], shelf: Shelf, device: torch.device
+) -> Iterator[Tensor]:
+    """What the middle block makes of every plane [1, C, 1, h, w] of a visit."""
+    middle = encoder(spec).middle
+    if strips == 1:
         with shelf.visit(0) as history:
             for whole in planes:
-                moments = vae.run(half.middle, whole.to(device), w, history)
-                yield (moments[:, : spec.z] - mean).div_(std)
-                del moments
+                yield vae.run(middle.layers, whole.to(device), w, history)
+        return
+    made = [empty_plane(2 * spec.z, (p.shape[3], p.shape[4]), p.dtype) for p in planes]
+    taken = [lambda strip, whole=whole: strip.cut(whole).to(device) for whole in planes]
+    in_strips(middle, strips, w, shelf, device, taken, planes, made)
+    yield from made
 
 
 def _chunks(frames: Iterator[Tensor]) -> Iterator[list[Tensor]]:

@@ -131,7 +131,7 @@ class Shelf(Protocol):
     """Where histories are between visits."""
 
     def visit(self, number: int) -> AbstractContextManager[History]:
-        """The history of tile `number`, counted from 1, or of the middle block, 0, for as long as the block lasts."""
+        """The history that has this number in `vae_clip.Half.memories`, for as long as the block lasts."""
 
 
 @dataclass(slots=True)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lowvram.models.vae import Attention, Layer
+from lowvram.models.vae import Layer
+from lowvram.models.vae_attention import Attention
 from lowvram.models.vae_bands import Band, Borders
 from lowvram.models.vae_layers import Conv, Crop, Double, Down, Head, Residual, Stage, Up
 
@@ -266,6 +267,14 @@ class Tiling:
     banded: bool = False
     """Whether tiles hand on what lies at their borders, and compute nothing twice; then one of `rows` and `columns` is
     1."""
+    strips: int = 1
+    """Bands of rows in which the middle block sees its plane; 1 if whole."""
+
+    @property
+    def first(self) -> int:
+        """The number of the first tile: those before it are of the middle block, or of its strips before attention
+        and after it."""
+        return 1 if self.strips == 1 else 2 * self.strips
 
     @property
     def words(self) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tilings import TILINGS
 from torch import Tensor
 
 from lowvram import Runtime
@@ -49,17 +50,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("version", SPECS)
-@pytest.mark.parametrize(
-    "tiling",
-    [
-        Tiling(),
-        Tiling(1, 2),
-        Tiling(2, 1, visit=1, kept=False),
-        Tiling(1, 2, visit=2, kept=False),
-        Tiling(2, 1, banded=True),
-        Tiling(2, 1, visit=1, kept=False, banded=True),
-    ],
-)
+@pytest.mark.parametrize("tiling", TILINGS)
 def test_the_planned_peak_is_the_measured_one(version: str, tiling: Tiling) -> None:
     """Tensors on the CPU stand for the device's, so planes that wait on the host are counted too."""
     spec, plane = SPECS[version], (16, 10)

@@ -139,6 +139,8 @@ def test_spans_cover_an_axis_evenly(size: int, count: int) -> None:
         (3, (4, 3), Tiling(4, 3, visit=3)),
         (3, (3, 40), Tiling(1, 3, visit=2, banded=True)),
         (2, (37, 2), Tiling(2, 1, banded=True)),
+        (3, (13, 4), Tiling(visit=2, strips=2)),
+        (2, (29, 3), Tiling(2, 1, visit=2, strips=5)),
     ],
 )
 def test_tiles_decode_to_the_untiled_frames(
@@ -220,6 +222,8 @@ def test_any_rectangle_can_be_a_tile(version: str, part: str, data: st.DataObjec
         ((5, 3), Tiling(5, 3, visit=3)),
         ((2, 33), Tiling(1, 3, visit=2, banded=True)),
         ((25, 2), Tiling(2, 1, banded=True)),
+        ((11, 2), Tiling(1, 2, visit=2, strips=2)),
+        ((26, 2), Tiling(2, 1, banded=True, strips=5)),
     ],
 )
 def test_tiles_encode_to_the_untiled_latent(spec: VaeSpec, plane: tuple[int, int], tiling: Tiling) -> None:

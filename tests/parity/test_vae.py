@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvram.models import vae, vae_clip
+from lowvram.models import vae, vae_attention, vae_clip
 from lowvram.models.vae_history import Kept
 from lowvram.models.vae_tiles import Tiling
 
@@ -159,12 +159,13 @@ def test_encode_is_the_same_for_any_chunk(case: Any, noise: Noise, error: Error,
     assert error(encode(case, x.double(), chunk, case.double()), exact) <= 1e-12
 
 
-def test_attention_is_the_same_for_any_number_of_queries_at_once(
+def test_attention_is_the_same_for_any_number_of_queries_and_keys_at_once(
     case: Any, noise: Noise, error: Error, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     z, x = latent(case, noise, 5, 3, 5), video(case, noise, 5, 3, 5)
     pixels, moments = decode(case, z), encode(case, x)
-    monkeypatch.setattr(vae, "QUERIES", 4)
+    monkeypatch.setattr(vae_attention, "QUERIES", 4)
+    monkeypatch.setattr(vae_attention, "KEYS", 6)
     assert error(decode(case, z), pixels) <= EXACT
     assert error(encode(case, x), moments) <= EXACT
 

@@ -1,0 +1,267 @@
+"""What the autoencoders allocate while they run: the product's own code on meta tensors, at the real geometry.
+
+Every function returns bytes above what its inputs take; histories are planned apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowvram.footprint import META, meta_params, peak
+from lowvram.model import Group
+from lowvram.models import vae, vae_clip
+from lowvram.models.vae_attention import KEYS, QUERIES, attend
+from lowvram.models.vae_bands import Borders
+from lowvram.models.vae_history import Memory, PackedHistory, memories, tile_memories
+from lowvram.models.vae_layers import History, Weights
+from lowvram.models.vae_middle import Middle, keys_on_device
+from lowvram.models.vae_tiles import Tile
+from lowvram.offload.budget import allocated_size
+from lowvram.quant.spec import VaeSpec
+from lowvram.stages.weights import Dense
+
+
+class _UnderWay(PackedHistory):
+    """A history of a clip that has begun: every layer is past its first frames."""
+
+    def first(self, name: str) -> bool:
+        return False
+
+
+def _under_way(found: Sequence[Memory], dtype: torch.dtype) -> _UnderWay:
+    places = {
+        m.name: tuple(
+            torch.empty(1, 1, *m.shape[1:], m.shape[0], dtype=dtype).permute(0, 4, 1, 2, 3)
+            for _ in range(m.frames)
+        )
+        for m in found
+    }
+    return _UnderWay(frames=dict(places), places=places)
+
+
+# ---- the middle block
+
+PLANE = 64 * 64
+"""Latents of the largest plane that is imitated in full; what convolutions take on a larger one is in proportion."""
+
+Enter = Callable[[Tensor, tuple[int, int]], Tensor]
+Ends = tuple[Enter, Callable[[Tensor, Tensor], object]]
+"""What a middle block is given of a plane, or of a strip, of some size; and what becomes of its result. Both are told
+device and dtype by a tensor."""
+
+
+class InStrips(NamedTuple):
+    """What a middle block takes in strips."""
+
+    convolved: int
+    """Transient bytes of convolutions, beside what is handed on."""
+    attended: int
+    """Transient bytes of attention, keys and values included if they stay on the device."""
+    handed: int
+    """Bytes that strips hand on, for every plane of a visit."""
+
+
+def decoder_ends(spec: VaeSpec) -> Ends:
+    def enter(like: Tensor, size: tuple[int, int]) -> Tensor:
+        mean, std = vae.statistics(spec, like)
+        return like.new_empty(1, spec.z, 1, *size) * std + mean
+
+    return enter, lambda like, made: None
+
+
+def encoder_ends(spec: VaeSpec) -> Ends:
+    channels = vae_clip.encoder(spec).middle.channels
+
+    def leave(like: Tensor, moments: Tensor) -> object:
+        mean, std = vae.statistics(spec, like)
+        return (moments[:, : spec.z] - mean).div_(std)
+
+    return lambda like, size: like.new_empty(1, channels, 1, *size), leave
+
+
+def middle_scratch(
+    middle: Middle, ends: Ends, spec: VaeSpec, weights: Group, plane: tuple[int, int], dtype: torch.dtype
+) -> int:
+    """Transient bytes of a middle block on one whole latent frame of `plane`, its result included."""
+    excess = max(1.0, prod(plane) / PLANE)
+    size = round(plane[0] / excess), plane[1]
+    enter, leave = ends
+    with META:
+        w, like = Dense(meta_params(weights), dtype), torch.empty((), dtype=dtype)
+        history = _under_way(memories(middle.layers, size, spec.shapes()), dtype)
+
+    def before(like: Tensor) -> None:
+        held = vae.statistics(spec, like)
+        vae.run(middle.before, enter(like, size), w, history)
+        del held
+
+    def after(like: Tensor) -> None:
+        held = vae.statistics(spec, like)
+        leave(like, vae.run(middle.after, like.new_empty(1, middle.channels, 1, *size), w, history))
+        del held
+
+    with torch.no_grad():
+        convolved = int(max(peak(before, like), peak(after, like)) * excess)
+    whole = 4 * allocated_size(prod(plane) * middle.channels * dtype.itemsize)  # x, result, keys, values
+    return max(allocated_size(convolved), whole + _attend_scratch(middle, spec, w, plane, dtype))
+
+
+def strips_scratch(
+    middle: Middle,
+    ends: Ends,
+    count: int,
+    spec: VaeSpec,
+    weights: Group,
+    plane: tuple[int, int],
+    dtype: torch.dtype,
+) -> InStrips:
+    """What a middle block takes in `count` strips of a `plane` of latents."""
+    with META:
+        w, like = Dense(meta_params(weights), dtype), torch.empty((), dtype=dtype)
+
+    def inner(like: Tensor, size: tuple[int, int]) -> Tensor:
+        return like.new_empty(1, middle.channels, 1, *size)
+
+    scratch, handed = 0, 0
+    with torch.no_grad():
+        for strips, enter in zip(middle.strips(count, plane), (ends[0], inner), strict=True):
+            borders = Borders()
+
+            def run(like: Tensor, strip: Tile, history: History, enter: Enter = enter) -> None:
+                held = vae.statistics(spec, like)
+                rows, columns = strip.window
+                vae.run(strip.layers, enter(like, (rows.size, columns.size)), w, history)
+                del held
+
+            # what is handed on has its place from now on
+            run(like, strips[0], _visited(spec, strips[0], borders, dtype))
+            largest = max(strips[1:-1], key=lambda strip: strip.window[0].size, default=strips[0])
+            for strip in (strips[0], largest, strips[-1]):
+                history = _visited(spec, strip, borders, dtype)
+                scratch = max(scratch, peak(partial(run, strip=strip, history=history), like))
+            handed = max(handed, sum(allocated_size(c.nbytes) for left in borders.values() for c in left))
+    cell = middle.channels * dtype.itemsize
+    held = keys_on_device(middle, plane, dtype)
+    there = (
+        min(prod(plane), QUERIES),
+        2 * (prod(plane) if held else min(prod(plane), KEYS)),
+    )  # rows; keys and values
+    attended = _attend_scratch(middle, spec, w, plane, dtype) + sum(n * cell for n in there)
+    return InStrips(scratch, allocated_size(attended), handed)
+
+
+def _attend_scratch(
+    middle: Middle, spec: VaeSpec, w: Weights, plane: tuple[int, int], dtype: torch.dtype
+) -> int:
+    """Transient bytes of attention beside the plane, its result, keys and values. They are those of any larger plane
+    as soon as there are more queries than attend at once."""
+    with META:
+        rows = torch.empty(min(prod(plane), 2 * QUERIES), middle.channels, dtype=dtype)
+        others = [torch.empty_like(rows) for _ in range(3)]
+    with torch.no_grad():
+        return peak(lambda rows: attend(middle.attention.name, w, rows, *others), rows)
+
+
+# ---- tiles
+
+
+def decode_scratch(
+    spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile] = ()
+) -> int:
+    """Transient bytes of one visit of a decoder tile, its window and the conversion of frames to bytes included.
+
+    The first frame tells: what waits for the frames after it is already there. before: of a band, those that hand on.
+    """
+
+    def run(tile: Tile, like: Tensor, w: Weights, history: History) -> None:
+        statistics = vae.statistics(spec, like)  # held meanwhile
+        next(_decoded(spec, tile, like, w, history))
+        del statistics
+
+    return _tile_scratch(run, spec, weights, tile, dtype, before)
+
+
+def decode_borders(spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
+    """Bytes that `band`, the first of a plane, hands on for every latent that passes."""
+
+    def run(tile: Tile, like: Tensor, w: Weights, history: History) -> None:
+        for _ in _decoded(spec, tile, like, w, history):
+            pass
+
+    return _borders(run, spec, weights, band, dtype)
+
+
+def _decoded(spec: VaeSpec, tile: Tile, like: Tensor, w: Weights, history: History) -> Iterator[None]:
+    """A latent through a tile: at every frame that it gives, as bytes."""
+    window = like.new_empty(1, 4 * spec.decoder_base, 1, *(span.size for span in tile.window))
+    for frame in vae.run_framewise(tile.layers, window, w, history):
+        vae.to_uint8(vae.unpatchify(frame, spec.patch))
+        yield
+
+
+def encode_scratch(
+    spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile] = ()
+) -> int:
+    """Transient bytes of one visit of an encoder tile: four frames, its window of them and the result included.
+
+    before: of a band, those that hand on.
+    """
+    return _tile_scratch(partial(_encoded, spec), spec, weights, tile, dtype, before)
+
+
+def encode_borders(spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
+    """Bytes that `band`, the first of a plane, hands on for every latent that passes."""
+    return _borders(partial(_encoded, spec), spec, weights, band, dtype)
+
+
+def _encoded(spec: VaeSpec, tile: Tile, like: Tensor, w: Weights, history: History) -> None:
+    """Four frames through a tile."""
+    size = [span.stop * spec.patch for span in tile.window]
+    statistics = vae.statistics(spec, like)  # held meanwhile
+    frames = [like.new_empty(()).expand(3, *size)] * vae_clip.FRAMES
+    window = vae_clip.patches(spec, tile, frames, like.device, like.dtype)
+    vae.run_pairwise(tile.layers, window, w, history)
+    del statistics
+
+
+Visit = Callable[[Tile, Tensor, Weights, History], None]
+"""Brings something through a tile; the tensor says the device and the dtype."""
+
+
+def _tile_scratch(
+    run: Visit, spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile]
+) -> int:
+    borders = Borders()
+    with META:
+        w = Dense(meta_params(weights), dtype)
+        like = torch.empty((), dtype=dtype)
+    with torch.no_grad():
+        for band in (
+            (*before, tile) if tile.flow else ()
+        ):  # what is handed on has its place already, planned apart
+            run(band, like, w, _visited(spec, band, borders, dtype))
+        history = _visited(spec, tile, borders, dtype)
+        return peak(lambda like: run(tile, like, w, history), like)
+
+
+def _borders(run: Visit, spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
+    borders = Borders()
+    with META:
+        w = Dense(meta_params(weights), dtype)
+        like = torch.empty((), dtype=dtype)
+    with torch.no_grad():
+        run(band, like, w, _visited(spec, band, borders, dtype))
+    return sum(allocated_size(cells.nbytes) for left in borders.values() for cells in left)
+
+
+def _visited(spec: VaeSpec, tile: Tile, borders: Borders, dtype: torch.dtype) -> _UnderWay:
+    with META:
+        history = _under_way(tile_memories(tile, spec.shapes()), dtype)
+    history.band = tile.band(borders)
+    return history

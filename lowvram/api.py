@@ -216,7 +216,7 @@ class Pipeline:
         """A video of the character in `folder`, which Wan-Animate's preprocessing wrote: see `lowvram.driving`.
 
         carried: frames that every segment takes over from the one before it, 1 or 5. match_colours: whether they
-        hold its colours. sound: a video whose sound the result gets. Nothing is computed before it is saved.
+        hold its colours. sound: a video or a sound file whose sound the result gets. Nothing is computed before it is saved.
         """
         driving = open_folder(
             Path(folder).expanduser(),

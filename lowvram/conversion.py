@@ -214,7 +214,10 @@ def _targets(found: Checkpoint, out: Path, gguf: bool) -> tuple[Path, dict[Path,
     if out.name.endswith(_WEIGHTS):
         if not out.name.endswith(suffix):
             raise UsageError(
-                f"{out.name}", where="OUT", expected=f"a name that ends in {suffix}", advice="rename it"
+                "not the name of such a file",
+                where=str(out),
+                expected=f"a name that ends in {suffix}",
+                advice="rename it",
             )
         return out.parent, dict.fromkeys(found.files, out.name)
     if gguf and len(found.files) > 1:
@@ -261,11 +264,15 @@ def _refuse_existing(task: Task) -> None:
     ]
     if all(made):
         raise UsageError(
-            "it is there already, made from the same source", where="OUT", advice="use it as it is"
+            "it is there already, made from the same source",
+            where=str(task.folder / task.files[0].name),
+            advice="use it as it is",
         )
     if there:
         raise UsageError(
-            f"{task.folder / there[0]} exists", where="OUT", advice="choose another name, or give --overwrite"
+            "the output exists already",
+            where=str(task.folder / there[0]),
+            advice="choose another name, or add --overwrite",
         )
 
 

@@ -46,7 +46,7 @@ class Driving:
     match_colours: bool = False
     """Whether every segment is given the colours of the first."""
     sound: str | None = None
-    """A video whose sound goes into the result."""
+    """A video, or sound alone, that goes into the result."""
 
     @property
     def frames(self) -> int:

@@ -119,7 +119,14 @@ def make_job(
     width = spec.width if width is None else width
     height = spec.height if height is None else height
     frames = spec.frames if frames is None else frames
-    check_size(spec, width, height, frames)
+    check_size(spec, width, height, frames, where="--frames" if driving is None else "--segment")
+    if driving is not None and frames <= driving.carried:
+        raise UsageError(
+            f"segments of {frames} frames that take over {driving.carried} from the one before",
+            where="--segment",
+            expected=f"more frames than --carry {driving.carried}",
+            advice=f"give --segment {frames + 4} or more; {spec.frames} is what the model was trained with",
+        )
     if last_image is not None and frames == 1:
         raise UsageError(
             "a first and a last picture for one frame", where="--frames", advice="give --frames 5 or more"
@@ -236,8 +243,8 @@ def check_complete(spec: ModelSpec, job: Job) -> None:
         )
 
 
-def check_size(spec: ModelSpec, width: int, height: int, frames: int) -> None:
-    """UsageError naming the two nearest sizes that the model can make."""
+def check_size(spec: ModelSpec, width: int, height: int, frames: int, where: str = "--frames") -> None:
+    """UsageError naming the two nearest sizes that the model can make. where: the flag that gave `frames`."""
     for name, size, stride in (("width", width, spec.vae.stride[2]), ("height", height, spec.vae.stride[1])):
         unit = 2 * stride
         if size < unit or size % unit or size > LONGEST:
@@ -250,7 +257,7 @@ def check_size(spec: ModelSpec, width: int, height: int, frames: int) -> None:
     if frames < 1 or (frames - 1) % 4 or frames > MAX_FRAMES:
         raise UsageError(
             f"{frames} frames",
-            where="--frames",
+            where=where,
             expected="4n + 1: one frame, then groups of four",
             advice=f"the nearest are {_nearest(frames, 4, 1, MAX_FRAMES)}",
         )

@@ -166,9 +166,15 @@ def find_job(name: str, root: Path) -> JobFolder:
     for job in jobs:
         if job.name == name:
             return job
-    known = ", ".join(job.name for job in jobs[-5:]) or "none"
+    known = ", ".join(job.name for job in jobs[-5:])
+    if not known:
+        raise UsageError(
+            f'no job is called "{name}", there are none yet',
+            where=str(root),
+            advice="start one with `lowvram generate`",
+        )
     raise UsageError(
-        f'no job is called "{name}"', where=str(root), expected=known, advice="or use `resume last`"
+        f'no job is called "{name}"', where=str(root), expected=f"one of {known}", advice="or name it `last`"
     )
 
 

@@ -315,7 +315,7 @@ class _Match:
             unused = ", ".join(shown(name) for name in self.unused[:2])
             reason = self.misfit or (f"unknown: {unused}" if unused else "")
             advice = "use a LoRA made for this model"
-            advice += " (or allow a partial match)" if matched else ""
+            advice += ", or give --lora-partial to use what fits" if matched else ""
             found = f"{found}; {reason}" if reason else found
             raise FileError(found, where=str(self.where), expected=f"{ENOUGH:.0%} or more", advice=advice)
         return LoraSet(

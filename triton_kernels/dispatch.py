@@ -77,7 +77,7 @@ def choose(
         if wrong:
             return Choice("sdpa", "sdpa", f"sdpa, because {asked} failed its self-test: {wrong}")
         return _chosen(mode, arch, "as asked", ends)
-    reasons = [f"chosen for {arch}"]
+    reasons = [f"chosen for {arch or 'a processor'}"]
     for name in AUTO.get(arch, ()):
         wrong = obstacle(MODES[name], arch, packages) or _tested(MODES[name], test)
         if not wrong:

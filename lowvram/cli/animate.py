@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from lowvram.cli import options as o
 from lowvram.errors import UsageError
 
 
-@o.with_job_flags
+@partial(o.with_job_flags, hidden=("image", "last_image", "size", "frames"), model="nano-animate")
 def animate(
     folder: Annotated[
         Path, typer.Argument(help="What Wan-Animate's preprocessing wrote: src_pose.mp4, src_face.mp4, ...")
@@ -33,21 +34,17 @@ def animate(
         bool, typer.Option("--match-colours", help="Hold every segment to the colours of the one before.")
     ] = False,
     audio_from: Annotated[
-        Path | None, typer.Option("--audio-from", help="A video whose sound goes into the result.")
+        Path | None,
+        typer.Option("--audio-from", help="A video or sound file whose sound goes into the result."),
     ] = None,
+    weights: o.Weights = None,
     report: o.Report = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Animate a character's picture with a video, or put the character into the video."""
-    for flag, given in (("--size", flags.size), ("--frames", flags.frames)):
-        if given is not None:
-            raise UsageError(
-                f"{flag} {given}",
-                expected="the size and length of src_pose.mp4",
-                advice=f"leave {flag} out; --segment says how many frames are made at once",
-            )
+    _refuse_what_the_folder_says(flags)
     settings = flags.settings() | ({} if segment is None else {"frames": segment})
     from lowvram.cli.carry import Output
     from lowvram.cli.work import start
@@ -61,4 +58,20 @@ def animate(
     driving = open_folder(folder.expanduser(), mode, carried=carry, match_colours=match_colours, sound=sound)
     if sound is not None:
         check_sound(sound)
-    start(flags, prompt, settings, out, driving=driving)
+    start(flags, prompt, settings, out, weights=weights, driving=driving)
+
+
+def _refuse_what_the_folder_says(flags: o.JobFlags) -> None:
+    sizes = {"--size": flags.size, "--frames": flags.frames}
+    pictures = {"--image": flags.image, "--last-image": flags.last_image}
+    for flag, given in (sizes | pictures).items():
+        if given is None:
+            continue
+        if flag in sizes:
+            expected, instead = (
+                "the size and length of src_pose.mp4",
+                "--segment says how many frames are made at once",
+            )
+        else:
+            expected, instead = "the character in src_ref.png", "replace that file for another character"
+        raise UsageError(f"{flag} {given}", expected=expected, advice=f"leave {flag} out; {instead}")

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode, say
+from lowvram.cli.console import Forecast, Progress, Terminated, emit, emit_json, progress_mode, say
+from lowvram.errors import UsageError
 from lowvram.job import Job
 from lowvram.media.video import check_target
 from lowvram.offload.budget import format_bytes
@@ -38,6 +39,8 @@ class Output:
     def check(self) -> None:
         """Before anything else: an output that cannot be written ends the command at once."""
         check_target(self.target, self.overwrite)
+        if self.report is not None:
+            check_report(self.report)
 
     def progress(self, forecast: list[Forecast], plan: Plan) -> Progress:
         """For work under `plan`."""
@@ -45,8 +48,6 @@ class Output:
 
     def tell(self, job: Job, plan: Plan, report: Report) -> None:
         """The file's path on stdout; on a terminal, where time and memory went."""
-        if self.report is not None:
-            write_report(report, plan, self.report)
         if self.as_json:
             emit_json(
                 {
@@ -56,10 +57,12 @@ class Output:
                     "report": report.to_json(),
                 }
             )
-            return
-        if not self.quiet:
-            say(table(report))
-        emit(str(self.target))
+        else:
+            if not self.quiet:
+                say(table(report))
+            emit(str(self.target))
+        if self.report is not None:  # last: the video is there, whatever becomes of this file
+            write_report(report, plan, self.report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +85,27 @@ def carry_on(folder: JobFolder, job: Job, plan: Plan, out: Output, find: Callabl
                 for line in rest.about:
                     progress.note(line)
                 report = rest.make(progress)
-            except KeyboardInterrupt:
-                progress.note(f"saved: go on with `lowvram resume {folder.name}`")
-                raise
+            except KeyboardInterrupt as stop:
+                what = str(stop) or ("terminated" if isinstance(stop, Terminated) else "interrupted")
+                raise type(stop)(f"{what}; go on with `lowvram resume {folder.name}`") from None
         folder.finish()
     out.tell(job, plan, report)
+
+
+def check_report(path: Path) -> None:
+    """UsageError unless a report can be written to `path`: known before hours of work, and no video is replaced by it."""
+    if path.suffix.lower() not in (".json", ".svg"):
+        raise UsageError(
+            "a report is neither JSON nor a drawing by this name",
+            where=f"--report {path}",
+            advice="give a name that ends in .json or .svg",
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(
+            "this is a folder" if path.is_dir() else "its folder does not exist",
+            where=f"--report {path}",
+            advice="give the name of a file in a folder that is there",
+        )
 
 
 def write_report(report: Report, plan: Plan, path: Path) -> None:

@@ -42,18 +42,33 @@ def rest_of_driven(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out:
         f"job {folder.name}: {summary(job, plan)}",
         f"{driving.frames} frames in {total} segments, {total - stand.segment} to go",
     ]
-    return Rest(_forecast(plan, stand, total), about, make)
+    return Rest(forecast(plan, stand, total), about, make)
 
 
-def _forecast(plan: Plan, stand: Stand, total: int) -> list[Forecast]:
-    """Every stage of every segment that is left; the text once."""
-    stages = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages if s.name == "text"]
+_OF_PICTURE, _OF_VIDEOS = "clip", ("faces", "encode")
+"""Stages that make a segment's condition: what the reference picture says is made once."""
+
+
+def forecast(plan: Plan, stand: Stand, total: int) -> list[Forecast]:
+    """Every stage of every segment that is left; the text once, and nothing that is made already."""
+    stages = []
     for segment in range(stand.segment, total):
-        under_way = segment == stand.segment
-        done = stand.state.step if under_way and stand.state is not None else 0
+        first = segment == stand.segment
+        made = stand.made is not None and first
+        done = stand.state.step if first and stand.state is not None else 0
         for s in plan.stages:
-            if s.name != "text":
-                stages.append(Forecast(s.name, s.steps - done if s.name == "denoise" else s.steps, s.seconds))
+            steps = s.steps
+            if s.name == "text" and not first:
+                continue
+            if s.name == _OF_PICTURE and (made or not first):
+                continue
+            if s.name in _OF_VIDEOS and made:
+                continue
+            if s.name == "denoise":
+                steps -= done
+            elif s.name == "encode":
+                steps -= not first  # the picture is encoded beside the first segment's videos
+            stages.append(Forecast(s.name, steps, s.seconds))
     return stages
 
 

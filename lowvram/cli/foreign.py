@@ -71,14 +71,19 @@ ANSWERS: Mapping[str, str] = {
 """What to do instead, by flag."""
 
 
+OWN_PROMPT = ("animate",)
+"""Verbs that have a --prompt of their own."""
+
+
 def translate(arguments: Sequence[str]) -> list[str]:
-    """Arguments with the flags of other tools as our own. `--prompt TEXT` becomes the plain TEXT it is here."""
+    """Arguments with the flags of other tools as our own. `--prompt TEXT` becomes the plain TEXT it is for most verbs."""
     translated: list[str] = []
+    plain = arguments[:1] and arguments[0] not in OWN_PROMPT
     for place, argument in enumerate(arguments):
         if argument == "--":
             return translated + list(arguments[place:])
         name, equals, value = argument.partition("=")
-        if name == "--prompt":
+        if name == "--prompt" and plain:
             translated += [value] if equals else []
         else:
             translated.append(ALIASES.get(name, name) + equals + value)

@@ -15,10 +15,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     flags: o.JobFlags,
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path("out.mp4"),
-    weights: Annotated[
-        str | None,
-        typer.Option("--weights", help="Which encoding to take where several are here, such as fp8."),
-    ] = None,
+    weights: o.Weights = None,
     report: o.Report = None,
     preview: Annotated[
         int | None,

@@ -39,16 +39,33 @@ def inspect(
 
 
 def lines(facts: Mapping[str, Any], indent: str = "") -> Iterable[str]:
-    """Facts for people: one a line, nested ones below, whatever they hold fit for a terminal."""
+    """Facts for people: one a line, nested ones below, whatever they hold fit for a terminal. What is empty is left out."""
     from lowvram.cli.console import one_line
 
     for name, value in facts.items():
+        if value is None or value in ("", [], (), {}):
+            continue
         if isinstance(value, Mapping):
             yield f"{indent}{one_line(name)}:"
             yield from lines(value, indent + "  ")
             continue
-        text = one_line(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+        text = one_line(_told(value))
         yield f"{indent}{one_line(name)}: {text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + '...'}"
+
+
+def _told(value: object) -> str:
+    """A value in words: numbers as short as they are meant, lists with commas, records in brackets."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.6g}"
+        case Mapping():
+            return f"({', '.join(f'{key} {_told(each)}' for key, each in value.items())})"
+        case list() | tuple():
+            return ", ".join(map(_told, value))
+        case _:
+            return str(value)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -146,10 +163,11 @@ def _video(path: Path) -> dict[str, Any]:
 
 
 def _picture(path: Path) -> dict[str, Any]:
-    from lowvram.media.made_with import made_with, png_texts
+    from lowvram.media.made_with import made_with, png_size, png_texts
 
     texts = png_texts(path)
-    return {"file": str(path), "kind": "picture"} | (made_with(texts) or _unknown(texts))
+    facts = {"file": str(path), "kind": "picture", "size": "{}x{}".format(*png_size(path))}
+    return facts | (made_with(texts) or _unknown(texts))
 
 
 def _unknown(tags: Mapping[str, str]) -> dict[str, Any]:

@@ -296,10 +296,9 @@ def remarks(library: Library) -> list[str]:
         lines.append(
             "no part of a Wan model was found; name folders with --models-dir, or set LOWVRAM_MODELS"
         )
-    looked = (
-        ", ".join(dict.fromkeys(place.label for place in library.places))
-        or "nowhere: no such program is here"
-    )
+    looked = ", ".join(dict.fromkeys(place.label for place in library.places))
+    if not looked:
+        return [*lines, "no program that keeps models, and no folder of models, is known here"]
     count = f"; {library.others} other checkpoints there are none of Wan's" if library.others else ""
     return [*lines, f"looked in: {looked}{count}"]
 

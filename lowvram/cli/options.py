@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -78,6 +79,9 @@ Matmul = Annotated[
         "--matmul",
         help="auto, exact or int8 (int8 weights only: activations are quantised too); auto if left out.",
     ),
+]
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="Which encoding to take where several are here, such as fp8.")
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="Few-step schedule, such as lightning-4.")]
 Lora = Annotated[
@@ -184,13 +188,25 @@ class JobFlags:
         )
 
 
-def with_job_flags(work: Callable[..., None]) -> Callable[..., None]:
-    """A verb whose parameter `flags` is a JobFlags, as a function of single flags, which is what Typer reads."""
+def with_job_flags(
+    work: Callable[..., None], *, hidden: Collection[str] = (), model: str = "nano"
+) -> Callable[..., None]:
+    """A verb whose parameter `flags` is a JobFlags, as a function of single flags, which is what Typer reads.
+
+    hidden: flags that the verb's help leaves out, for the verb refuses them. model: what `--model` is if left out.
+    """
     hints = get_type_hints(work, include_extras=True)
     flag_hints = get_type_hints(JobFlags, include_extras=True)
+    for name in hidden:
+        kind_of, option = get_args(flag_hints[name])
+        option = copy.copy(option)
+        option.hidden = True
+        flag_hints[name] = Annotated[kind_of, option]
     kind = inspect.Parameter.KEYWORD_ONLY
     single = [
-        inspect.Parameter(f.name, kind, default=f.default, annotation=flag_hints[f.name])
+        inspect.Parameter(
+            f.name, kind, default=model if f.name == "model" else f.default, annotation=flag_hints[f.name]
+        )
         for f in dataclasses.fields(JobFlags)
     ]
     parameters = []
@@ -250,6 +266,10 @@ def parse_loras(texts: list[str] | None, partial: bool = False) -> dict[str, Any
 
     choices = []
     for text in texts:
+        whole = Path(text).expanduser()
+        if "@" in text and whole.is_file():  # a name may hold what else would be a strength
+            choices.append(LoraChoice(path=str(whole.absolute()), partial=partial))
+            continue
         match = re.fullmatch(r"(?P<path>.+?)(?::(?P<expert>high|low))?(?:@(?P<strength>[^@/\\]+))?", text)
         try:
             given = match["strength"].split(",") if match and match["strength"] else ["1"]

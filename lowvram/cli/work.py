@@ -42,7 +42,7 @@ def start(
     else:
         job = pipe.job(prompt, **settings)
         check_complete(pipe.model.spec, job)
-        tell_preset(pipe, flags, job, silent)
+    tell_preset(pipe, flags, job, silent)
     plan = pipe.plan_job(job, preview_decoder(out, pipe.model.spec))  # known before a folder is made
     work(new_folder(pipe.runtime, job, out), pipe, job, plan, out)
 

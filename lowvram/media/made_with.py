@@ -79,6 +79,15 @@ def png_texts(path: Path) -> dict[str, str]:
     return texts
 
 
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG file, in pixels. FileError if it is no PNG file."""
+    with FileReader(path) as reader:
+        head = reader.read_at(0, min(24, reader.size))
+    if len(head) < 24 or not head.startswith(_PNG):
+        raise FileError("not a PNG file", where=str(path), advice="check the path")
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
 def _png_text(kind: bytes, data: bytes) -> dict[str, str]:
     keyword, _, rest = data.partition(b"\0")
     name = keyword.decode("latin-1")

@@ -49,21 +49,19 @@ class Picture:
 
 
 def open_picture(path: Path) -> Picture:
-    """What the picture at `path` is. FileError if it is none that can be used."""
+    """What the picture at `path` is. FileError if it is none that can be used.
+
+    It is decoded once, if its header may be believed: what is broken or transparent is known before a model is loaded.
+    """
     data = _read(path)
     with _opened(data, path) as image:
-        _check(image, path)
-        width, height = image.size
-        if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # turned by a quarter
-            width, height = height, width
+        height, width, _ = _pixels(image, path).shape
     digest = hashlib.sha256(data).hexdigest()
     return Picture(path=str(path.absolute()), sha256=digest, width=width, height=height)
 
 
 def read_picture(picture: Picture) -> Pixels:
     """The pixels [H, W, 3] uint8 RGB. StorageError if the file is no longer the one that was opened."""
-    from PIL import ImageOps
-
     path = Path(picture.path)
     data = _read(path)
     if hashlib.sha256(data).hexdigest() != picture.sha256:
@@ -74,11 +72,17 @@ def read_picture(picture: Picture) -> Pixels:
             advice="put the picture back, or start the job again with the new one",
         )
     with _opened(data, path) as image:
-        _check(image, path)
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        assert upright is not None
-        return np.asarray(_to_rgb(upright, path))
+        return _pixels(image, path)
+
+
+def _pixels(image: Image, path: Path) -> Pixels:
+    from PIL import ImageOps
+
+    _check(image, path)
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    assert upright is not None
+    return np.asarray(_to_rgb(upright, path))
 
 
 def _to_rgb(image: Image, path: Path) -> Image:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,flv"
 """Containers that hold their own bytes. Playlists and concat scripts, which name other files or hosts, are not here."""
+SOUND_FORMATS = f"{FORMATS},wav,mp3,flac,ogg,aac"
+"""The same, and those for sound alone."""
 
 BOOKKEEPING = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time"})
 """Tags that a container writes about itself."""
@@ -66,19 +68,39 @@ def open_media(path: Path) -> Iterator[InputContainer]:
 
     Only the file itself is read, whatever it says: no other protocol than local files, no playlist formats.
     """
+    with _opened(path, FORMATS, "video", "an mp4, mov, mkv, webm, avi or gif file") as container:
+        if not container.streams.video:
+            raise FileError("no video stream", where=str(path), advice="give a file that holds a video")
+        yield container
+
+
+@contextmanager
+def open_sound(path: Path) -> Iterator[InputContainer]:
+    """Open a local media file that has sound, with or without pictures; otherwise as `open_media`."""
+    with _opened(path, SOUND_FORMATS, "sound", "a video, or a wav, mp3, m4a, flac or ogg file") as container:
+        if not container.streams.audio:
+            raise FileError(
+                "no sound",
+                where=str(path),
+                expected="a video with sound, or a sound file",
+                advice="leave --audio-from out",
+            )
+        yield container
+
+
+@contextmanager
+def _opened(path: Path, formats: str, kind: str, expected: str) -> Iterator[InputContainer]:
     import av
 
-    options: dict[str, Any] = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+    options: dict[str, Any] = {"protocol_whitelist": "file", "format_whitelist": formats}
     try:
         with av.open(f"file:{path}", mode="r", options=options, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise FileError("no video stream", where=str(path), advice="give a file that holds a video")
             yield container
     except av.error.FFmpegError as error:
         missing = isinstance(error, FileNotFoundError)
         raise FileError(
-            "no such file" if missing else f"not readable as video ({error.strerror})",
+            "no such file" if missing else f"not readable as {kind} ({error.strerror})",
             where=str(path),
-            expected="" if missing else "an mp4, mov, mkv, webm, avi or gif file that is whole",
+            expected="" if missing else f"{expected} that is whole",
             advice="check the path" if missing else "play it in another program, or make the file again",
         ) from error

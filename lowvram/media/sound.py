@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lowvram.errors import FileError
-from lowvram.media.probe import open_media
+from lowvram.media.probe import open_sound
 
 RATE = 48_000
 """Samples per second."""
@@ -22,7 +21,7 @@ Samples = NDArray[np.float32]
 
 
 def check_sound(path: Path) -> None:
-    """FileError if the video at `path` has no sound that can be decoded."""
+    """FileError if the file at `path`, a video or sound alone, has no sound that can be decoded."""
     next(samples(path), None)
 
 
@@ -48,16 +47,18 @@ def fitted(path: Path, seconds: Fraction) -> Iterator[Samples]:
 
 
 def samples(path: Path) -> Iterator[Samples]:
-    """The decoded sound from the moment of the first picture on; silence first where it begins later."""
-    import av
+    """The decoded sound from the moment of the first picture on; silence first where it begins later.
 
-    with open_media(path) as container:
-        if not container.streams.audio:
-            raise FileError(
-                "no sound", where=str(path), expected="a video with sound", advice="leave --audio-from out"
-            )
-        stream, picture = container.streams.audio[0], container.streams.video[0]
-        early = _start(picture.start_time, picture.time_base) - _start(stream.start_time, stream.time_base)
+    Without moving pictures it begins where it begins: the cover of an album is shown at no time.
+    """
+    import av
+    from av.stream import Disposition
+
+    with open_sound(path) as container:
+        stream = container.streams.audio[0]
+        moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        begins = _start(stream.start_time, stream.time_base)
+        early = _start(moving[0].start_time, moving[0].time_base) - begins if moving else Fraction(0)
         skipped = round(early * RATE)
         for begun in range(0, -skipped, BLOCK):
             yield np.zeros((2, min(BLOCK, -skipped - begun)), np.float32)

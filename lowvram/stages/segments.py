@@ -86,6 +86,7 @@ def segments(
     with Sources(driving) as sources:
         for number in range(stand.segment, driving.segments(job.frames)):
             noise, part = next(noises), _part(job, number)
+            run.listener.note(f"segment {number + 1} of {driving.segments(job.frames)}")
             made = stand.made
             if made is None:
                 made = Animate(sources, number, stand.carried, before).run(run, model, part)

@@ -51,7 +51,7 @@ def encoding_by_name(name: str) -> Encoding:
     raise UsageError(
         f"no weight format is called {name!r}",
         expected="one of " + ", ".join(encoding_names()),
-        advice="choose one of them with --weights",
+        advice="choose one of them",
     )
 
 

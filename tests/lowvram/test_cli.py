@@ -85,6 +85,8 @@ USAGE: list[tuple[list[str], list[str]]] = [
     (["generate", "x", "-o", "out.avi"], ["out.avi", ".mp4"]),
     (["generate", "x", "-o", "nowhere/out.mp4"], ["nowhere", "make the folder"]),
     (["generate", "x", "-o", "nothing"], ["nothing"]),
+    (["generate", "x", "-o", "out.mp4", "--report", "nowhere/report.json"], ["its folder does not exist"]),
+    (["generate", "x", "-o", "out.mp4", "--report", "exists.mp4"], ["--report exists.mp4", ".svg"]),
     (["plan", "--model", "wan2.2-t2v", "--machine", "rtx4090"], ["wan2.2-t2v-a14b"]),
     (["plan", "--machine", "rtx409"], ['did you mean "rtx4090"']),
     (["plan", "--weights", "fp7"], ["fp7", "fp8"]),
@@ -94,8 +96,9 @@ USAGE: list[tuple[list[str], list[str]]] = [
         ["--weights", "--vae"],
     ),
     (["resume", "last"], ["no unfinished job"]),
-    (["resume", "20990101"], ["20990101"]),
+    (["resume", "20990101"], ["20990101", "there are none yet"]),
     (["decode", "last"], ["no finished latent"]),
+    (["animate", "nothing", "--prompt", "dance", "--carry", "2"], ["2 carried frames"]),
 ]
 
 FILE: list[tuple[list[str], list[str]]] = [
@@ -263,3 +266,10 @@ def test_inspect_says_what_each_part_is(folder: Path, cli: Callable[..., Any]) -
     }
     text = cli("inspect", "model/vae.safetensors")
     assert "kind: vae" in text.out and text.err == ""
+
+
+def test_a_lora_whose_name_holds_a_strength_s_sign_is_found(folder: Path, cli: Callable[..., Any]) -> None:
+    (folder / "style@2x.safetensors").write_bytes(b"")
+    for given in ("style@2x.safetensors", "style@2x.safetensors@0.5"):
+        said = cli(*GENERATE, "--lora", given)
+        assert said.code == 3 and "style@2x.safetensors: " in said.err and "empty" in said.err

@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
+from lowvram.cli.inspect import lines
 from lowvram.errors import FileError
 from lowvram.media.made_with import made_with, png_texts
 from lowvram.media.video import VideoWriter
@@ -177,3 +178,21 @@ def test_a_lora_says_what_it_fits_and_what_of_it_does_not(tmp_path: Path, cli: C
     assert (facts["expert"], facts["preset"], facts["version"]) == ("high", "lightning-4", "2.2")
     text = cli("inspect", path).out
     assert "\x1b" not in text and f"  nano: {total} of {total + 1}" in text
+
+
+def test_people_are_told_what_there_is_and_nothing_else() -> None:
+    facts = {"none": None, "no list": [], "size": "4x4", "yes": True, "sigmas": (1.0, 0.8333333134651184),
+             "loras": [{"file": "a.safetensors", "strength": 1.0}], "no text": ""}  # fmt: skip
+    assert list(lines(facts)) == [
+        "size: 4x4",
+        "yes: yes",
+        "sigmas: 1, 0.833333",
+        "loras: (file a.safetensors, strength 1)",
+    ]
+
+
+def test_a_picture_says_its_size(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    Image.new("RGB", (9, 7)).save(tmp_path / "a.png")
+    assert cli("inspect", "--json", tmp_path / "a.png").objects[0]["size"] == "9x7"
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert cli("inspect", tmp_path / "b.png").code == 3

@@ -50,6 +50,38 @@ def test_a_tone_keeps_its_pitch(tmp_path: Path) -> None:
     assert loudest == 440
 
 
+def test_a_sound_file_is_heard_from_its_beginning(tmp_path: Path) -> None:
+    """Whatever holds it; the cover of an album is no video."""
+    tone = (0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE // 2) / RATE)).astype(np.float32)
+    for name, codec in (
+        ("a.wav", "pcm_s16le"),
+        ("a.mp3", "libmp3lame"),
+        ("a.flac", "flac"),
+        ("a.m4a", "aac"),
+    ):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream(codec, rate=RATE, layout="stereo")
+            planes = np.stack([tone, tone])
+            frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout="stereo")
+            frame.sample_rate, frame.pts, frame.time_base = RATE, 0, Fraction(1, RATE)
+            resampler = av.AudioResampler(format=stream.codec_context.format, layout="stereo", rate=RATE)
+            for part in [*resampler.resample(frame), None]:
+                container.mux(stream.encode(part))
+        check_sound(tmp_path / name)
+        whole = np.concatenate(list(fitted(tmp_path / name, Fraction(1))), axis=1)
+        assert whole.shape == (2, RATE), name
+        assert np.abs(whole[:, 4096 : RATE // 2 - 4096]).max() > 0.3, name
+        assert np.abs(whole[:, RATE // 2 + 4096 :]).max() < 0.01, name
+
+
+def test_what_is_no_sound_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\nfile.wav\n")
+    for path in (tmp_path / "list.m3u8", tmp_path / "gone.wav"):
+        with pytest.raises(FileError) as refused:
+            check_sound(path)
+        assert str(refused.value).count("\n") <= 2
+
+
 def test_a_video_without_sound_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:

@@ -96,7 +96,7 @@ def test_a_resumed_job_writes_its_report(
     with monkeypatch.context() as once:
         once.setattr(work, "save_latent", interrupted)
         said = cli("generate", "a red circle", "--steps", 2, "--frames", 1, "-o", tmp_path / "a.mp4")
-    assert said.code == 130 and "go on with `lowvram resume" in said.err
+    assert said.code == 130 and "interrupted; go on with `lowvram resume" in said.err
     assert cli("resume", "last", "--report", tmp_path / "a.json").code == 0
     found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert [stage["name"] for stage in found["stages"]] == ["text", "prepare", "denoise", "decode"]

@@ -10,51 +10,74 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from videos import packets
 
+Spoil = Callable[[Path], Any]
 
-@pytest.mark.parametrize(
-    ("spoil", "more", "code", "words"),
-    [
-        (lambda f: (f / "src_mask.mp4").unlink(), ["--mode", "replace"], 3, "src_mask.mp4 is missing"),
-        (
-            lambda f: (f / "src_pose.mp4").write_text("ffconcat version 1.0\nfile src_bg.mp4\n"),
-            [],
-            3,
-            "not readable",
-        ),
-        (lambda f: (f / "src_ref.png").write_bytes(bomb()), [], 3, "13000x13000"),
-        (lambda f: packets(f / "src_face.mp4", 512, range(11)), [], 3, "11 frames"),
-        (lambda f: packets(f / "src_mask.mp4", 64, range(12)), ["--mode", "replace"], 3, "frames of 64x64"),
-        (lambda f: packets(f / "src_pose.mp4", 32, []), [], 3, "no video stream"),
-        (lambda f: packets(f / "src_pose.mp4", 32, [0, 1, 2, 9]), [], 3, "frames of different length"),
-        (lambda f: None, ["--audio-from", "src_pose.mp4"], 3, "no such file"),
-        (lambda f: None, ["--mode", "swap"], 2, 'mode "swap"'),
-        (lambda f: None, ["--frames", "81"], 2, "--frames 81"),
-        (lambda f: None, ["--model", "nano"], 2, "cannot be driven by a video"),
-    ],
-    ids=[
-        *("no mask", "a script", "a bomb", "a shorter face", "a larger mask", "no frames", "a variable rate"),
-        *("no sound", "no mode", "a length", "another model"),
-    ],
-)
+REPLACE = ["--mode", "replace"]
+FILES: dict[str, tuple[Spoil, list[str], str]] = {
+    # what is wrong with the folder, how; flags; what is said of it
+    "a shorter face": (lambda f: packets(f / "src_face.mp4", 512, range(11)), [], "11 frames"),
+    "no mask": (lambda f: (f / "src_mask.mp4").unlink(), REPLACE, "src_mask.mp4 is missing"),
+    "a larger mask": (lambda f: packets(f / "src_mask.mp4", 64, range(12)), REPLACE, "frames of 64x64"),
+    "a larger background": (lambda f: packets(f / "src_bg.mp4", 64, range(12)), REPLACE, "frames of 64x64"),
+    "a small face": (lambda f: packets(f / "src_face.mp4", 256, range(12)), [], "face crops of 256x256"),
+    "no frames": (lambda f: packets(f / "src_pose.mp4", 32, []), [], "no video stream"),
+    "a variable rate": (lambda f: packets(f / "src_pose.mp4", 32, [0, 1, 2, 9]), [], "frames of different length"),
+    "half a token": (lambda f: packets(f / "src_pose.mp4", 40, range(12)), [], "frames of 40x40"),
+    "a script": (
+        lambda f: (f / "src_pose.mp4").write_text("ffconcat version 1.0\nfile src_bg.mp4\n"), [], "not readable"
+    ),
+    "a bomb": (lambda f: (f / "src_ref.png").write_bytes(bomb()), [], "13000x13000"),
+    "a text": (lambda f: (f / "src_ref.png").write_text("no picture"), [], "not a picture that can be read"),
+    "a picture for print": (
+        lambda f: Image.new("CMYK", (32, 32)).save(f / "src_ref.png", "JPEG"), [], "a CMYK picture"
+    ),
+    "holes": (
+        lambda f: Image.new("RGBA", (32, 32), (200, 30, 30, 0)).save(f / "src_ref.png"), [], "transparent parts"
+    ),
+    "half a picture": (
+        lambda f: (f / "src_ref.png").write_bytes((f / "src_ref.png").read_bytes()[:-300]), [], "cannot be decoded"
+    ),
+    "no sound": (lambda f: None, ["--audio-from", "gone.mp4"], "no such file"),
+    "no folder": (shutil.rmtree, [], "no such folder"),
+}  # fmt: skip
+USAGE: dict[str, tuple[list[str], str]] = {
+    "no mode": (["--mode", "swap"], 'mode "swap"'),
+    "a length": (["--frames", "81"], "--segment says how many"),
+    "a size": (["--size", "64x64"], "leave --size out"),
+    "a picture": (["--image", "gone.png"], "src_ref.png"),
+    "a last picture": (["--last-image", "gone.png"], "src_ref.png"),
+    "another model": (["--model", "nano"], "cannot be driven by a video"),
+    "three frames carried": (["--carry", "3"], "3 carried frames"),
+    "no whole latents": (["--segment", "10"], "--segment: 10 frames"),
+    "nothing new in a segment": (["--segment", "5", "--carry", "5"], "give --segment 9 or more"),
+    "a segment of one frame": (["--segment", "1"], "give --segment 5 or more"),
+    "a report nowhere": (["--report", "nowhere/report.json"], "its folder does not exist"),
+    "a report that is a video": (["--report", "report.mp4"], ".json or .svg"),
+}
+BAD = [(3, *case) for case in FILES.values()] + [(2, lambda f: None, *case) for case in USAGE.values()]
+
+
+@pytest.mark.parametrize(("code", "spoil", "flags", "words"), BAD, ids=[*FILES, *USAGE])
 def test_what_cannot_be_used_ends_the_command_at_once_and_writes_nothing(
+    code: int,
+    spoil: Spoil,
+    flags: list[str],
+    words: str,
     drive: Callable[..., Path],
     tmp_path: Path,
     jobs: Path,
     cli: Callable[..., Any],
-    spoil: Callable[[Path], Any],
-    more: list[str],
-    code: int,
-    words: str,
 ) -> None:
     folder = tmp_path / "drive"
     shutil.copytree(drive(12), folder)
     spoil(folder)
     before = sorted(tmp_path.rglob("*"))
-    said = cli("animate", folder, "-o", tmp_path / "out.mp4", *more)
+    said = cli("animate", folder, "-o", tmp_path / "out.mp4", *flags)
     assert (said.code, said.out) == (code, "")
-    assert words in said.err and said.err.count("\n") <= 3
+    assert words in said.err and said.err.startswith("error: ") and said.err.count("\n") <= 3
     assert sorted(tmp_path.rglob("*")) == before and not jobs.exists()
 
 

@@ -8,15 +8,41 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from videos import frames_of
 
 from lowvram import drift
 from lowvram.animation import Animation
 from lowvram.api import Pipeline
+from lowvram.cli.driven import forecast
+from lowvram.conditions.contract import Condition
 from lowvram.driving import open_folder
 from lowvram.media.probe import probe
 from lowvram.planning.plan import Plan
-from lowvram.stages.segments import colour_change
+from lowvram.sampling.solvers import SolverState
+from lowvram.stages.denoise import State
+from lowvram.stages.segments import Stand, colour_change
+
+
+class Heard:
+    """What is told of the progress: (stage, steps) in order, and notes."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int]] = []
+        self.notes: list[str] = []
+
+    def begin(self, stage: str) -> None:
+        self.stages.append((stage, 0))
+
+    def step(self, vram: int | None = None) -> None:
+        name, steps = self.stages[-1]
+        self.stages[-1] = (name, steps + 1)
+
+    def end(self) -> None:
+        return
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.mark.parametrize("mode", ["animate", "replace"])
@@ -32,17 +58,35 @@ def test_a_video_of_three_segments_is_as_long_as_its_driving_video(
     monkeypatch.setattr(drift, "NOTABLE", 0.0)
     output = tmp_path / "out.mp4"
     job = pipe.driven_job(open_folder(drive(20), mode), **settings)
-    report = Animation(pipe, job, plan).save(output)
+    heard = Heard()
+    report = Animation(pipe, job, plan, heard).save(output)
     found = probe(output)
     assert (found.width, found.height, found.frames, found.fps) == (32, 32, 20, 30)
     names = [stage.name for stage in report.stages]
     assert names == ["text", "clip", "faces", "encode", "prepare", "denoise", "decode"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4"]
+    cached = {"text"}  # its steps are those of a prompt that is encoded
+    assert [s for s in heard.stages if s[0] not in cached] == [
+        (f.name, f.steps) for f in forecast(plan, Stand(), 3) if f.name not in cached
+    ]
+    assert [n for n in heard.notes if n.startswith("segment")] == [f"segment {n} of 3" for n in (1, 2, 3)]
     # the last segments show frames 9 to 16 and 17 to 19; the codec clips what noise is out of range
     assert [c.segment for c in report.colours] == [0, 1, 2]
     for colours, part in zip(report.colours, np.split(frames_of(output), [9, 17]), strict=True):
         assert colours.mean == pytest.approx(part.mean((0, 1, 2)), abs=3)
     assert report.notes[-1].startswith("colours: segment ")
+
+
+def test_what_is_made_already_is_not_forecast_again(plan: Plan) -> None:
+    state = State(torch.zeros(1), SolverState(step=1))
+    left = forecast(plan, Stand(1, None, Condition(), state), 3)
+    assert [f.name for f in left] == [
+        *("text", "prepare", "denoise", "decode"),
+        *("faces", "encode", "prepare", "denoise", "decode"),
+    ]
+    assert left[2].steps == plan.stage("denoise").steps - 1
+    begun = forecast(plan, Stand(1), 3)
+    assert [f.name for f in begun].count("clip") == 1 and begun[0].name == "text"
 
 
 def test_the_plan_is_that_of_a_segment_for_any_length(

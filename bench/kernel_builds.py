@@ -34,8 +34,9 @@ from lowvram.triton_kernels import (
 )
 from lowvram.triton_kernels.attention import KEY_TILE, QUERY_TILE, V_PEAK, V_RUN
 from lowvram.triton_kernels.gemm import RANK
-from lowvram.triton_kernels.modes import ARCHS
+from lowvram.triton_kernels.modes import ARCHS, PRODUCTS
 from lowvram.triton_kernels.norm_rope import EPS, LEAST
+from lowvram.triton_kernels.quantise import PEAK
 from lowvram.triton_kernels.vae_norm import LEAST as LEAST_NORM
 
 SHARED_LIMIT = 101_376
@@ -289,30 +290,33 @@ def _gemm(arch: str) -> Iterator[Build]:
                 instructions={"int8 mma": INT8, "ldmatrix": r"ldmatrix|wgmma", "cp.async": r"cp\.async\.c[ag]"},
                 quick=tile == chosen and gated and adapted and arch in ("sm_86", "sm_120"),
             )  # fmt: skip
-    rows = {"x": "*bf16", "out": "*i8", "scale": "*fp32"}
-    for width, block in ((5120, 8192), (13824, 16384)):
-        warps = quantise_triton.warps_of(block)
-        for rotated in (False, True):
-            fixed = {"LEAST": LEAST, "ROTATED": rotated, "BLOCK": block}
-            for gelu in (False, True):
-                yield Build(
-                    quantise_triton.quantise_kernel,
-                    f"width={width} gelu={gelu} rotated={rotated}",
-                    arch,
-                    rows,
-                    fixed | {"GELU": gelu},
-                    warps,
-                    quick=rotated and gelu and width == 13824 and arch == "sm_86",
-                )
-    for rotated in (False, True):
+    yield from _rows(arch)
+
+
+def _rows(arch: str) -> Iterator[Build]:
+    """The kernels that make rows of 8 bits; those of fp8 are not rotated."""
+    forms = [("int8", False), ("int8", True), *[("fp8", False)] * (arch in PRODUCTS["fp8"].archs)]
+    for form, rotated in forms:
+        pointers = {"x": "*bf16", "out": "*fp8e4nv" if form == "fp8" else "*i8", "scale": "*fp32"}
+        fixed = {"LEAST": LEAST, "PEAK": PEAK[form], "WHOLE": form == "int8", "ROTATED": rotated}
+        for (width, block), gelu in itertools.product(((5120, 8192), (13824, 16384)), (False, True)):
+            yield Build(
+                quantise_triton.quantise_kernel,
+                f"{form} width={width} gelu={gelu} rotated={rotated}",
+                arch,
+                pointers,
+                fixed | {"GELU": gelu, "BLOCK": block},
+                quantise_triton.warps_of(block),
+                quick=rotated and gelu and width == 13824 and arch == "sm_86",
+            )
         yield Build(
-            quantise_triton.modulate_int8_kernel,
-            f"width=5120 rotated={rotated}",
+            quantise_triton.modulate_quantise_kernel,
+            f"{form} width=5120 rotated={rotated}",
             arch,
-            rows | {"shift": "*fp32", "by": "*fp32"},
-            {"EPS": EPS, "LEAST": LEAST, "ROTATED": rotated, "BLOCK": 8192},
+            pointers | {"shift": "*fp32", "by": "*fp32"},
+            fixed | {"EPS": EPS, "BLOCK": 8192},
             quantise_triton.warps_of(8192),
-            quick=rotated and arch == "sm_120",
+            quick=(rotated and arch == "sm_120") or (form == "fp8" and arch == "sm_89"),
         )
 
 

@@ -1,4 +1,4 @@
-"""Error of int8 multiplication on synthetic data that holds what real activations hold: its arithmetic in torch.
+"""Error of 8-bit multiplication on synthetic data that holds what real activations hold: its arithmetic in torch.
 
 256 bfloat16 tokens of width 4096, a weight of 512 rows from Student's t of 6 degrees of freedom. The error is the relative
 L2 distance of the product from that of the unquantised tensors in float64.
@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Generator, Tensor
 
+from lowvram.quant.encodings.base import Encoding
+from lowvram.quant.encodings.fp8 import Fp8
 from lowvram.quant.encodings.int8 import Int8
-from lowvram.triton_kernels.gemm import int8_linear, low_rank
-from lowvram.triton_kernels.quantise import quantise
+from lowvram.triton_kernels.fp8_gemm import fp8_linear
+from lowvram.triton_kernels.gemm import LowRank, QuantisedMatrix, int8_linear, low_rank
+from lowvram.triton_kernels.quantise import QuantisedRows, quantise
 
 TOKENS, WIDTH, ROWS, RANK = 256, 4096, 512, 64
 BOUND = 0.02
-"""What rotated weights and activations promise; those that are not rotated promise nothing."""
+"""What rotated int8 weights and activations promise; the others promise nothing."""
 
 
 def gaussian(x: Tensor, g: Generator) -> Tensor:
@@ -44,34 +47,39 @@ def tokens(x: Tensor, g: Generator) -> Tensor:
     return x
 
 
+Linear = Callable[[QuantisedRows, QuantisedMatrix, Tensor | None, LowRank | None], Tensor]
+MODES: tuple[tuple[str, Encoding, Linear, float | None], ...] = (
+    ("int8_convrot", Int8(group=256), int8_linear, BOUND),
+    ("int8", Int8(), int8_linear, None),
+    ("fp8_row", Fp8("F8_E4M3", "row"), fp8_linear, None),
+)
 DATA: tuple[Callable[[Tensor, Generator], Tensor], ...] = (gaussian, modulated, activated, tokens)
 
 
 def errors(quick: bool) -> Iterator[dict[str, object]]:
-    """One object a mode and data: int8 activations on weights that are rotated and that are not, what a LoRA of RANK adds
-    to them, and, for comparison, exact activations on the rotated weights. quick: the first data only."""
+    """One object a mode and data: 8-bit activations on weights of MODES, what a LoRA of RANK adds to them, and, for
+    comparison, exact activations on the same weights. quick: the first data only."""
     for data in DATA[: 1 if quick else None]:
         g = torch.Generator().manual_seed(0)
         weight = _student(g) / WIDTH**0.5
         x = data(torch.randn(TOKENS, WIDTH, generator=g), g).bfloat16()
         exact = x.double() @ weight.double().mT
         down, up = torch.randn(RANK, WIDTH, generator=g) / WIDTH**0.5, torch.randn(ROWS, RANK, generator=g)
-        for mode, encoding in (("int8_convrot", Int8(group=256)), ("int8", Int8())):
+        for mode, encoding, linear, bound in MODES:
+            form, group = encoding.w8a8, getattr(encoding, "group", 0)
+            assert form is not None
             parts = encoding.encode(weight)
-            matrix = encoding.int8_matrix(parts, (ROWS, WIDTH))
-            rows, bound = quantise(x.float(), encoding.group), BOUND if encoding.group else None
-            got = int8_linear(rows, matrix, None)
+            matrix = encoding.w8a8_matrix(parts, (ROWS, WIDTH))
+            rows = quantise(x.float(), group, form)
+            got = linear(rows, matrix, None, None)
             yield _row(mode, data.__name__, got, exact, bound)
-            lora = low_rank([quantise(down, encoding.group)], [up], [1.0])
-            branch = int8_linear(rows, matrix, None, lora) - got
-            yield _row(
-                f"{mode}, its LoRA",
-                data.__name__,
-                branch,
+            lora = low_rank([quantise(down, group, form)], [up], [1.0])
+            branch, exactly = (
+                linear(rows, matrix, None, lora) - got,
                 x.double() @ down.double().mT @ up.double().mT,
-                bound,
             )
-            if encoding.group:
+            yield _row(f"{mode}, its LoRA", data.__name__, branch, exactly, bound)
+            if mode != "int8":
                 numbers = encoding.decode(parts, (ROWS, WIDTH), torch.float32)
                 yield _row(f"{mode}, exact activations", data.__name__, x.float() @ numbers.mT, exact, None)
 

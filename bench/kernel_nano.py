@@ -33,18 +33,23 @@ def scores() -> Iterator[dict[str, object]]:
 
 
 def matmul_scores() -> Iterator[dict[str, object]]:
-    """The same for int8 weights, rotated and not: exact multiplication, and int8 against it."""
-    for to in ("int8_convrot", "int8"):
+    """The same for weights of 8 bits: exact multiplication, and that of 8 bits against it. The model is stored as fp8."""
+    for to, form in (("int8_convrot", "int8"), ("int8", "int8"), ("fp8_scaled", "fp8")):
         with TemporaryDirectory() as folder:
-            files = {}
-            for expert in ("high", "low"):
-                out = Path(folder) / f"{expert}.safetensors"
-                list(run_conversion(plan_conversion(NANO / f"{expert}_noise_model.safetensors", out, to)))
-                files[expert] = str(out)
+            files = {} if form == "fp8" else _converted(Path(folder), to)
             pipe = Runtime(device="cpu").load("nano", **files)
             plain = _videos(pipe, matmul="exact")
             yield _row(f"{to}, --matmul exact", plain, plain)
-            yield _row(f"{to}, --matmul int8", _videos(pipe, matmul="int8"), plain)
+            yield _row(f"{to}, --matmul {form}", _videos(pipe, matmul=form), plain)
+
+
+def _converted(folder: Path, to: str) -> dict[str, str]:
+    files = {}
+    for expert in ("high", "low"):
+        out = folder / f"{expert}.safetensors"
+        list(run_conversion(plan_conversion(NANO / f"{expert}_noise_model.safetensors", out, to)))
+        files[expert] = str(out)
+    return files
 
 
 def _scenes() -> list[Scene]:

@@ -31,7 +31,7 @@ from lowvram.quant.encodings.registry import encoding_by_name, encoding_names
 from lowvram.survey import identify
 from lowvram.triton_kernels import dispatch
 from lowvram.triton_kernels.attention import attention
-from lowvram.triton_kernels.modes import MODES
+from lowvram.triton_kernels.modes import MODES, PRODUCTS
 
 Facts = dict[str, Fact]
 
@@ -158,7 +158,11 @@ def kernels(setup: Setup) -> Verdict:
         for mode in MODES.values():
             why = dispatch.obstacle(mode, arch, packages) or dispatch.try_mode(mode, device, arch)
             facts[f"attention {mode.name}"] = why or "right"
-        facts["int8 multiplication"] = dispatch.try_int8(device) or "right"
+        for product in PRODUCTS.values():
+            why = "" if arch in product.archs else f"there is none for {arch}"
+            facts[f"{product.form} multiplication"] = (
+                why or dispatch.try_w8a8(product.form, device) or "right"
+            )
         facts["fused operations"] = dispatch.ops_obstacle(device, arch) or "right"
     return _all_true(facts)
 

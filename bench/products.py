@@ -1,4 +1,4 @@
-"""Multiplication at the shapes of a 14B model: the int8 kernel and what makes its rows, against `torch._int_mm` and bf16 cuBLAS.
+"""Multiplication at the shapes of a 14B model: the int8 kernel and what makes its rows, against `torch._int_mm`, fp8 and bf16 cuBLAS.
 
 What int8 costs is the product and the rows that it takes. The decoding that it saves is not timed here.
 """
@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowvram.bench.blocks import seconds_of
-from lowvram.triton_kernels.gemm import Int8Matrix, int8_linear
-from lowvram.triton_kernels.ops import FUSED, TORCH
-from lowvram.triton_kernels.quantise import Int8Rows
+from lowvram.triton_kernels import tiles
+from lowvram.triton_kernels.gemm import QuantisedMatrix, int8_linear
+from lowvram.triton_kernels.modes import PRODUCTS
+from lowvram.triton_kernels.ops import FUSED, TORCH, W8A8Ops
+from lowvram.triton_kernels.quantise import QuantisedRows
 from lowvram.triton_kernels.tiles import GEMM_CANDIDATES, GemmTile
 
 TOKENS = 111_600
@@ -58,9 +60,11 @@ def _runs(kind: str, tokens: int, out: int, width: int) -> Iterator[tuple[str, C
         if width <= 5120:
             yield f"modulate and quantise, {by}", partial(ops.modulate, x, shift, shift, 256), 0
     rows = (FUSED if card else TORCH).int8.quantise(x, 256)
+    if not card or tiles.arch_of(bias.device) in PRODUCTS["fp8"].archs:
+        yield from _fp8_runs(x, (FUSED if card else TORCH).fp8, out, bias, gate)
     del x
     values = torch.randint(-127, 128, (out, width), device=kind, dtype=torch.int8)
-    matrix = Int8Matrix(values, torch.ones(out, device=kind), 256)
+    matrix = QuantisedMatrix(values, torch.ones(out, device=kind), 256)
     yield "_int_mm alone", partial(torch._int_mm, rows.values, values.mT), work
     yield "_int_mm and epilogue", partial(int8_linear, rows, matrix, bias), work
     for tile in GEMM_CANDIDATES if card else ():
@@ -69,7 +73,21 @@ def _runs(kind: str, tokens: int, out: int, width: int) -> Iterator[tuple[str, C
             yield name, partial(_kernel, rows, matrix, bias, gated, tile), work
 
 
-def _kernel(rows: Int8Rows, matrix: Int8Matrix, bias: Tensor, gate: Tensor | None, tile: GemmTile) -> None:
+def _fp8_runs(
+    x: Tensor, ops: W8A8Ops, out: int, bias: Tensor, gate: Tensor
+) -> Iterator[tuple[str, Callable[[], object], int]]:
+    yield "quantise, fp8", partial(ops.quantise, x, 0), 0
+    yield "gelu and quantise, fp8", partial(ops.gelu, x, 0), 0
+    rows, work = ops.quantise(x, 0), 2 * x.numel() * out
+    few = ops.quantise(torch.randn(out, x.shape[1], device=x.device).to(x.dtype), 0)
+    matrix, into = QuantisedMatrix(few.values, few.scale, 0), x.new_zeros(x.shape[0], out)
+    yield "fp8_linear", partial(ops.linear, rows, matrix, bias, None), work
+    yield "fp8_linear_gated_", partial(ops.linear_gated_, into, rows, matrix, bias, gate, None), work
+
+
+def _kernel(
+    rows: QuantisedRows, matrix: QuantisedMatrix, bias: Tensor, gate: Tensor | None, tile: GemmTile
+) -> None:
     from lowvram.triton_kernels import gemm_triton
 
     y = torch.empty(rows.values.shape[0], matrix.values.shape[0], dtype=rows.dtype, device=bias.device)

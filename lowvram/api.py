@@ -30,7 +30,7 @@ from lowvram.driving import Driving, open_folder
 from lowvram.errors import UsageError
 from lowvram.job import Job, LoraChoice, check_complete, check_driven, describe, make_job
 from lowvram.machine import Machine, machine_profile, this_machine
-from lowvram.matmul import unfit_for_int8
+from lowvram.matmul import unfit_for
 from lowvram.media.picture import open_picture
 from lowvram.media.video import VideoWriter, check_size, check_target, write_behind
 from lowvram.model import Model, imagined_model, open_model, with_loras
@@ -137,10 +137,14 @@ class Runtime:
     def matmul(self, asked: str, model: Model) -> Matmul:
         """How the blocks of `model` multiply here when `asked` for it; on CUDA it is tried on the card first."""
         machine = self.machine
-        int8 = ops_for(machine.arch, machine.unfused).int8
-        on_card = partial(dispatch.try_int8, torch.device("cuda", 0), int8)
+
+        def on_card(form: str) -> str:
+            if form == "fp8" and machine.unfused:
+                return machine.unfused  # what would run in its place is slower than exact multiplication
+            return dispatch.try_w8a8(form, torch.device("cuda", 0), ops_for(machine.arch, machine.unfused))
+
         test = on_card if machine.kind == "cuda" else None
-        return dispatch.choose_matmul(asked, machine.arch, unfit_for_int8(model), test)
+        return dispatch.choose_matmul(asked, machine.arch, partial(unfit_for, model=model), test)
 
     @contextmanager
     def device(self) -> Iterator[Device]:
@@ -342,7 +346,7 @@ def plan_without_files(
     )
     model = imagined_model(name, spec, weights or DEFAULT_WEIGHTS)
     settings["matmul"] = dispatch.choose_matmul(
-        settings.get("matmul") or "auto", where.arch, unfit_for_int8(model)
+        settings.get("matmul") or "auto", where.arch, partial(unfit_for, model=model)
     )
     job = make_job(spec, model=name, files={}, prompt=prompt, **_with_pictures(settings))
     if not force:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lowvram.matmul import as_multiplied
 from lowvram.model import Group
 from lowvram.models import animate, clip, dit, umt5
 from lowvram.models.self_attention import CHUNK, Workspace
@@ -24,7 +25,7 @@ from lowvram.quant.linear import Encoded, Params
 from lowvram.quant.spec import HEAD_DIM, ClipSpec, DitSpec, TextSpec, numel
 from lowvram.stages.weights import Dense, to_params
 from lowvram.triton_kernels.keys import carve, stored_bytes
-from lowvram.triton_kernels.modes import MODES, Mode
+from lowvram.triton_kernels.modes import EXACT, MODES, Matmul, Mode
 from lowvram.triton_kernels.ops import TORCH, Ops
 
 META = torch.device("meta")
@@ -85,14 +86,14 @@ def block_scratch(
     chunk: int = CHUNK,
     unpacked: bool = False,
     attention: Mode = MODES["sdpa"],
-    int8: bool = False,
+    matmul: Matmul = EXACT,
     ops: Ops = TORCH,
 ) -> int:
     """Transient bytes of `dit.block_` on a long sequence. Two chunks tell: later ones repeat the second.
 
     per_frame: tokens of a latent frame if the first ones have another time, or 0 if all have the same. words: tokens
     of the longest prompt. group: heads at a time, or 0 for all. unpacked: whether the block's weights are decoded into
-    a buffer (`unpacked_nbytes`) before. int8: whether int8 weights are multiplied as they are.
+    a buffer (`unpacked_nbytes`) before. matmul: how the Linears multiply.
     """
     n = min(tokens, 2 * chunk)
     with META:
@@ -113,14 +114,14 @@ def block_scratch(
         x, rope = torch.empty(n, spec.dim, dtype=dtype), torch.empty(n, HEAD_DIM // 2, 2)
         work = Workspace(keys, dtype, torch.empty_like(x) if group else None, chunk, ops)
         finite = torch.ones(2, dtype=torch.bool)
-        scratch = torch.empty(_as_multiplied(p, int8, ops, dtype).unpacked_nbytes(dtype), dtype=torch.uint8)
+        scratch = torch.empty(as_multiplied(p, matmul, ops, dtype).unpacked_nbytes(dtype), dtype=torch.uint8)
     factors = factor_bytes(tokens) - factor_bytes(n) if group else 0
 
     def run(x: Tensor) -> None:
-        before = _as_multiplied(
-            p, int8, ops, dtype
+        before = as_multiplied(
+            p, matmul, ops, dtype
         )  # LoRAs are made ready while those of the last block are there
-        ready = _as_multiplied(p, int8, ops, dtype)
+        ready = as_multiplied(p, matmul, ops, dtype)
         del before
         ready = ready.unpacked(dtype, scratch) if unpacked else ready
         dit.block_(ready, x, time, context, rope, work, finite)
@@ -138,14 +139,10 @@ def time_bytes(spec: DitSpec, time_rows: int) -> int:
     return allocated_size(4 * spec.dim * time_rows) + allocated_size(24 * spec.dim * time_rows)
 
 
-def unpacked_nbytes(block: Group, dtype: torch.dtype, int8: bool = False) -> int:
+def unpacked_nbytes(block: Group, dtype: torch.dtype, matmul: Matmul = EXACT) -> int:
     """Bytes of the buffer for the matrices of a block in `dtype`; 0 if they are stored as they are multiplied."""
     with META:
-        return _as_multiplied(meta_params(block, dtype), int8, TORCH, dtype).unpacked_nbytes(dtype)
-
-
-def _as_multiplied(p: Params, int8: bool, ops: Ops, dtype: torch.dtype) -> Params:
-    return p.multiplied(dit.INT8_LINEARS, ops.int8, dtype) if int8 else p
+        return as_multiplied(meta_params(block, dtype), matmul, TORCH, dtype).unpacked_nbytes(dtype)
 
 
 def context_rows(spec: DitSpec, words: int) -> int:

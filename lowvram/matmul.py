@@ -1,15 +1,21 @@
-"""Whether the weights of a model can be multiplied as int8: what `--matmul` may choose for it."""
+"""How the Linears of a model multiply: whether they can as they are stored, and a block that does."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+import torch
+
 from lowvram.model import Model
-from lowvram.models.dit import INT8_LINEARS
+from lowvram.models.dit import W8A8_LINEARS
+from lowvram.quant.linear import Params
+from lowvram.triton_kernels.modes import Matmul
+from lowvram.triton_kernels.ops import Ops
 
 
-def unfit_for_int8(model: Model) -> str:
-    """What the Linears in the blocks of a transformer are stored as, of one that has none in int8; "" if all have some.
+def unfit_for(form: str, model: Model) -> str:
+    """What the Linears in the blocks of a transformer are stored as, of one that has none in an 8-bit form that is
+    multiplied as it is stored; "" if all have some.
 
     Files leave some layers in a longer format. Those are multiplied exactly.
     """
@@ -19,11 +25,16 @@ def unfit_for_int8(model: Model) -> str:
             for key, ref in transformer.refs.items()
             if key.startswith("blocks.")
             and key.endswith(".weight")
-            and key.split(".", 2)[2].startswith(INT8_LINEARS)
+            and key.split(".", 2)[2].startswith(W8A8_LINEARS)
             and len(ref.shape) == 2
         ]
-        if not any(encoding.int8_rows for encoding in stored):
+        if not any(encoding.w8a8 == form for encoding in stored):
             which = "" if len(model.transformers) == 1 else f" of the {name}-noise transformer"
             usual = Counter(encoding.name for encoding in stored).most_common(1)[0][0]
             return f"the weights{which} are {usual}"
     return ""
+
+
+def as_multiplied(block: Params, how: Matmul, ops: Ops, dtype: torch.dtype) -> Params:
+    """A block whose 8-bit weights are multiplied as they are stored if that is how, by activations of `dtype`."""
+    return block if how.exact else block.multiplied(W8A8_LINEARS, ops.w8a8(how.mode), dtype)

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from lowvram.quant import fused
 from lowvram.triton_kernels.gemm import LowRank, low_rank
-from lowvram.triton_kernels.ops import Int8Ops
-from lowvram.triton_kernels.quantise import Int8Rows
+from lowvram.triton_kernels.ops import W8A8Ops
+from lowvram.triton_kernels.quantise import QuantisedRows
 
 if TYPE_CHECKING:
     from lowvram.quant.encodings.base import Encoding
@@ -46,26 +46,28 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Multiplied(Encoded):
-    """An int8 weight that is multiplied as it is stored, by activations that are int8 too, as its LoRA is."""
+    """A weight of 8 bits that is multiplied as it is stored, by activations of the same form, as its LoRA is."""
 
-    ops: Int8Ops = field(kw_only=True)
+    ops: W8A8Ops = field(kw_only=True)
     lora: LowRank | None = None
 
     @property
     def group(self) -> int:
         """Columns of the activations that are rotated together before they are quantised, or 0."""
-        return self.encoding.int8_matrix(self.parts, self.shape).group
+        return self.encoding.w8a8_matrix(self.parts, self.shape).group
 
-    def linear(self, x: Tensor | Int8Rows, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor | QuantisedRows, bias: Tensor | None) -> Tensor:
         """x [..., in] -> [..., out] in its dtype."""
-        matrix = self.encoding.int8_matrix(self.parts, self.shape)
-        rows = x if isinstance(x, Int8Rows) else self.ops.quantise(x, matrix.group)
+        matrix = self.encoding.w8a8_matrix(self.parts, self.shape)
+        rows = x if isinstance(x, QuantisedRows) else self.ops.quantise(x, matrix.group)
         return self.ops.linear(rows, matrix, bias, self.lora)
 
-    def linear_gated_(self, x: Tensor | Int8Rows, bias: Tensor | None, into: Tensor, gate: Tensor) -> None:
+    def linear_gated_(
+        self, x: Tensor | QuantisedRows, bias: Tensor | None, into: Tensor, gate: Tensor
+    ) -> None:
         """into [n, out] += linear(x [n, in]) * gate [1 or n, out]."""
-        matrix = self.encoding.int8_matrix(self.parts, self.shape)
-        rows = x if isinstance(x, Int8Rows) else self.ops.quantise(x, matrix.group)
+        matrix = self.encoding.w8a8_matrix(self.parts, self.shape)
+        rows = x if isinstance(x, QuantisedRows) else self.ops.quantise(x, matrix.group)
         self.ops.linear_gated_(into, rows, matrix, bias, gate, self.lora)
 
     def of_rows(self, rows: slice) -> Multiplied:
@@ -164,11 +166,11 @@ class Params:
             dense = dense.add(delta.delta.to(wide).view(dense.shape), alpha=delta.strength)
         return dense.to(dtype)
 
-    def linear(self, name: str, x: Tensor | Int8Rows) -> Tensor:
+    def linear(self, name: str, x: Tensor | QuantisedRows) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x: the Linear `name` with its bias and LoRA branches.
 
-        A convolution whose kernel is as large as its stride is a Linear on patches. Rows of int8 are for Linears that
-        `int8_group` names.
+        A convolution whose kernel is as large as its stride is a Linear on patches. Quantised rows are for Linears that
+        `takes` names.
         """
         value, bias = self.tensors[f"{name}.weight"], self._bias(name, x.dtype)
         if isinstance(value, Multiplied):
@@ -184,7 +186,7 @@ class Params:
     def linear_gated_(
         self,
         name: str,
-        x: Tensor | Int8Rows,
+        x: Tensor | QuantisedRows,
         into: Tensor,
         gate: Tensor,
         gated_: Callable[[Tensor, Tensor, Tensor], None],
@@ -196,16 +198,16 @@ class Params:
         else:
             gated_(into, self.linear(name, x), gate)
 
-    def int8_group(self, *names: str) -> int | None:
-        """Columns rotated together in the int8 rows that all these Linears take for their input; None if any of them
-        wants numbers."""
+    def takes(self, *names: str) -> Multiplied | None:
+        """A weight whose `quantise`d rows all these Linears take for their input; None if any of them wants numbers."""
         weights = [self.tensors[f"{name}.weight"] for name in names]
-        groups = {value.group if isinstance(value, Multiplied) else None for value in weights}
-        return groups.pop() if len(groups) == 1 else None
+        ready = [value for value in weights if isinstance(value, Multiplied)]
+        alike = len({value.group for value in ready}) == 1 and len(ready) == len(weights)
+        return ready[0] if alike else None
 
-    def multiplied(self, prefixes: tuple[str, ...], ops: Int8Ops, dtype: torch.dtype) -> Params:
-        """The same parameters; Linears whose names start with one of `prefixes` multiply int8 where they are stored so,
-        with their LoRA branches, which are made ready here for activations of `dtype`.
+    def multiplied(self, prefixes: tuple[str, ...], ops: W8A8Ops, dtype: torch.dtype) -> Params:
+        """The same parameters; Linears whose names start with one of `prefixes` multiply as they are stored where that is
+        the form of `ops`, with their LoRA branches, which are made ready here for activations of `dtype`.
 
         A weight that a difference or a DoRA changes is not what is stored any more: it is multiplied as numbers.
         """
@@ -216,7 +218,8 @@ class Params:
                 and name.startswith(prefixes)
                 and name.endswith(".weight")
                 and len(value.shape) == 2
-                and value.encoding.int8_rows
+                and value.encoding.w8a8 == ops.form
+                and not any(size % ops.multiple for size in value.shape)
                 and not self._is_changed(name)
             ):
                 weight = Multiplied(value.encoding, value.shape, value.parts, ops=ops)
@@ -239,7 +242,7 @@ class Params:
         return weight.to(dtype)
 
     def slices(self, names: Iterable[str], dtype: torch.dtype, rows: slice | None = None) -> Params:
-        """The Linears `names` alone, as if they had only the outputs `rows`; dense in `dtype` but those of int8.
+        """The Linears `names` alone, as if they had only the outputs `rows`; dense in `dtype` but those of 8 bits.
 
         For many uses in a row: a weight that is stored otherwise is made once, not at every use.
         """
@@ -329,7 +332,7 @@ class Params:
         return [self.scope(f"blocks.{n}.") for n in range(count)]
 
 
-def _low_rank(branches: tuple[Branch, ...], group: int, ops: Int8Ops, dtype: torch.dtype) -> LowRank:
+def _low_rank(branches: tuple[Branch, ...], group: int, ops: W8A8Ops, dtype: torch.dtype) -> LowRank:
     """The branches of a weight rotated by `group`, for activations of `dtype`."""
     return low_rank(
         [ops.quantise(branch.down.flatten(1).to(dtype), group) for branch in branches],

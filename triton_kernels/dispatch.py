@@ -14,22 +14,23 @@ from torch import Tensor
 from lowvram.errors import UsageError
 from lowvram.triton_kernels import backends
 from lowvram.triton_kernels.attention import attend_, attend_reference, attention, sdpa_backend
-from lowvram.triton_kernels.gemm import Int8Matrix, LowRank, low_rank
+from lowvram.triton_kernels.gemm import LowRank, QuantisedMatrix, low_rank
 from lowvram.triton_kernels.modes import (
     ARCHS,
     AUTO,
     CAREFUL,
     EXACT,
-    INT8_MEASURED,
     MATMULS,
     MEASURED,
     MODES,
+    PRODUCTS,
     Choice,
     Matmul,
     Mode,
+    Product,
 )
 from lowvram.triton_kernels.norm_rope import centre_of, quantise_rows, quantise_values
-from lowvram.triton_kernels.ops import FUSED, TORCH, Int8Ops, Ops
+from lowvram.triton_kernels.ops import FUSED, TORCH, Ops, W8A8Ops
 from lowvram.triton_kernels.quantise import GROUPS
 from lowvram.triton_kernels.tiles import HALF
 
@@ -134,11 +135,14 @@ def mode_named(name: str) -> Mode:
     return MODES[name]
 
 
-def choose_matmul(asked: str, arch: str, unfit: str, test: Callable[[], str] | None = None) -> Matmul:
+def choose_matmul(
+    asked: str, arch: str, unfit: Callable[[str], str], test: Callable[[str], str] | None = None
+) -> Matmul:
     """How to multiply for `asked`, a name of MATMULS or "auto".
 
-    unfit: what the weights are if not int8. `test` multiplies int8 on the card and says what is wrong with it. UsageError
-    for a name that is none, and for weights that cannot be multiplied so; a card that cannot do it multiplies exactly.
+    unfit: what the weights are if they are not of a form. `test` multiplies that form on the card and says what is wrong
+    with it. UsageError for a name that is none, and for weights that cannot be multiplied so; a card that cannot do it
+    multiplies exactly, and the reason says why.
     """
     if asked not in ("auto", *MATMULS):
         raise UsageError(
@@ -147,26 +151,39 @@ def choose_matmul(asked: str, arch: str, unfit: str, test: Callable[[], str] | N
             expected=f"one of auto, {', '.join(MATMULS)}",
             advice="leave it out",
         )
-    if asked == "int8" and unfit:
-        raise UsageError(
-            unfit,
-            where="--matmul int8",
-            expected="int8 weights, plain or rotated in groups of 256",
-            advice="make them with `lowvram quantize IN OUT --to int8_convrot`, or leave --matmul out",
-        )
-    if asked == "exact" or (asked == "auto" and (unfit or not arch)):
+    if asked == "exact":
         return EXACT
-    if asked == "auto" and arch not in INT8_MEASURED:
-        return Matmul("exact", f"exact: nobody has timed --matmul int8 on {arch} yet")
-    wrong = "" if test is None else test()
+    if asked == "auto":
+        product = next((p for p in PRODUCTS.values() if arch in p.archs and not unfit(p.form)), None)
+        if product is None:
+            return EXACT
+        if arch not in product.measured:
+            return Matmul("exact", f"exact: nobody has timed --matmul {product.form} on {arch} yet")
+    else:
+        product = PRODUCTS[asked]
+        _check_weights(product, unfit(asked))
+    form = product.form
+    if arch and arch not in product.archs:
+        return Matmul("exact", f"exact, because there is no {form} multiplication for {arch}")
+    wrong = "" if test is None else test(form)
     if wrong:
-        return Matmul("exact", f"exact, because int8 failed its self-test: {wrong}")
-    why = f"int8 ({MATMULS['int8']}), " + ("as asked" if asked == "int8" else f"chosen for {arch}")
+        return Matmul("exact", f"exact, because {form} failed its self-test: {wrong}")
+    why = f"{form} ({product.what}), " + ("as asked" if asked == form else f"chosen for {arch}")
     if not arch:
         why += "; its arithmetic in torch, not its speed"
-    elif arch not in INT8_MEASURED:
+    elif arch not in product.measured:
         why += f"; nobody has timed it on {arch} yet"
-    return Matmul("int8", why)
+    return Matmul(form, why)
+
+
+def _check_weights(product: Product, unfit: str) -> None:
+    if unfit:
+        raise UsageError(
+            unfit,
+            where=f"--matmul {product.form}",
+            expected=product.weights,
+            advice=f"make them with `lowvram quantize IN OUT --to {product.to}`, or leave --matmul out",
+        )
 
 
 def half_of(mode: Mode, arch: str) -> bool:
@@ -277,23 +294,26 @@ def ops_obstacle(device: torch.device, arch: str) -> str:
     return kernels_obstacle(arch) or try_ops(device)
 
 
-def try_int8(device: torch.device, ops: Int8Ops = FUSED.int8) -> str:
-    """What is wrong with int8 multiplication on a device, "" if nothing: each operation against the one in torch."""
+def try_w8a8(form: str, device: torch.device, ops: Ops = FUSED) -> str:
+    """What is wrong with multiplication by weights of a form on a device, "" if nothing: each operation against the one in
+    torch, on a CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator)
 
-    x, shift, gate, bias = normal(70, 512).bfloat16(), normal(1, 512), normal(1, 100), normal(100).bfloat16()
-    up = normal(100, 40).bfloat16()
-    values = torch.randint(-127, 128, (100, 512), generator=generator, dtype=torch.int8).to(device)
+    x, up, bias = normal(70, 512).bfloat16(), normal(112, 40).bfloat16(), normal(112).bfloat16()
+    shift, gate, w, reference = normal(1, 512), normal(1, 112), normal(112, 512), TORCH.w8a8(form)
     try:
-        for group in GROUPS:
-            weight = Int8Matrix(values, normal(100).abs() / 100, group)
-            lora = low_rank([TORCH.int8.quantise(x[:40], group)], [up], [0.5])
-            found = [_int8_results(some, x, shift, gate, bias, weight, lora) for some in (TORCH.int8, ops)]
-            for name, want in found[0].items():
-                wrong = _far(found[1][name], want, _SAME, "torch")
+        for group in GROUPS if form == "int8" else (0,):
+            rows = reference.quantise(w, group)
+            weight = QuantisedMatrix(rows.values, rows.scale, group)
+            lora = low_rank([reference.quantise(x[:40], group)], [up], [0.5])
+            want = _w8a8_results(reference, x, shift, gate, bias, weight, lora)
+            there = [t.to(device) for t in (x, shift, gate, bias)]
+            got = _w8a8_results(ops.w8a8(form), *there, weight.to(device), lora.to(device))
+            for name, right in want.items():
+                wrong = _far(got[name].cpu(), right, _SAME, "torch")
                 if wrong:
                     return f"{name} is {wrong}"
     except Exception as problem:  # noqa: BLE001  whatever a compiler throws
@@ -301,19 +321,19 @@ def try_int8(device: torch.device, ops: Int8Ops = FUSED.int8) -> str:
     return ""
 
 
-def _int8_results(
-    ops: Int8Ops, x: Tensor, shift: Tensor, gate: Tensor, bias: Tensor, weight: Int8Matrix, lora: LowRank
+def _w8a8_results(
+    ops: W8A8Ops, x: Tensor, shift: Tensor, gate: Tensor, bias: Tensor, weight: QuantisedMatrix, lora: LowRank
 ) -> dict[str, Tensor]:
     """What every operation makes of x [n, in]."""
     made = {
         "quantise": ops.quantise(x, weight.group),
-        "modulate_int8": ops.modulate(x, shift, shift, weight.group),
-        "gelu_int8": ops.gelu(x.clone(), weight.group),
+        "modulate and quantise": ops.modulate(x, shift, shift, weight.group),
+        "gelu and quantise": ops.gelu(x.clone(), weight.group),
     }
     results = {name: rows.values.float() * rows.scale.unsqueeze(-1) for name, rows in made.items()}
     for name, branch in (("", None), (" with a LoRA", lora)):
         added = x[:, : gate.shape[1]].clone()
         ops.linear_gated_(added, made["quantise"], weight, bias, gate, branch)
-        results[f"int8_linear_gated{name}"] = added
-        results[f"int8_linear{name}"] = ops.linear(made["quantise"], weight, bias, branch)
+        results[f"gated product{name}"] = added
+        results[f"product{name}"] = ops.linear(made["quantise"], weight, bias, branch)
     return results

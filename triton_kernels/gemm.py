@@ -13,29 +13,32 @@ by `torch._int_mm`, is the reference, the CPU path, and on a card the rival of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lowvram.triton_kernels.modulate import gated
-from lowvram.triton_kernels.quantise import RUN, Int8Rows
+from lowvram.triton_kernels.quantise import RUN, QuantisedRows
 
 LEAST_ROWS = 17
 """Rows of the left operand that `torch._int_mm` wants on CUDA."""
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Matrix:
-    """A weight [out, in]: its integers times the scale of their row are W, rotated if `group` is not 0."""
+class QuantisedMatrix:
+    """A weight [out, in] in 8 bits: its values times the scale of their row are W, rotated if `group` is not 0."""
 
     values: Tensor
-    """[out, in] int8; rows may be strided"""
+    """[out, in] int8 or float8_e4m3fn; rows may be strided"""
     scale: Tensor
     """[out] float32, contiguous"""
     group: int
     """Columns rotated together, or 0."""
+
+    def to(self, device: torch.device) -> QuantisedMatrix:
+        return replace(self, values=self.values.to(device), scale=self.scale.to(device))
 
 
 RANK = 32
@@ -46,23 +49,28 @@ RANK = 32
 class LowRank:
     """The LoRA branches of a Linear as one: y += (x down^T) up^T."""
 
-    down: Int8Matrix
+    down: QuantisedMatrix
     """[rank, in], rotated as the weight is, strengths in its scale; rank a multiple of RANK"""
     up: Tensor
     """[out, rank] in the dtype of the activations, contiguous but for the distance of its rows"""
 
+    def to(self, device: torch.device) -> LowRank:
+        return LowRank(self.down.to(device), self.up.to(device))
 
-def low_rank(downs: Sequence[Int8Rows], ups: Sequence[Tensor], strengths: Sequence[float]) -> LowRank:
+
+def low_rank(downs: Sequence[QuantisedRows], ups: Sequence[Tensor], strengths: Sequence[float]) -> LowRank:
     """One of several: down [rank, in] quantised by its rows, up [out, rank], of each."""
     some, missing = downs[0], -sum(up.shape[1] for up in ups) % RANK
-    values = torch.cat([*(d.values for d in downs), some.values.new_zeros(missing, some.values.shape[1])])
+    values = torch.cat([*(d.values for d in downs), torch.zeros_like(some.values[:1]).expand(missing, -1)])
     scales = (d.scale * strength for d, strength in zip(downs, strengths, strict=True))
     scale = torch.cat([*scales, some.scale.new_zeros(missing)])
     up = torch.cat([*ups, ups[0].new_zeros(ups[0].shape[0], missing)], 1)
-    return LowRank(Int8Matrix(values, scale, some.group), up)
+    return LowRank(QuantisedMatrix(values, scale, some.group), up)
 
 
-def int8_linear(x: Int8Rows, weight: Int8Matrix, bias: Tensor | None, lora: LowRank | None = None) -> Tensor:
+def int8_linear(
+    x: QuantisedRows, weight: QuantisedMatrix, bias: Tensor | None, lora: LowRank | None = None
+) -> Tensor:
     """x [..., in] -> [..., out] in the dtype of x; bias [out]."""
     assert x.group == weight.group, "activations rotated otherwise than the weight"
     low, up = None, None
@@ -91,7 +99,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def int8_linear_gated_(
-    x: Tensor, y: Int8Rows, weight: Int8Matrix, bias: Tensor | None, gate: Tensor, lora: LowRank | None = None
+    x: Tensor,
+    y: QuantisedRows,
+    weight: QuantisedMatrix,
+    bias: Tensor | None,
+    gate: Tensor,
+    lora: LowRank | None = None,
 ) -> None:
     """x [n, out] += int8_linear(y [n, in]) * gate [1 or n, out] float32, in place."""
     x.copy_(gated(x, int8_linear(y, weight, bias, lora), gate))

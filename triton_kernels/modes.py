@@ -64,6 +64,45 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A way to multiply by 8-bit weights as they are stored, activations quantised per token."""
+
+    form: str
+    what: str
+    weights: str
+    """What has to be stored."""
+    to: str
+    """What `lowvram quantize --to` makes of other weights."""
+    archs: tuple[str, ...]
+    """Where it runs. Its arithmetic is also there on a CPU, in torch."""
+    gain: Mapping[str, float]
+    """Rate over that of bf16 by architecture: a forecast."""
+    measured: frozenset[str] = frozenset()
+    """Architectures where `bench/kernels.py tune` has found it the faster: `auto` takes it there."""
+
+
+_FP8_ARCHS = ("sm_89", "sm_90", "sm_120")
+PRODUCTS: Mapping[str, Product] = {
+    product.form: product
+    for product in (
+        # The ratio of the ceilings (4 on GeForce, 2 elsewhere) times 0.68, the share of its ceiling that 8-bit
+        # multiplication reaches where others have measured it.
+        Product(
+            "int8", "int8 weights as they are stored, activations quantised per token",
+            "int8 weights, plain or rotated in groups of 256", "int8_convrot", ARCHS,
+            dict.fromkeys(("sm_86", "sm_89", "sm_120"), 2.7) | dict.fromkeys(("sm_80", "sm_90"), 1.4),
+        ),
+        # The ratio of the ceilings, 2 everywhere with fp32 sums, times 0.93, the share that a 5090 has reached.
+        Product(
+            "fp8", "fp8 weights as they are stored, activations quantised per token",
+            "e4m3 weights, plain or with a scale for each row or for all", "fp8_row", _FP8_ARCHS,
+            dict.fromkeys(_FP8_ARCHS, 1.86),
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class Matmul:
     """How the Linears of a job's blocks multiply: settled when the job is made, because it changes bits."""
 
@@ -72,25 +111,22 @@ class Matmul:
     why: str = ""
 
     @property
-    def int8(self) -> bool:
-        return self.mode == "int8"
+    def exact(self) -> bool:
+        return self.mode == "exact"
+
+    def gain(self, arch: str) -> float:
+        """Rate over that of exact multiplication: a forecast."""
+        return 1.0 if self.exact else PRODUCTS[self.mode].gain.get(arch, 1.0)
 
 
 MATMULS: Mapping[str, str] = {
     "exact": "weights as numbers, in the compute dtype",
-    "int8": "int8 weights as they are stored, activations quantised per token",
+    **{name: product.what for name, product in PRODUCTS.items()},
 }
 EXACT = Matmul()
-INT8_MEASURED: frozenset[str] = frozenset()
-"""Architectures where `bench/kernels.py tune` has found int8 multiplication the faster: `auto` takes it there."""
 INT8_GEMM: Mapping[str, str] = {}
 """What multiplies int8 on an architecture, "triton" or "torch" (`torch._int_mm`): the faster of a measurement. Nobody has
 measured yet, and then it is our kernel, whose sums do not leave the registers."""
-INT8_GAIN: Mapping[str, float] = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 2.7) | dict.fromkeys(
-    ("sm_80", "sm_90"), 1.4
-)
-"""Rate of int8 multiplication over that of bf16: a forecast, the ratio of the ceilings (4 on GeForce, 2 elsewhere) times
-0.68, the share of its ceiling that 8-bit multiplication reaches where others have measured it."""
 
 SDPA = Choice()
 _GEFORCE_R1 = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 1.17)

@@ -7,34 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lowvram.triton_kernels import fp8_gemm as f8
 from lowvram.triton_kernels import gemm as g
 from lowvram.triton_kernels import modulate as m
 from lowvram.triton_kernels import norm_rope as n
 from lowvram.triton_kernels import quantise as q
 from lowvram.triton_kernels import vae_norm as vn
-from lowvram.triton_kernels.gemm import Int8Matrix, LowRank
+from lowvram.triton_kernels.gemm import LowRank, QuantisedMatrix
 from lowvram.triton_kernels.modes import INT8_GEMM
-from lowvram.triton_kernels.quantise import Int8Rows
+from lowvram.triton_kernels.quantise import Form, QuantisedRows
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Ops:
-    """The multiplications by int8 weights, and what makes rows for them."""
+class W8A8Ops:
+    """The multiplications by weights of one 8-bit form, and what makes rows for them."""
 
-    quantise: Callable[[Tensor, int], Int8Rows]
+    form: Form
+    quantise: Callable[[Tensor, int], QuantisedRows]
     """(x [..., width], columns rotated together or 0)"""
-    modulate: Callable[[Tensor, Tensor, Tensor, int], Int8Rows]
+    modulate: Callable[[Tensor, Tensor, Tensor, int], QuantisedRows]
     """`Ops.modulate`, quantised"""
-    gelu: Callable[[Tensor, int], Int8Rows]
+    gelu: Callable[[Tensor, int], QuantisedRows]
     """`Ops.gelu`, quantised; its argument may be lost"""
-    linear: Callable[[Int8Rows, Int8Matrix, Tensor | None, LowRank | None], Tensor]
+    linear: Callable[[QuantisedRows, QuantisedMatrix, Tensor | None, LowRank | None], Tensor]
     """(x [..., in], weight [out, in], bias, LoRA) -> [..., out]"""
-    linear_gated_: Callable[[Tensor, Int8Rows, Int8Matrix, Tensor | None, Tensor, LowRank | None], None]
+    linear_gated_: Callable[
+        [Tensor, QuantisedRows, QuantisedMatrix, Tensor | None, Tensor, LowRank | None], None
+    ]
     """(x [n, out], y [n, in], weight, bias, gate [1 or n, out], LoRA): x += linear(y) * gate"""
+    multiple: int = 1
+    """Rows and columns of a weight have to be multiples of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,11 @@ class Ops:
     """(out, scale, v [n, heads * 128], format)"""
     rms_silu: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """(x [1, C, 1, H, W], gamma, where to write or None), of the autoencoders"""
-    int8: Int8Ops
+    int8: W8A8Ops
+    fp8: W8A8Ops
+
+    def w8a8(self, form: str) -> W8A8Ops:
+        return {"int8": self.int8, "fp8": self.fp8}[form]
 
 
 def _gated_(x: Tensor, y: Tensor, gate: Tensor) -> None:
@@ -98,23 +109,25 @@ def _fused_gelu(x: Tensor) -> Tensor:
     return x
 
 
-def _fused_quantise(x: Tensor, group: int) -> Int8Rows:
-    values, scale = q.quantise_op(x.flatten(0, -2), group)
-    return Int8Rows(values.view(x.shape), scale.view(x.shape[:-1]), group, x.dtype)
+def _fused_quantise(x: Tensor, group: int, *, form: Form) -> QuantisedRows:
+    values, scale = q.quantise_op(x.flatten(0, -2), group, form)
+    return QuantisedRows(values.view(x.shape), scale.view(x.shape[:-1]), group, x.dtype)
 
 
-def _fused_modulate_int8(x: Tensor, shift: Tensor, scale: Tensor, group: int) -> Int8Rows:
-    values, of_row = q.modulate_int8_op(x, shift, scale, group)
-    return Int8Rows(values, of_row, group, x.dtype)
+def _fused_modulate_quantise(
+    x: Tensor, shift: Tensor, scale: Tensor, group: int, *, form: Form
+) -> QuantisedRows:
+    values, of_row = q.modulate_quantise_op(x, shift, scale, group, form)
+    return QuantisedRows(values, of_row, group, x.dtype)
 
 
-def _fused_gelu_int8(x: Tensor, group: int) -> Int8Rows:
-    values, scale = q.gelu_int8_op(x, group)
-    return Int8Rows(values, scale, group, x.dtype)
+def _fused_gelu_quantise(x: Tensor, group: int, *, form: Form) -> QuantisedRows:
+    values, scale = q.gelu_quantise_op(x, group, form)
+    return QuantisedRows(values, scale, group, x.dtype)
 
 
 def _fused_int8_linear(
-    x: Int8Rows, weight: Int8Matrix, bias: Tensor | None, lora: LowRank | None = None
+    x: QuantisedRows, weight: QuantisedMatrix, bias: Tensor | None, lora: LowRank | None = None
 ) -> Tensor:
     rows = x.values.flatten(0, -2), x.scale.flatten()
     branch = _low(rows, lora, x.dtype)
@@ -133,7 +146,12 @@ def _low(
 
 
 def _fused_int8_linear_gated_(
-    x: Tensor, y: Int8Rows, weight: Int8Matrix, bias: Tensor | None, gate: Tensor, lora: LowRank | None = None
+    x: Tensor,
+    y: QuantisedRows,
+    weight: QuantisedMatrix,
+    bias: Tensor | None,
+    gate: Tensor,
+    lora: LowRank | None = None,
 ) -> None:
     if gate.shape[0] > 1:  # some chunk of TI2V: its first latent frame has another time
         m.gated_(x, _fused_int8_linear(y, weight, bias, lora), gate)
@@ -143,24 +161,50 @@ def _fused_int8_linear_gated_(
         g.int8_linear_gated_op_(x, *rows, weight.values, weight.scale, bias, *branch, gate)
 
 
+_INT8 = W8A8Ops("int8", q.quantise, q.modulate_quantise, q.gelu_quantise, g.int8_linear, g.int8_linear_gated_)
+_FP8 = W8A8Ops(
+    "fp8",
+    partial(q.quantise, form="fp8"),
+    partial(q.modulate_quantise, form="fp8"),
+    partial(q.gelu_quantise, form="fp8"),
+    f8.fp8_linear,
+    f8.fp8_linear_gated_,
+    f8.MULTIPLE,
+)
 TORCH = Ops(
-    m.modulate, _gated_, m.gelu, n.rms_factor, _norm_rope_, _norm_rope_int8_, _quantise_values_,
-    vn.rms_silu,
-    Int8Ops(q.quantise, q.modulate_int8, q.gelu_int8, g.int8_linear, g.int8_linear_gated_),
+    m.modulate, _gated_, m.gelu, n.rms_factor, _norm_rope_, _norm_rope_int8_, _quantise_values_, vn.rms_silu, _INT8, _FP8
 )  # fmt: skip
 """The reference, and the CPU path."""
+
+
+def _fused(ops: W8A8Ops, *, linear: Callable[..., Tensor], linear_gated_: Callable[..., None]) -> W8A8Ops:
+    """`ops`, its rows made by kernels, with these linears."""
+    return replace(
+        ops,
+        quantise=partial(_fused_quantise, form=ops.form),
+        modulate=partial(_fused_modulate_quantise, form=ops.form),
+        gelu=partial(_fused_gelu_quantise, form=ops.form),
+        linear=linear,
+        linear_gated_=linear_gated_,
+    )
+
+
 FUSED = Ops(
     m.modulate_op, m.gated_, _fused_gelu, n.rms_factor_op, n.norm_rope_, n.norm_rope_int8_, n.quantise_values_,
     vn.fused_rms_silu,
-    Int8Ops(
-        _fused_quantise, _fused_modulate_int8, _fused_gelu_int8, _fused_int8_linear, _fused_int8_linear_gated_
-    ),
+    _fused(_INT8, linear=_fused_int8_linear, linear_gated_=_fused_int8_linear_gated_),
+    _fused(_FP8, linear=f8.fp8_linear_on_card, linear_gated_=f8.fp8_linear_gated_on_card_),
 )  # fmt: skip
-"""Triton."""
+"""Triton; fp8 by torch."""
 
 
 def _by_int_mm_gated_(
-    x: Tensor, y: Int8Rows, weight: Int8Matrix, bias: Tensor | None, gate: Tensor, lora: LowRank | None = None
+    x: Tensor,
+    y: QuantisedRows,
+    weight: QuantisedMatrix,
+    bias: Tensor | None,
+    gate: Tensor,
+    lora: LowRank | None = None,
 ) -> None:
     m.gated_(x, g.int8_linear(y, weight, bias, lora), gate)
 

@@ -77,7 +77,7 @@ Matmul = Annotated[
     str | None,
     typer.Option(
         "--matmul",
-        help="auto, exact or int8 (int8 weights only: activations are quantised too); auto if left out.",
+        help="auto, exact, int8 or fp8 (weights of that form only: activations are quantised too); auto if left out.",
     ),
 ]
 Weights = Annotated[

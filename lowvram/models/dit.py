@@ -32,12 +32,12 @@ from lowvram.triton_kernels.norm_rope import heads as _heads
 from lowvram.triton_kernels.norm_rope import rms_norm as _rms_norm
 from lowvram.triton_kernels.norm_rope import rotate as _rotate
 from lowvram.triton_kernels.ops import Ops
-from lowvram.triton_kernels.quantise import Int8Rows
+from lowvram.triton_kernels.quantise import QuantisedRows
 
 ENDS = ("patch_embedding.", "pose_patch_embedding.", "head.")
 """How the names outside the blocks begin that every step needs."""
-INT8_LINEARS = ("self_attn.", "cross_attn.", "ffn.")
-"""How the names inside a block begin of the Linears that may multiply int8: all but those of a face adapter."""
+W8A8_LINEARS = ("self_attn.", "cross_attn.", "ffn.")
+"""How the names inside a block begin of the Linears that may multiply 8 bits: all but those of a face adapter."""
 ROPE_THETA = 10000.0
 ROPE_PAIRS = (22, 21, 21)
 """Complex pairs of a head given to time, rows and columns."""
@@ -234,10 +234,10 @@ def _ffn(p: Params, h: Tensor) -> Tensor:
     return p.linear("ffn.2", _gelu(p.linear("ffn.0", h)))
 
 
-def _activated(p: Params, ops: Ops, h: Tensor) -> Tensor | Int8Rows:
+def _activated(p: Params, ops: Ops, h: Tensor) -> Tensor | QuantisedRows:
     """What the second Linear of the FFN takes; h is lost."""
-    group = p.int8_group("ffn.2")
-    return ops.gelu(h) if group is None else ops.int8.gelu(h, group)
+    taking = p.takes("ffn.2")
+    return ops.gelu(h) if taking is None else taking.ops.gelu(h, taking.group)
 
 
 class _Modulation:

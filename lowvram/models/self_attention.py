@@ -26,7 +26,7 @@ from lowvram.triton_kernels.keys import (
 )
 from lowvram.triton_kernels.modes import MODES
 from lowvram.triton_kernels.ops import TORCH, Ops
-from lowvram.triton_kernels.quantise import Int8Rows
+from lowvram.triton_kernels.quantise import QuantisedRows
 
 CHUNK = 4096
 """Tokens processed at once. Fixed, so that a budget never changes how a matmul is cut."""
@@ -69,10 +69,14 @@ def chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 def modulated(
     p: Params, ops: Ops, names: tuple[str, ...], x: Tensor, shift: Tensor, scale: Tensor
-) -> Tensor | Int8Rows:
+) -> Tensor | QuantisedRows:
     """x normed and modulated, as the Linears `names` take it."""
-    group = p.int8_group(*names)
-    return ops.modulate(x, shift, scale) if group is None else ops.int8.modulate(x, shift, scale, group)
+    taking = p.takes(*names)
+    return (
+        ops.modulate(x, shift, scale)
+        if taking is None
+        else taking.ops.modulate(x, shift, scale, taking.group)
+    )
 
 
 class SelfAttention:
@@ -132,13 +136,13 @@ class SelfAttention:
         self._balance, centre = balanced_centre(q, k)
         return centre
 
-    def _modulated(self, i: int, j: int, step: int = 1) -> Tensor | Int8Rows:
+    def _modulated(self, i: int, j: int, step: int = 1) -> Tensor | QuantisedRows:
         names, mod = ("self_attn.q", "self_attn.k", "self_attn.v"), self._mod
         x, shift, scale = self._x[i:j:step], mod(0, i, j, step), mod(1, i, j, step)
         return modulated(self._p, self._work.ops, names, x, shift, scale)
 
     def _projected(
-        self, name: str, h: Tensor | Int8Rows, rows: slice | None, i: int, j: int, step: int = 1
+        self, name: str, h: Tensor | QuantisedRows, rows: slice | None, i: int, j: int, step: int = 1
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The projection of h, its norm's weight, and the factors of tokens i, i + step.. if they are known."""
         weight = self._p[f"self_attn.norm_{name}.weight"]

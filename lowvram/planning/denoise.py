@@ -23,7 +23,6 @@ from lowvram.sampling.guidance import needs_uncond
 from lowvram.sampling.solvers import kept_tensors
 from lowvram.stages.condition import conditioning, held_claims
 from lowvram.triton_kernels.keys import sample_stride, stored_bytes
-from lowvram.triton_kernels.modes import INT8_GAIN
 from lowvram.triton_kernels.ops import ops_for
 
 CHUNKS = (CHUNK, CHUNK // 2, CHUNK // 4)
@@ -161,15 +160,15 @@ def _scratch(facts: Facts, chunk: int, grouped: bool, unpacked: bool) -> int:
     spec, tokens, n = facts.spec.dit, facts.tokens, min(facts.tokens, 2 * chunk)
     group = next(g for g in GROUPS if g < spec.heads and spec.heads % g == 0) if grouped else 0
     per_frame = tokens // facts.latent[1] if facts.time_rows > 1 else 0
-    found, machine, int8 = [], facts.machine, facts.job.matmul.int8
+    found, machine, matmul = [], facts.machine, facts.job.matmul
     for block in facts.transformers.blocks:
         what = n, per_frame, max(facts.lengths), facts.dtype
         for mode in facts.job.attention.modes():
             measure = partial(
                 footprint.block_scratch, spec, block, *what, group=group, chunk=chunk,
-                unpacked=unpacked, attention=mode, int8=int8, ops=ops_for(machine.arch, machine.unfused),
+                unpacked=unpacked, attention=mode, matmul=matmul, ops=ops_for(machine.arch, machine.unfused),
             )  # fmt: skip
-            how = group, chunk, unpacked, mode.name, int8, machine.arch, machine.unfused
+            how = group, chunk, unpacked, mode.name, matmul.mode, machine.arch, machine.unfused
             inside = facts.measured(measure, "block", block.kind, *what, *how)
             factors = footprint.factor_bytes(tokens) - footprint.factor_bytes(n) if group else 0
             found.append(inside + factors)
@@ -219,9 +218,15 @@ def _preview_ram(facts: Facts) -> dict[str, int]:
 
 def _unpacked_bytes(facts: Facts) -> int:
     """Of a block's matrices in the compute dtype; 0 if they are stored in it."""
-    how = facts.dtype, facts.job.matmul.int8
+    dtype, matmul = facts.dtype, facts.job.matmul
     return max(
-        facts.measured(partial(footprint.unpacked_nbytes, block, *how), "unpacked", block.kind, *how)
+        facts.measured(
+            partial(footprint.unpacked_nbytes, block, dtype, matmul),
+            "unpacked",
+            block.kind,
+            dtype,
+            matmul.mode,
+        )
         for block in facts.transformers.blocks
     )
 
@@ -253,7 +258,7 @@ def _compute(facts: Facts, grouped: bool) -> float:
     if grouped:  # q and k are projected twice
         linears += 4 * t * d * d
     machine, guidance, attention = facts.machine, facts.job.schedule.guidance, facts.job.attention
-    matmul = machine.matmul * (INT8_GAIN.get(machine.arch, 1.0) if facts.job.matmul.int8 else 1.0)
+    matmul = machine.matmul * facts.job.matmul.gain(machine.arch)
     seconds = 0.0
     for step, scale in enumerate(guidance):
         gain = attention.of_step(step, len(guidance)).gain or {}

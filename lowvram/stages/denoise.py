@@ -12,6 +12,7 @@ from torch import Tensor
 from lowvram.conditions.contract import Condition
 from lowvram.errors import NonFiniteError
 from lowvram.job import Job
+from lowvram.matmul import as_multiplied
 from lowvram.model import Model
 from lowvram.models import animate, dit
 from lowvram.models.rows import Rows
@@ -118,7 +119,7 @@ def denoise(
             velocities: list[Tensor] = []
             for shared in [contexts] if lean.together else [[c] for c in contexts]:
                 blocks = (
-                    _as_multiplied(run.params(inside[f"blocks.{n}"], v), job, work)
+                    as_multiplied(run.params(inside[f"blocks.{n}"], v), job.matmul, work.ops, work.dtype)
                     for (_, n), v in _take(stream, spec.dit.layers)
                 )
                 velocities += dit.forward(
@@ -193,11 +194,6 @@ def _workspaces(
         )
         for m in modes
     }
-
-
-def _as_multiplied(block: Params, job: Job, work: Workspace) -> Params:
-    """The block, its int8 weights as integers if the job multiplies those."""
-    return block.multiplied(dit.INT8_LINEARS, work.ops.int8, work.dtype) if job.matmul.int8 else block
 
 
 def _open_stream(

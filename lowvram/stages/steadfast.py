@@ -48,14 +48,14 @@ def denoise_steadfastly(
         try:
             return denoise(run, model, job, texts, made, last, remember)
         except NonFiniteError as problem:
-            if job.attention.mode == "sdpa" and not job.matmul.int8:
+            if job.attention.mode == "sdpa" and job.matmul.exact:
                 raise
             safe = replace(job, attention=SDPA, matmul=EXACT)
             try:
                 plan = make_plan(safe, model, run.plan.budget, run.plan.machine, preview=run.decoder)
             except BudgetError:
                 raise problem from None
-            again = "sdpa and exact multiplication" if job.matmul.int8 else "sdpa"
+            again = "sdpa" if job.matmul.exact else "sdpa and exact multiplication"
             run.tell(f"{problem.where}: {problem.found}; the step was done again with {again}")
             once = replace(run, plan=plan)
             denoise(once, model, safe, texts, made, last, remember, stop=last.step + 1)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lowvram.errors import NonFiniteError
 from lowvram.quant.refs import Shape, stored_bytes
-from lowvram.triton_kernels.gemm import Int8Matrix
+from lowvram.triton_kernels.gemm import QuantisedMatrix
+from lowvram.triton_kernels.quantise import Form
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -87,13 +88,13 @@ class Encoding(ABC):
         return False
 
     @property
-    def int8_rows(self) -> bool:
-        """Whether a matrix can be multiplied by int8 activations as it is stored: `int8_matrix` then gives it."""
-        return False
+    def w8a8(self) -> Form | None:
+        """What activations a matrix is multiplied by as it is stored, "int8" or "fp8": `w8a8_matrix` then gives it."""
+        return None
 
-    def int8_matrix(self, parts: Mapping[str, Tensor], shape: Shape) -> Int8Matrix:
-        """A matrix [out, in] for multiplication by int8 activations. Nothing of its size is made."""
-        raise NotImplementedError(f"{self.name} is not made of int8 rows")
+    def w8a8_matrix(self, parts: Mapping[str, Tensor], shape: Shape) -> QuantisedMatrix:
+        """A matrix [out, in] for multiplication by activations of 8 bits. Nothing of its size is made."""
+        raise NotImplementedError(f"{self.name} is not made of rows of 8 bits")
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ from lowvram.quant.encodings.base import (
 )
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
+from lowvram.triton_kernels.gemm import QuantisedMatrix
+from lowvram.triton_kernels.quantise import Form
 
 Scaling = Literal["none", "tensor", "row", "block", "tile"]
 
@@ -81,6 +83,17 @@ class Fp8(Encoding):
     @property
     def by_rows(self) -> bool:
         return self.scaling != "tile"
+
+    @property
+    def w8a8(self) -> Form | None:
+        return "fp8" if self.code == "F8_E4M3" and self.scaling in ("none", "tensor", "row") else None
+
+    def w8a8_matrix(self, parts: Mapping[str, Tensor], shape: Shape) -> QuantisedMatrix:
+        weight = parts["weight"].reshape(shape)
+        if self.scaling == "none":
+            return QuantisedMatrix(weight, torch.ones(shape[0], device=weight.device), 0)
+        scale = parts["scale"].to(torch.float32).reshape(-1)
+        return QuantisedMatrix(weight, scale.expand(shape[0]).contiguous(), 0)
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None

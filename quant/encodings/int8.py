@@ -30,9 +30,9 @@ from lowvram.quant.encodings.base import (
 from lowvram.quant.encodings.notes import FLOAT_CODES, rotation_of
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
-from lowvram.triton_kernels.gemm import Int8Matrix
+from lowvram.triton_kernels.gemm import QuantisedMatrix
 from lowvram.triton_kernels.hadamard import is_rotation, root, rotate, rotate_whole
-from lowvram.triton_kernels.quantise import GROUPS
+from lowvram.triton_kernels.quantise import GROUPS, Form
 
 Scaling = Literal["tensor", "row", "absmax"]
 
@@ -83,14 +83,16 @@ class Int8(Encoding):
         return True
 
     @property
-    def int8_rows(self) -> bool:
-        return self.group in GROUPS and not self.zeros
+    def w8a8(self) -> Form | None:
+        return "int8" if self.group in GROUPS and not self.zeros else None
 
-    def int8_matrix(self, parts: Mapping[str, Tensor], shape: Shape) -> Int8Matrix:
+    def w8a8_matrix(self, parts: Mapping[str, Tensor], shape: Shape) -> QuantisedMatrix:
         scale = parts[self._scale_role].to(torch.float32).reshape(-1)
         if self.scaling == "absmax":
             scale = scale * BNB_FACTOR
-        return Int8Matrix(parts["weight"].reshape(shape), scale.expand(shape[0]).contiguous(), self.group)
+        return QuantisedMatrix(
+            parts["weight"].reshape(shape), scale.expand(shape[0]).contiguous(), self.group
+        )
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None

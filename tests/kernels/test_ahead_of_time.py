@@ -29,7 +29,8 @@ def test_the_default_configurations_build_without_spills_and_with_their_instruct
     assert {(row["kernel"], row["arch"]) for row in rows} == {
         ("attend", "sm_86"), ("attend", "sm_89"), ("attend", "sm_120"), ("norm_rope", "sm_86"),
         ("scaled", "sm_86"), ("blocks", "sm_86"), ("rms_silu", "sm_86"),
-        ("linear", "sm_86"), ("linear", "sm_120"), ("quantise", "sm_86"), ("modulate_int8", "sm_120"),
+        ("linear", "sm_86"), ("linear", "sm_120"), ("quantise", "sm_86"), ("modulate_quantise", "sm_120"),
+        ("modulate_quantise", "sm_89"),
     }  # fmt: skip
     for row in rows:
         assert row["spill_bytes"] == 0 and 0 < row["registers"] <= 255

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowvram.errors import UsageError
+from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.triton_kernels import attention, dispatch
 from lowvram.triton_kernels import ops as operations
 from lowvram.triton_kernels.dispatch import (
@@ -16,19 +18,18 @@ from lowvram.triton_kernels.dispatch import (
     choose,
     choose_matmul,
     obstacle,
-    try_int8,
     try_mode,
     try_ops,
+    try_w8a8,
 )
 from lowvram.triton_kernels.modes import (
     ARCHS,
     AUTO,
     CAREFUL,
     EXACT,
-    INT8_GAIN,
     INT8_GEMM,
-    INT8_MEASURED,
     MODES,
+    PRODUCTS,
 )
 from lowvram.triton_kernels.ops import FUSED, TORCH, ops_for
 from lowvram.triton_kernels.tiles import ATTENTION, GEMM, HALF
@@ -128,37 +129,54 @@ def test_fused_operations_are_tried_one_by_one() -> None:
 # ---- multiplication
 
 
+def fits(*forms: str) -> Callable[[str], str]:
+    return lambda form: "" if form in forms else "the weights are bf16"
+
+
 def test_the_tables_of_multiplication_name_what_there_is() -> None:
-    assert set(GEMM) == set(INT8_GAIN) == set(ARCHS)
-    assert set(ARCHS) >= INT8_MEASURED and set(INT8_GEMM.values()) <= {"triton", "torch"}
-    assert all(tile.measured == (arch in INT8_MEASURED) for arch, tile in GEMM.items())
+    assert set(GEMM) == set(ARCHS) and set(INT8_GEMM.values()) <= {"triton", "torch"}
+    for form, product in PRODUCTS.items():
+        assert product.form == form and set(product.gain) == set(product.archs) <= set(ARCHS)
+        assert product.measured <= set(product.archs)
+        assert encoding_by_name(product.to).w8a8 == form
+    assert all(tile.measured == (arch in PRODUCTS["int8"].measured) for arch, tile in GEMM.items())
+    assert "sm_86" not in PRODUCTS["fp8"].archs
 
 
-@pytest.mark.parametrize("arch", ["sm_89", "sm_75", ""])
-def test_auto_multiplies_exactly_until_somebody_has_timed_int8(arch: str) -> None:
-    found = choose_matmul("auto", arch, "")
-    assert found.mode == "exact" and ("nobody has timed" in found.why) == (arch != "")
-    assert choose_matmul("auto", arch, "the weights are fp8") == choose_matmul("exact", arch, "") == EXACT
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_auto_multiplies_exactly_until_somebody_has_timed_a_form(form: str) -> None:
+    found = choose_matmul("auto", "sm_89", fits(form))
+    assert found.exact and f"nobody has timed --matmul {form} on sm_89" in found.why
+    for arch in ("sm_75", ""):
+        assert choose_matmul("auto", arch, fits(form)) == EXACT
+    assert choose_matmul("auto", "sm_89", fits()) == choose_matmul("exact", "sm_89", fits(form)) == EXACT
+    assert choose_matmul("auto", "sm_86", fits("fp8")) == EXACT
 
 
-def test_auto_takes_int8_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "INT8_MEASURED", frozenset({"sm_89"}))
-    assert (
-        choose_matmul("auto", "sm_89", "").int8
-        and "chosen for sm_89" in choose_matmul("auto", "sm_89", "").why
-    )
-    assert choose_matmul("auto", "sm_89", "the weights are fp8") == EXACT
-    failed = choose_matmul("auto", "sm_89", "", lambda: "0.3 from torch")
-    assert failed.mode == "exact" and "failed its self-test: 0.3 from torch" in failed.why
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_auto_takes_a_form_where_it_was_measured(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = replace(PRODUCTS[form], measured=frozenset({"sm_89"}))
+    monkeypatch.setattr(dispatch, "PRODUCTS", {**PRODUCTS, form: timed})
+    found = choose_matmul("auto", "sm_89", fits(form))
+    assert found.mode == form and "chosen for sm_89" in found.why
+    assert choose_matmul("auto", "sm_89", fits()) == EXACT
+    failed = choose_matmul("auto", "sm_89", fits(form), lambda form: "0.3 from torch")
+    assert failed.exact and f"{form} failed its self-test: 0.3 from torch" in failed.why
 
 
-def test_int8_as_asked_says_what_it_is() -> None:
-    assert "nobody has timed it on sm_86" in choose_matmul("int8", "sm_86", "", lambda: "").why
-    assert "not its speed" in choose_matmul("int8", "", "").why
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_a_form_as_asked_says_what_it_is(form: str) -> None:
+    assert "nobody has timed it on sm_89" in choose_matmul(form, "sm_89", fits(form), lambda form: "").why
+    assert "not its speed" in choose_matmul(form, "", fits(form)).why
     with pytest.raises(UsageError, match="the weights are bf16"):
-        choose_matmul("int8", "sm_86", "the weights are bf16")
-    with pytest.raises(UsageError, match="exact, int8"):
-        choose_matmul("fast", "sm_86", "")
+        choose_matmul(form, "sm_89", fits())
+    with pytest.raises(UsageError, match="exact, int8, fp8"):
+        choose_matmul("fast", "sm_89", fits(form))
+
+
+def test_a_card_without_fp8_multiplies_exactly_and_says_so() -> None:
+    found = choose_matmul("fp8", "sm_86", fits("fp8"))
+    assert found.exact and "no fp8 multiplication for sm_86" in found.why
 
 
 def test_the_faster_multiplication_of_a_measurement_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,9 +187,11 @@ def test_the_faster_multiplication_of_a_measurement_is_taken(monkeypatch: pytest
     assert ops_for("sm_86", "") is FUSED
 
 
-def test_int8_operations_are_tried_one_by_one() -> None:
-    assert try_int8(CPU, TORCH.int8) == ""
-    broken = replace(TORCH.int8, linear=lambda *given: TORCH.int8.linear(*given) * 1.1)
-    assert try_int8(CPU, broken).startswith("int8_linear is ")
-    broken = replace(TORCH.int8, gelu=lambda x, group: TORCH.int8.quantise(x, group))
-    assert try_int8(CPU, broken).startswith("gelu_int8 is ")
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_operations_of_8_bits_are_tried_one_by_one(form: str) -> None:
+    right = TORCH.w8a8(form)
+    assert try_w8a8(form, CPU, TORCH) == ""
+    broken = replace(right, linear=lambda *given: right.linear(*given) * 1.1)
+    assert try_w8a8(form, CPU, replace(TORCH, **{form: broken})).startswith("product is ")
+    broken = replace(right, gelu=lambda x, group: right.quantise(x, group))
+    assert try_w8a8(form, CPU, replace(TORCH, **{form: broken})).startswith("gelu and quantise is ")

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from lowvram.quant.encodings.int8 import Int8
 from lowvram.triton_kernels import quantise
-from lowvram.triton_kernels.gemm import Int8Matrix, LowRank, int8_linear, int8_linear_gated_, low_rank
-from lowvram.triton_kernels.ops import FUSED, TORCH, Int8Ops
+from lowvram.triton_kernels.gemm import LowRank, QuantisedMatrix, int8_linear, int8_linear_gated_, low_rank
+from lowvram.triton_kernels.ops import FUSED, TORCH, W8A8Ops
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def matrix(weight: Tensor, group: int) -> Int8Matrix:
+def matrix(weight: Tensor, group: int) -> QuantisedMatrix:
     parts = Int8(group=group).encode(weight)
-    return Int8Matrix(parts["weight"], parts["scale"].flatten(), group)
+    return QuantisedMatrix(parts["weight"], parts["scale"].flatten(), group)
 
 
 @pytest.mark.parametrize("group", [0, 256])
@@ -99,16 +99,16 @@ def test_activations_must_be_rotated_as_the_weight_is() -> None:
 
 
 @pytest.mark.parametrize("ops", [TORCH.int8, FUSED.int8], ids=["torch", "fused"])
-def test_a_plan_sees_the_shapes_of_both_paths(ops: Int8Ops) -> None:
+def test_a_plan_sees_the_shapes_of_both_paths(ops: W8A8Ops) -> None:
     with torch.device("meta"):
         x = torch.empty(3, 5, 256, dtype=torch.bfloat16)
-        weight = Int8Matrix(torch.empty(8, 256, dtype=torch.int8), torch.empty(8), 256)
+        weight = QuantisedMatrix(torch.empty(8, 256, dtype=torch.int8), torch.empty(8), 256)
         shift, residual = torch.empty(1, 256), torch.empty(5, 8, dtype=torch.bfloat16)
         rows = ops.quantise(x, 256)
         assert rows.values.shape == x.shape and rows.values.dtype == torch.int8
         assert rows.scale.shape == (3, 5) and rows.scale.dtype == torch.float32
         lora = LowRank(
-            Int8Matrix(torch.empty(32, 256, dtype=torch.int8), torch.empty(32), 256),
+            QuantisedMatrix(torch.empty(32, 256, dtype=torch.int8), torch.empty(32), 256),
             torch.empty(8, 32, dtype=torch.bfloat16),
         )
         for branch in (None, lora):

@@ -29,7 +29,7 @@ def test_errors_are_inside_their_bounds_and_are_what_is_printed() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(printed) == 8
+    assert len(printed) == 11
     known_errors = {(row["op"], row["mode"], row["data"]): row["relative_error"] for row in every}
     for row in printed:
         known = known_errors[row["op"], row["mode"], row["data"]]

@@ -1,4 +1,4 @@
-"""Int8 multiplication through the product: settled with the job, refused where it cannot be, planned, and the same bits
+"""Multiplication in 8 bits through the product: settled with the job, refused where it cannot be, planned, and the same bits
 wherever the weights lie."""
 
 from __future__ import annotations
@@ -58,6 +58,21 @@ def test_placement_never_changes_bits(pipe: Pipeline, lean: dict[str, Any]) -> N
             assert torch.equal(latent, resident)
 
 
+def test_fp8_weights_with_loras_wherever_they_lie() -> None:
+    fp8 = Runtime("2GB", "4GB", "cpu", cache=False).load("nano")
+    exact, job = fp8(PROMPT, matmul="exact", **WITH_LORAS).latent, fp8.job(PROMPT, matmul="fp8", **WITH_LORAS)
+    plan = fp8.plan_job(job)
+    latent = fp8.run(job, plan=plan).latent
+    assert 0 < (latent - exact).norm() < 0.2 * exact.norm()
+    placed: dict[Any, Where] = dict.fromkeys(plan.denoise.where, "disk")
+    streamed = replace(plan, denoise=Placement(placed, slots=1, ring=2))
+    assert torch.equal(fp8.run(job, plan=streamed).latent, latent)
+    strict = StrictRuntime(GB, 2 * GB, "cpu").load("nano")
+    assert torch.equal(strict.run(job).latent, latent)
+    with pytest.raises(UsageError, match="transformer are fp8_scaled"):
+        fp8.job(PROMPT, matmul="int8", **SMALL)
+
+
 @pytest.mark.parametrize("settings", [SMALL | {"steps": 1}, WITH_LORAS], ids=["plain", "loras"])
 def test_on_a_strict_device(pipe: Pipeline, int8_nano: dict[str, str], settings: dict[str, Any]) -> None:
     job = pipe.job(PROMPT, matmul="int8", **settings)
@@ -76,7 +91,7 @@ def test_the_choice_is_in_the_plan_the_saved_job_and_the_video(
     made = cli("generate", PROMPT, *flags, "-o", tmp_path / "a.mp4")
     assert made.code == 0, made.err
     saved: Saved = list_jobs(jobs)[-1].load()
-    assert saved.job.matmul.int8
+    assert saved.job.matmul.mode == "int8"
     assert '"matmul":"int8"' in cli("inspect", tmp_path / "a.mp4", "--json").out
 
 
@@ -102,6 +117,22 @@ def test_a_plan_for_a_card_prices_it(cli: Callable[..., Any]) -> None:
     assert seen["int8"]["seconds"] < seen["exact"]["seconds"] == seen["auto"]["seconds"]
     assert "unpacked block" in seen["exact"]["claims"] and "unpacked block" not in seen["int8"]["claims"]
     assert seen["int8"]["claims"]["scratch"] <= seen["exact"]["claims"]["scratch"]
+
+
+def test_fp8_on_a_card_that_has_it_and_on_one_that_has_not(cli: Callable[..., Any]) -> None:
+    flags = ("--model", "wan2.2-t2v-a14b", "--weights", "fp8", "--frames", 17, "--size", "832x480", "--vram", "24GB",
+             "--json")  # fmt: skip
+    found = {}
+    for card in ("rtx4090", "rtx3090"):
+        for how in ("exact", "fp8"):
+            (plan,) = cli("plan", *flags, "--machine", card, "--matmul", how).objects
+            (found[card, how],) = (s for s in plan["stages"] if s["name"] == "denoise")
+            found[card, how]["why"] = plan["choices"].get("matmul", "")
+    assert found["rtx4090", "fp8"]["seconds"] < found["rtx4090", "exact"]["seconds"]
+    assert "unpacked block" not in found["rtx4090", "fp8"]["claims"]
+    assert found["rtx4090", "fp8"]["claims"]["scratch"] <= found["rtx4090", "exact"]["claims"]["scratch"]
+    assert "there is no fp8 multiplication for sm_86" in found["rtx3090", "fp8"]["why"]
+    assert found["rtx3090", "fp8"]["seconds"] == found["rtx3090", "exact"]["seconds"]
 
 
 def test_a_step_that_ends_in_nan_is_done_again_exactly(

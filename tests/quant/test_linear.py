@@ -44,10 +44,12 @@ def test_unpacked_weights_give_the_same_bits(encoding: str, dtype: torch.dtype) 
     assert unpacked["norm.weight"] is stored["norm.weight"]
 
 
-def test_a_linear_with_a_lora_takes_int8_rows_and_its_slices_are_the_whole() -> None:
+def test_a_linear_with_a_lora_takes_quantised_rows_and_its_slices_are_the_whole() -> None:
     plain = params("int8_convrot")
     ready = plain.multiplied(("q",), TORCH.int8, X.dtype)
-    assert ready.int8_group("q") == 256 and not ready.branches and ready.int8_group("q", "half") is None
+    taking = ready.takes("q")
+    assert taking is not None and taking.group == 256 and not ready.branches
+    assert ready.takes("q", "half") is None and plain.takes("q") is None
     rows = quantise(X, 256)
     y = ready.linear("q", rows)
     assert torch.equal(y, ready.linear("q", X))

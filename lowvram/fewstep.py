@@ -5,6 +5,7 @@ What a file was made for is known by its name or its published hash (`fewstep.to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -141,6 +142,21 @@ def _of_files(
     names = _known_as(spec)
     for each in distilled:
         made_for = few_step(each.preset)
+        tasks = _other_task(each.name, spec)
+        if tasks is not None:
+            complaints.append(
+                (
+                    f"made for {tasks[0]}, not for {tasks[1]}",
+                    each.name,
+                    "a file of this model",
+                    "leave it out",
+                )
+            )
+        if names and not set(names) & set(made_for.bases):
+            bases = " or ".join(made_for.bases)
+            complaints.append(
+                (f"made for {bases}, not for {names[0]}", each.name, "a file of this model", "leave it out")
+            )
         steps = len(job.schedule)
         if preset is None and steps >= MIN_REFUSED and steps > SLACK * made_for.steps:
             complaints.append(
@@ -156,11 +172,6 @@ def _of_files(
         if made_for.attention and preset is None:
             complaints.append(
                 (made_for.attention, each.name, "attention that is not there yet", "use another file")
-            )
-        if names and not set(names) & set(made_for.bases):
-            bases = " or ".join(made_for.bases)
-            complaints.append(
-                (f"made for {bases}, not for {names[0]}", each.name, "a file of this model", "leave it out")
             )
     return complaints
 
@@ -204,6 +215,22 @@ def _known_as(spec: ModelSpec) -> list[str]:
         for name, model in load_models().items()
         if name.startswith("wan") and (model.dit, model.experts) == (spec.dit, spec.experts)
     ]
+
+
+def _other_task(name: str, spec: ModelSpec) -> tuple[str, str] | None:
+    """(what a file was made for as its name says, what the model does) if they differ.
+
+    Both tasks have LoRAs of one shape and one preset. What is made for text serves the one-expert models that begin
+    with a picture too.
+    """
+    tasks = {"t2v": "text to video", "i2v": "image to video"}
+    if spec.variant not in tasks:
+        return None
+    said = {task for task in tasks if re.search(rf"(?:^|[^a-z0-9]){task}(?![a-z0-9])", name.lower())}
+    wrong = said - {spec.variant}
+    if len(said) != 1 or not wrong or (spec.experts == 1 and said == {"t2v"}):
+        return None
+    return tasks[said.pop()], tasks[spec.variant]
 
 
 def _alike(one: FewStep, other: FewStep) -> bool:

@@ -14,7 +14,7 @@ from lowvram.discovery import default_spec
 from lowvram.errors import FileError, UsageError
 from lowvram.fewstep import acts_on
 from lowvram.job import Job, LoraChoice
-from lowvram.library.naming import expert_of
+from lowvram.library.naming import expert_of, family_of
 from lowvram.library.parts import FLAGS, PART_NAMES
 from lowvram.offload.io import FileReader
 from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
@@ -61,11 +61,17 @@ class Lora:
         return self.strengths[step * len(self.strengths) // steps]
 
     @property
+    def targets(self) -> list[str]:
+        """Native names of the parameters that it changes."""
+        return [
+            *(pair.target for pair in self.matched.pairs),
+            *(delta.target for delta in self.matched.deltas),
+        ]
+
+    @property
     def outside_blocks(self) -> bool:
         """Whether it changes anything outside the blocks."""
-        pairs, deltas = self.matched.pairs, self.matched.deltas
-        targets = [*(pair.target for pair in pairs), *(delta.target for delta in deltas)]
-        return any(not target.startswith("blocks.") for target in targets)
+        return any(not target.startswith("blocks.") for target in self.targets)
 
     def scale(self, pair: LoraPair, strength: float) -> LoraScale:
         ratio = self.ratios[pair.target]
@@ -129,6 +135,10 @@ class Transformer:
                 added[inner] = (*added.get(inner, ()), strength)
                 _add(refs[group], delta_name(inner, index), delta.part)
         return {g: Group(tuple(r.values()), branches.get(g, {}), deltas.get(g, {})) for g, r in refs.items()}
+
+    def is_of_faces(self, name: str) -> bool:
+        """Whether the parameter is used before the first step, to make the faces' keys and values."""
+        return self._split(name)[0].startswith("face")
 
     def _split(self, name: str) -> tuple[str, str]:
         """blocks.3.ffn.0.weight -> (blocks.3, ffn.0.weight); a name outside the blocks -> (outer, name)."""
@@ -219,6 +229,8 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
     experts = ("high", "low") if "high" in files or "low" in files else ("single",)
     for part in (*experts, "vae", "text"):
         _check_found(part, name, files)
+    for expert in experts:
+        _check_family(Path(files[expert]))
     found = {e: identify_path(Path(files[e]), FileReader, "dit") for e in experts}
     vae = identify_path(Path(files["vae"]), FileReader, "vae")
     text = identify_path(Path(files["text"]), FileReader, "text")
@@ -234,6 +246,17 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
     transformers = {e: Transformer(c.refs, face_blocks=dit.spec.face_blocks) for e, c in found.items()}
     model = Model(name, spec, transformers, vae.refs, text.refs, tokenizer)
     return _with_clip(model, files) if dit.spec.image_tokens else model
+
+
+def _check_family(path: Path) -> None:
+    """FileError for a transformer that looks like Wan's but is shown more than Wan is."""
+    family = family_of(path)
+    if family:
+        raise FileError(
+            f"this is a {family} checkpoint, as its name says: not supported yet",
+            where=str(path),
+            advice="use a model of Wan 2.1 or 2.2, or rename the file if its name is wrong",
+        )
 
 
 def _check_found(part: str, name: str, files: Mapping[str, str]) -> None:
@@ -263,14 +286,16 @@ def _with_clip(model: Model, files: Mapping[str, str]) -> Model:
 
 def with_loras(model: Model, choices: tuple[LoraChoice, ...]) -> Model:
     """The model with the LoRAs beside its transformers. FileError for one that does not fit, UsageError for one whose
-    name says that it was made for the other expert."""
+    name says that it was made for the other expert, or whose strengths cannot follow the steps."""
     loras: dict[str, list[Lora]] = {e: [] for e in model.transformers}
     for choice in choices:
         headers = open_checkpoint_files(Path(choice.path), FileReader)
         matched = match_lora(headers, model.spec.dit, choice.partial)
         ratios = _ratios(matched)
         for expert in _experts_of(choice, model):
-            loras[expert].append(Lora(matched, choice.strengths, ratios))
+            lora = Lora(matched, choice.strengths, ratios)
+            _check_faces(lora, model.transformers[expert], choice)
+            loras[expert].append(lora)
     return replace(
         model, transformers={e: replace(t, loras=tuple(loras[e])) for e, t in model.transformers.items()}
     )
@@ -286,6 +311,18 @@ def _experts_of(choice: LoraChoice, model: Model) -> tuple[str, ...]:
             advice=f"give it with :{named}, or rename the file if its name is wrong",
         )
     return acts_on(choice, model.spec)
+
+
+def _check_faces(lora: Lora, transformer: Transformer, choice: LoraChoice) -> None:
+    """UsageError if it would change from step to step what is made of the faces once, before the first."""
+    faces = [name for name in lora.targets if transformer.is_of_faces(name)]
+    if faces and len(set(lora.strengths)) > 1:
+        raise UsageError(
+            f"{len(lora.strengths)} strengths, but it changes how faces are seen ({shown(faces[0], 60)})",
+            where=f"--lora {choice.path}",
+            expected="one strength: faces are looked at once, before the first step",
+            advice=f"give one, such as @{lora.strengths[0]:g}",
+        )
 
 
 def _ratios(matched: LoraSet) -> dict[str, float]:

@@ -48,6 +48,9 @@ _DERIVED: tuple[tuple[str, Callable[[Collection[str]], bool]], ...] = (
     ),
     ("Wan-Dancer", lambda names: "patch_embedding_global.weight" in names),
     ("Wan-Animate-2", lambda names: any(name.startswith("blocks.0.block.") for name in names)),
+    ("MultiTalk or InfiniteTalk", lambda names: any(".audio_cross_attn." in name for name in names)),
+    ("SteadyDancer", lambda names: any(name.startswith("condition_embedding_") for name in names)),
+    ("ReCamMaster", lambda names: any(".cam_encoder." in name for name in names)),
     ("Fun control (reference)", lambda names: "ref_conv.weight" in names),
     ("TurboDiffusion", lambda names: any(".attn_op.local_attn." in name for name in names)),
 )

@@ -25,6 +25,24 @@ _OTHERS = re.compile(
 """Words of models that were trained further from Wan and kept its shapes."""
 
 
+_FAMILIES: Mapping[str, re.Pattern[str]] = {
+    family: re.compile(rf"(?:^|[^a-z]){word}(?![a-z])")
+    for family, word in (
+        ("Phantom", "phantom"),
+        ("ChronoEdit", "chrono[ _.-]?edit"),
+        ("Wan-Move", "wan[ _.-]?move"),
+        ("MoCha", "mocha"),
+        ("Lucy-Edit", "lucy[ _.-]?edit"),
+        ("Kiwi-Edit", "kiwi[ _.-]?edit"),
+        ("Bernini", "bernini"),
+    )
+}
+"""Models that are shown more than Wan is, and have no tensors of their own by which they could be told (wan-models 8)."""
+
+_NAMELESS = "diffusion_pytorch_model"
+"""How diffusers and the authors call any transformer: the folder has the name."""
+
+
 def expert_of(path: PurePath) -> str | None:
     """ "high" or "low" as the file's name, or else the folder it lies in, says; None if neither does or both do."""
     for name in (path.name, path.parent.name, path.parent.parent.name):
@@ -46,7 +64,22 @@ def version_of(path: PurePath) -> str | None:
 def derived_name(name: str) -> str:
     """The word in a file's name that says the model was trained further from Wan; empty if there is none."""
     found = _OTHERS.search(name.lower())
-    return found[1] if found else ""
+    return found[1] if found else _family(name).lower()
+
+
+def family_of(path: PurePath) -> str:
+    """The model derived from Wan that a transformer is, as its name says, and that cannot be run; empty if none.
+
+    Of a file with a name that all have, the folders that it lies in are asked.
+    """
+    names = [path.name]
+    if path.name.startswith(_NAMELESS) or path.suffix not in (".safetensors", ".gguf", ".pth", ".json"):
+        names += [folder.name for folder in list(path.parents)[:4]]
+    return next(filter(None, map(_family, names)), "")
+
+
+def _family(name: str) -> str:
+    return next((family for family, word in _FAMILIES.items() if word.search(name.lower())), "")
 
 
 def series(path: PurePath, expert: str | None) -> str:

@@ -119,6 +119,15 @@ def test_sets_that_go_together_pass(settings: dict[str, Any]) -> None:
         ),
         (
             {
+                "loras": tuple(
+                    LoraChoice(path=lora.path.replace("t2v", "i2v"), expert=lora.expert)
+                    for lora in (HIGH, LOW)
+                )
+            },
+            "made for image to video, not for text to video",
+        ),
+        (
+            {
                 "files": {
                     "high": "/m/wan2.2_t2v_A14b_high_noise_lightx2v_4step.safetensors",
                     "low": BASE["low"],

@@ -27,6 +27,9 @@ FAMILIES = {
     "SCAIL": {"patch_embedding_pose.weight": (5120, 16, 1, 2, 2)},
     "Wan-Dancer": {"patch_embedding_global.weight": (5120, 16, 1, 2, 2)},
     "Fun control": {"ref_conv.weight": (5120, 16, 2, 2)},
+    "MultiTalk": {"blocks.0.audio_cross_attn.kv_linear.weight": (10240, 768)},
+    "SteadyDancer": {"condition_embedding_spatial.fc_scale.weight": (16, 16)},
+    "ReCamMaster": {"blocks.0.cam_encoder.weight": (5120, 12)},
     "TurboDiffusion": {"blocks.0.self_attn.attn_op.local_attn.proj_l.weight": (128, 128)},
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowvram.models import dit
 from lowvram.models.self_attention import Workspace
+from lowvram.models.token_order import compact_order
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import peak_memory
 from lowvram.quant.linear import Params
@@ -47,12 +48,13 @@ def _peak(mode: str, ops: Ops) -> int:
         time = dit.Time(torch.empty(1, spec.dim), torch.empty(1, 6, spec.dim), tokens)
         context = dit.Context(torch.empty(512, spec.dim, dtype=DTYPE), torch.empty(512))
         rope = torch.empty(tokens, 64, 2)
+        order = compact_order(grid) if MODES[mode].keep < 1 else None
         latent = torch.empty(spec.in_channels, grid[0], 2 * grid[1], 2 * grid[2])
 
     def run(latent: Tensor) -> None:
         stored = (torch.empty(n, dtype=torch.uint8) for n in stored_bytes(MODES[mode], 40, tokens, DTYPE))
         work = Workspace(carve(MODES[mode], 40, tokens, DTYPE, *stored), DTYPE, ops=ops)
-        dit.forward(params, params.blocks(BLOCKS), spec, latent, time, [context], rope, work)
+        dit.forward(params, params.blocks(BLOCKS), spec, latent, time, [context], rope, work, order=order)
 
     with torch.no_grad():
         return peak_memory(run, latent, rounding=allocated_size).peak_bytes

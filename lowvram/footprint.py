@@ -16,6 +16,7 @@ from lowvram.matmul import as_multiplied
 from lowvram.model import Group
 from lowvram.models import animate, clip, dit, umt5
 from lowvram.models.self_attention import CHUNK, Workspace
+from lowvram.models.token_order import DEPTH, compact_order
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import peak_memory
 from lowvram.preview import Decoder, decoded
@@ -150,16 +151,20 @@ def context_rows(spec: DitSpec, words: int) -> int:
     return words + min(2, spec.text_len - words)
 
 
-def embed_scratch(spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """Transient bytes of `dit.embed_framewise_`."""
-    _, rows, columns = grid
+def embed_scratch(
+    spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype, *, slabs: bool = False
+) -> int:
+    """Transient bytes of `dit.embed_framewise_`, a frame at a time or by the slabs of `compact_order`."""
+    frames, rows, columns = grid
+    frames = min(frames, 1 + DEPTH) if slabs else 1
     with META:
         p = meta_params(outer, dtype)
-        latent = torch.empty(spec.out_channels, 1, 2 * rows, 2 * columns)
+        order = compact_order((frames, rows, columns), framewise=bool(spec.face_blocks)) if slabs else None
+        latent = torch.empty(spec.out_channels, frames, 2 * rows, 2 * columns)
         beside = spec.in_channels - spec.out_channels
         given = torch.empty(beside, *latent.shape[1:]) if beside else None
-        x = torch.empty(rows * columns, spec.dim, dtype=dtype)
-    return peak(lambda latent: dit.embed_framewise_(p, spec, latent, given, x), latent)
+        x = torch.empty(frames * rows * columns, spec.dim, dtype=dtype)
+    return peak(lambda latent: dit.embed_framewise_(p, spec, latent, given, x, order=order), latent)
 
 
 def prepare_scratch(

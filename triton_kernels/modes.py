@@ -58,6 +58,11 @@ class Choice:
     def modes(self) -> tuple[Mode, ...]:
         return tuple(MODES[name] for name in dict.fromkeys((self.mode, self.ends)))
 
+    @property
+    def selects(self) -> bool:
+        """Whether some step attends to some tiles of keys only: tokens then go in an order that keeps neighbours together."""
+        return any(mode.keep < 1 for mode in self.modes())
+
     def of_step(self, step: int, steps: int) -> Mode:
         """Of all blocks but the first."""
         return MODES[self.ends if step in (0, steps - 1) else self.mode]

@@ -19,6 +19,7 @@ from torch.nn import functional
 from lowvram.models import animate
 from lowvram.models.rows import Rows
 from lowvram.models.self_attention import CHUNK, SelfAttention, Workspace, chunks, modulated
+from lowvram.models.token_order import TokenOrder
 from lowvram.quant.face_spec import FACE_SCOPE
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import DitSpec
@@ -85,29 +86,41 @@ class Time:
 
 
 def embed_latent(
-    outer: Params, spec: DitSpec, latent: Tensor, dtype: torch.dtype, name: str = "patch_embedding"
+    outer: Params,
+    spec: DitSpec,
+    latent: Tensor,
+    dtype: torch.dtype,
+    name: str = "patch_embedding",
+    order: Tensor | None = None,
 ) -> Tensor:
-    """latent [..., C, F, H, W] -> tokens [..., F*H/2*W/2, dim] in `dtype`, row-major over (f, h, w).
+    """latent [..., C, F, H, W] -> tokens [..., F*H/2*W/2, dim] in `dtype`, row-major over (f, h, w) or in `order`.
 
     A convolution with kernel = stride = (1, 2, 2) is a Linear on each patch, channel slowest.
     """
     patches = latent.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [..., C, F, h, 2, w, 2]
     patches = patches.movedim((-6, -3, -1), (-3, -2, -1)).flatten(-3)  # [..., F, h, w, C*4]
-    return outer.linear(name, patches.flatten(-4, -2).to(dtype))
+    patches = patches.flatten(-4, -2)
+    return outer.linear(name, (patches if order is None else patches.index_select(-2, order)).to(dtype))
 
 
 def embed_framewise_(
-    outer: Params, spec: DitSpec, latent: Tensor, given: Tensor | None, x: Rows, chunk: int = CHUNK
+    outer: Params,
+    spec: DitSpec,
+    latent: Tensor,
+    given: Tensor | None,
+    x: Rows,
+    chunk: int = CHUNK,
+    order: TokenOrder | None = None,
 ) -> None:
-    """`embed_latent` of latent [C, F, H, W] and the channels given beside it into x, a latent frame at a time."""
-    f, h, w = latent.shape[1], latent.shape[2] // 2, latent.shape[3] // 2
-    for n in range(f):
-        frame = latent[:, n : n + 1]
+    """`embed_latent` of latent [C, F, H, W] and the channels given beside it into x, a latent frame or a slab at a time."""
+    f, per_frame = latent.shape[1], latent.shape[2] * latent.shape[3] // 4
+    for n, (first, end) in enumerate(((n, n + 1) for n in range(f)) if order is None else order.slabs):
+        frames = latent[:, first:end]
         if given is not None:
-            frame = torch.cat([frame, given[:, n : n + 1]])
-        tokens = embed_latent(outer, spec, frame, x.dtype)
-        for i, j in chunks(h * w, chunk):
-            x[n * h * w + i : n * h * w + j] = tokens[i:j]
+            frames = torch.cat([frames, given[:, first:end]])
+        tokens = embed_latent(outer, spec, frames, x.dtype, order=None if order is None else order.inside(n))
+        for i, j in chunks(tokens.shape[0], chunk):
+            x[first * per_frame + i : first * per_frame + j] = tokens[i:j]
 
 
 def embed_text(outer: Params, spec: DitSpec, text: Tensor, image: Tensor | None = None) -> Context:
@@ -157,8 +170,14 @@ def embed_time(outer: Params, spec: DitSpec, t: Tensor, tokens_per_row: int) -> 
     return Time(e, e0, tokens_per_row)
 
 
-def rope_table(frames: int, rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """Rotations [F*h*w, 64, 2] float32 (cos, sin) of a grid of tokens, from float64 angles.
+def rope_table(
+    frames: int,
+    rows: int,
+    columns: int,
+    device: torch.device | None = None,
+    order: TokenOrder | None = None,
+) -> Tensor:
+    """Rotations [F*h*w, 64, 2] float32 (cos, sin) of a grid of tokens, row-major or in `order`, from float64 angles.
 
     Each axis has its own spectrum: pos * 10000^(-2i/D) with D = 44, 42, 42 channels for time, rows, columns.
     """
@@ -175,6 +194,8 @@ def rope_table(frames: int, rows: int, columns: int, device: torch.device | None
         ],
         dim=-1,
     ).flatten(0, 2)
+    if order is not None:
+        grid = grid[order.raster]
     return torch.stack([grid.cos().float(), grid.sin().float()], dim=-1)
 
 
@@ -318,24 +339,41 @@ def _watch(flag: Tensor, x: Tensor) -> None:
 
 
 def head(
-    outer: Params, spec: DitSpec, x: Tensor | Rows, time: Time, grid: tuple[int, int, int], chunk: int = CHUNK
+    outer: Params,
+    spec: DitSpec,
+    x: Tensor | Rows,
+    time: Time,
+    grid: tuple[int, int, int],
+    chunk: int = CHUNK,
+    order: TokenOrder | None = None,
 ) -> Tensor:
     """x [..., L, dim] -> velocity [..., C_out, F, H, W] float32. Modulated by e, not e0; all in float32.
 
     grid: latent frames, and rows and columns of tokens. A token's vector is ordered (p_h, p_w, channel).
     """
     out = torch.empty(*x.shape[:-1], 4 * spec.out_channels, device=x.device)
-    head_rows(outer, x, time, out, chunk)
+    head_rows(outer, x, time, out, chunk, order)
     return from_patches(out, spec, grid)
 
 
-def head_rows(outer: Params, x: Tensor | Rows, time: Time, out: Tensor, chunk: int) -> None:
-    """The head of every token of x [..., L, dim] into out [..., L, 4 * C_out] float32."""
+def head_rows(
+    outer: Params,
+    x: Tensor | Rows,
+    time: Time,
+    out: Tensor,
+    chunk: int,
+    order: TokenOrder | None = None,
+) -> None:
+    """The head of every token of x [..., L, dim] into out [..., L, 4 * C_out] float32, row-major whatever the order of x."""
     shift, scale = (outer["head.modulation"].float() + time.head.unsqueeze(-2)).unbind(-2)
     for i, j in chunks(x.shape[-2], chunk):
         s, g = time.rows(shift, i, j), time.rows(scale, i, j)
         c = x[..., i:j, :] if isinstance(x, Tensor) else x[i:j]
-        out[..., i:j, :] = outer.linear("head.head", _layer_norm(c) * (1 + g) + s)
+        rows = outer.linear("head.head", _layer_norm(c) * (1 + g) + s)
+        if order is None:
+            out[..., i:j, :] = rows
+        else:
+            out.index_copy_(-2, order.raster[i:j], rows)
 
 
 def from_patches(out: Tensor, spec: DitSpec, grid: tuple[int, int, int]) -> Tensor:
@@ -357,27 +395,35 @@ def forward(
     given: Tensor | None = None,
     first: Workspace | None = None,
     finite: Tensor | None = None,
+    order: TokenOrder | None = None,
 ) -> list[Tensor]:
     """One evaluation per context: latent [C, F, H, W] -> velocities [C_out, F, H, W] float32.
 
     given: channels [C', F, H, W] float32 that follow those of the latent, the same in every step. first: the
     workspace of the first block, if another attention mode runs there. finite: [blocks, 2] bool, see `block_`.
+    order: of the tokens between patches and head, that of `rope`; one frame after the other where a face is heard.
 
     Each block is used for all contexts before the next is asked for, so guidance costs no second weight pass.
     The residual streams are in the dtype of the workspace.
     """
     _, f, height, width = latent.shape
     grid = (f, height // 2, width // 2)
+    if spec.face_blocks and order is not None and len(order.slabs) != f:
+        raise ValueError("a face is heard frame by frame: the order of tokens has to be framewise")
     shape = math.prod(grid), spec.dim
     streams: Sequence[Rows] = work.residuals or [latent.new_empty(shape, dtype=work.dtype) for _ in contexts]
     streams = streams[: len(contexts)]
     for x, context in zip(streams, contexts, strict=True):
-        embed_framewise_(outer, spec, latent, given, x, work.chunk)
+        embed_framewise_(outer, spec, latent, given, x, work.chunk, order)
         if context.driving is not None:
             poses = context.driving.pose.split(1, dim=1)
+            places = [None if order is None else order.inside(n + 1) for n in range(len(poses))]
             animate.add_pose_(
                 x,
-                (embed_latent(outer, spec, pose, x.dtype, "pose_patch_embedding") for pose in poses),
+                (
+                    embed_latent(outer, spec, pose, x.dtype, "pose_patch_embedding", inside)
+                    for pose, inside in zip(poses, places, strict=True)
+                ),
                 work.chunk,
             )
     for n, stored in enumerate(blocks):
@@ -387,4 +433,4 @@ def forward(
             block_(p, x, time, context, rope, here, None if finite is None else finite[n])
             if context.driving is not None and n in spec.face_blocks:
                 animate.attend_(p.scope(FACE_SCOPE), x, context.driving.kv[n], work.chunk)
-    return [head(outer, spec, x, time, grid, work.chunk) for x in streams]
+    return [head(outer, spec, x, time, grid, work.chunk, order) for x in streams]

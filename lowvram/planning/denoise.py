@@ -111,6 +111,7 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
         "values": allocated_size(max(values for _, values in stored)),
         "attention output": stream,
         "rotary table": allocated_size(4 * tokens * HEAD_DIM),
+        "token order": allocated_size(8 * tokens),
         "latents": latents * _latent_bytes(facts),
         "scratch": max(scratch, solving * _latent_bytes(facts) + _preview_scratch(facts)),
     }
@@ -121,6 +122,8 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
     claims |= facts.once(_condition)
     if not lean.group:
         del claims["attention output"]
+    if not facts.job.attention.selects:
+        del claims["token order"]
     return kept_claims(facts) | claims
 
 
@@ -186,8 +189,9 @@ def _ends_scratch(facts: Facts, chunk: int) -> int:
     for outer in facts.transformers.outers:
         ends = facts.spec.dit, outer, facts.grid, facts.dtype
         key = outer.kind, facts.grid, facts.dtype
+        slabs = facts.job.attention.selects
         head = facts.measured(partial(footprint.head_scratch, *ends, chunk=chunk), "head", *key, chunk)
-        embed = facts.measured(partial(footprint.embed_scratch, *ends), "embed", *key)
+        embed = facts.measured(partial(footprint.embed_scratch, *ends, slabs=slabs), "embed", *key, slabs)
         found += [head + _latent_bytes(facts), embed]
     return max(found)
 

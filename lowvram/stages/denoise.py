@@ -17,6 +17,7 @@ from lowvram.model import Model
 from lowvram.models import animate, dit
 from lowvram.models.rows import Rows
 from lowvram.models.self_attention import Workspace
+from lowvram.models.token_order import TokenOrder, compact_order
 from lowvram.offload.placement import BlockId
 from lowvram.offload.rows import HostRows
 from lowvram.offload.slab import BlockLayout
@@ -104,7 +105,8 @@ def denoise(
     tokens = grid[0] * grid[1] * grid[2]
     with run.stage("denoise") as (stack, traffic):
         driving = _driving(condition, spec.dit, len(texts), device)
-        rope = dit.rope_table(*grid, device=device)
+        order = _order(job, spec.dit, grid, device)
+        rope = dit.rope_table(*grid, device=device, order=order)
         works = _workspaces(run, stack, job, spec.dit, tokens, len(texts) if lean.together else 1)
         shown = _preview_weights(run, stack)
         stream = _open_stream(run, stack, traffic, layouts, job, model, state.step, stop)
@@ -134,6 +136,7 @@ def denoise(
                     channels,
                     first,
                     finite,
+                    order,
                 )
             v = guidance.combine(velocities[0], velocities[1] if passes == 2 else None, schedule.guidance[i])
             if run.preview is not None:
@@ -153,6 +156,13 @@ def denoise(
 def _imposed(x: Tensor, fixed: Tensor | None) -> Tensor:
     """x with its first latent frames as they are given. Never written into: the solver may hold x."""
     return x if fixed is None else torch.cat([fixed, x[:, fixed.shape[1] :]], dim=1)
+
+
+def _order(job: Job, spec: DitSpec, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
+    """In which order tokens pass through the blocks; None for that of rows and columns, which dense attention keeps."""
+    if not job.attention.selects:
+        return None
+    return compact_order(grid, framewise=bool(spec.face_blocks), device=device)
 
 
 def _workspaces(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowvram.models import animate, dit
 from lowvram.models.self_attention import plain_workspace
+from lowvram.models.token_order import TokenOrder, compact_order
 from lowvram.offload.device import CpuDevice
 from lowvram.offload.rows import HostRows
 from lowvram.quant.face_spec import FACE_PIXELS, FACE_SCOPE, FaceSpec
@@ -106,7 +107,14 @@ def truth(case: Case, given: dict[str, Tensor]) -> Tensor:
     return out
 
 
-def forward(case: Case, given: dict[str, Tensor], chunk: int, group: int = 0, away: bool = False) -> Tensor:
+def forward(
+    case: Case,
+    given: dict[str, Tensor],
+    chunk: int,
+    group: int = 0,
+    away: bool = False,
+    order: TokenOrder | None = None,
+) -> Tensor:
     f, h, w = GRID
     n = f * h * w
     with torch.inference_mode():
@@ -122,8 +130,9 @@ def forward(case: Case, given: dict[str, Tensor], chunk: int, group: int = 0, aw
             work = replace(work, residuals=(rows,))
         contexts = [replace(context, driving=driving)]
         return dit.forward(
-            case.params, case.blocks(), SPEC, given["latent"], time, contexts, dit.rope_table(*GRID), work
-        )[0]
+            case.params, case.blocks(), SPEC, given["latent"], time, contexts,
+            dit.rope_table(*GRID, order=order), work, order=order,
+        )[0]  # fmt: skip
 
 
 @pytest.mark.parametrize(("chunk", "group"), [(4096, 0), (15, 0), (16, 0), (7, 1)])
@@ -139,6 +148,14 @@ def test_a_residual_on_the_host_changes_no_bit(
 ) -> None:
     on_host, on_device = (forward(case, given, chunk, group, away=each) for each in (True, False))
     assert torch.equal(on_host, on_device)
+
+
+def test_the_whole_forward_equals_the_reference_with_the_tokens_of_a_frame_in_another_order(
+    case: Case, given: dict[str, Tensor], truth: Tensor, error: Error
+) -> None:
+    order = compact_order(GRID, framewise=True)
+    assert not torch.equal(order.raster, torch.arange(len(order.raster)))
+    assert error(forward(case, given, 15, order=order), truth) <= EXACT
 
 
 def test_the_motion_encoder_equals_the_reference(case: Case, given: dict[str, Tensor], error: Error) -> None:

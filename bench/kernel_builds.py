@@ -34,6 +34,7 @@ from lowvram.triton_kernels import (
 )
 from lowvram.triton_kernels.attention import KEY_TILE, QUERY_TILE, V_PEAK, V_RUN
 from lowvram.triton_kernels.gemm import RANK
+from lowvram.triton_kernels.hadamard import root
 from lowvram.triton_kernels.modes import ARCHS, PRODUCTS
 from lowvram.triton_kernels.norm_rope import EPS, LEAST
 from lowvram.triton_kernels.quantise import PEAK
@@ -243,6 +244,22 @@ def _decoders(arch: str) -> Iterator[Build]:
             quick=arch == "sm_86" and form == "e4m3" and scales == "row",
             exact=True,
         )  # fmt: skip
+    for packed, group in itertools.product((False, True), (16, 64, 256)):
+        yield Build(
+            dequant_triton.rotated_kernel,
+            f"int{4 if packed else 8} group={group}",
+            arch,
+            {"weight": "*i8", "scale": "*fp32", "out": "*bf16"},
+            {"PACKED": packed, "GROUP": group, "SHRINK": 1 / root(group), "BLOCK": dequant_triton.BLOCK},
+            dequant_triton.WARPS,
+            ragged=frozenset({"chunks", "scale_row"}),
+            instructions={
+                "fp16 mma": r"(mma\.sync|wgmma)\S*f32\.f16\.f16",
+                "wide stores": r"st\.global\S*\.v4",
+            },
+            quick=arch == "sm_86" and packed and group == 256,
+            exact=True,
+        )
     for kernel, config, pointers, constants, ragged in _SMALL_GROUPS:
         yield Build(
             kernel,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
 from lowvram.quant.encodings.fp8 import Fp8
-from lowvram.quant.encodings.int4 import QuantoInt4
+from lowvram.quant.encodings.int4 import ConvrotInt4, QuantoInt4
 from lowvram.quant.encodings.int8 import BNB_FACTOR, Int8
 from lowvram.quant.encodings.kquants import BLOCK_SIZES, Blocks
 from lowvram.quant.encodings.mxfp8 import Mxfp8
@@ -23,6 +23,7 @@ from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
 from lowvram.triton_kernels import dequant
 from lowvram.triton_kernels.dispatch import kernels_obstacle
+from lowvram.triton_kernels.hadamard import factors
 
 Parts = Mapping[str, Tensor]
 _ROWS = 160
@@ -47,10 +48,17 @@ def _fp8(encoding: Fp8, parts: Parts, out: Tensor) -> None:
 
 
 def _int8(encoding: Int8, parts: Parts, out: Tensor) -> None:
+    if encoding.group:
+        dequant.rotated_(out, parts["weight"], parts["scale"].reshape(-1), encoding.group)
+        return
     factor, scale = (BNB_FACTOR, parts["scb"]) if encoding.scaling == "absmax" else (1.0, parts["scale"])
     shape = (1, -1) if encoding.scaling == "tensor" else (out.shape[0], numel(tuple(out.shape[1:])))
     weight = parts["weight"].reshape(shape)
     dequant.scaled_(out.view(shape), weight, scale.reshape(-1), "int8", "row", [1, 1], factor)
+
+
+def _convrot4(encoding: ConvrotInt4, parts: Parts, out: Tensor) -> None:
+    dequant.rotated_(out, parts["weight"], parts["scale"].reshape(-1), encoding.group)
 
 
 def _blocks(encoding: Blocks, parts: Parts, out: Tensor) -> None:
@@ -87,6 +95,7 @@ _DECODERS: Mapping[type[Encoding], Callable[..., None]] = MappingProxyType(
         Fp8: _fp8,
         Int8: _int8,
         QuantoInt4: _quanto,
+        ConvrotInt4: _convrot4,
         Bnb4: _bnb4,
         Nvfp4: _nvfp4,
         Mxfp8: _mxfp8,
@@ -97,7 +106,11 @@ _DECODERS: Mapping[type[Encoding], Callable[..., None]] = MappingProxyType(
 
 def has_kernel(encoding: Encoding) -> bool:
     """Whether there is a kernel for an encoding, on whatever card."""
-    return type(encoding) in _DECODERS and not (isinstance(encoding, Int8) and encoding.group)
+    if isinstance(encoding, Int8) and encoding.zeros:
+        return False
+    if isinstance(encoding, Int8 | ConvrotInt4) and encoding.group and not factors(encoding.group):
+        return False
+    return type(encoding) in _DECODERS
 
 
 def decode(encoding: Encoding, parts: Parts, out: Tensor) -> Tensor:

@@ -31,6 +31,23 @@ def _(
     return None
 
 
+@torch.library.custom_op("lowvram::decode_rotated_", mutates_args=("out",))
+def rotated_(out: Tensor, weight: Tensor, scale: Tensor, group: int) -> None:
+    """out [rows, columns] = weight, rotated back in groups of `group` columns, * scale.
+
+    weight: int8, or two numbers of 4 bits a byte, [rows, columns/2], the even column low. scale has an element a row or
+    one in all. group: one that `hadamard.factors` has.
+    """
+    from lowvram.triton_kernels import dequant_triton
+
+    dequant_triton.rotated(out, weight, scale, group)
+
+
+@rotated_.register_fake
+def _(out: Tensor, weight: Tensor, scale: Tensor, group: int) -> None:
+    return None
+
+
 @torch.library.custom_op("lowvram::decode_blocks_", mutates_args=("out",))
 def blocks_(out: Tensor, weight: Tensor, kind: str) -> None:
     """out [n, weights of a block] = the GGUF blocks weight, uint8 [n, bytes of a block]; kind: "Q8_0", "Q4_K", ..."""

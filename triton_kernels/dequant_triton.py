@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowvram.triton_kernels.hadamard import root
+from lowvram.triton_kernels.hadamard_triton import rotated_integers
+
 BLOCK = 1024
 """Weights a program, of formats whose scales lie beside the weights."""
 WARPS = 4
@@ -67,6 +70,37 @@ def scaled(
     scaled_kernel[(rows * chunks,)](
         weight, scale, out, columns, chunks, scale_row,
         FORMAT=form, SCALES=scales, ROWS=tile[0], COLUMNS=tile[1], FACTOR=factor, BLOCK=BLOCK,
+        num_warps=WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit
+def rotated_kernel(
+    weight, scale, out, columns, chunks, scale_row,
+    PACKED: tl.constexpr, GROUP: tl.constexpr, SHRINK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A stretch of a row of whole numbers a program, rotated back. SHRINK is the factor of the rotation, a power of two."""
+    row = tl.program_id(0) // chunks
+    start = tl.program_id(0) % chunks * BLOCK
+    c = start + tl.arange(0, BLOCK)
+    if PACKED:
+        pair = start // 2 + tl.arange(0, BLOCK // 2)
+        at = weight + row.to(tl.int64) * (columns // 2)
+        stored = tl.load(at + pair, mask=pair < columns // 2, other=0).to(tl.int32)
+        q = tl.interleave(((stored & 15) ^ 8) - 8, stored >> 4)
+    else:
+        q = tl.load(weight + row.to(tl.int64) * columns + c, mask=c < columns, other=0).to(tl.int32)
+    value = rotated_integers(q, GROUP, BLOCK) * (tl.load(scale + row * scale_row).to(tl.float32) * SHRINK)
+    tl.store(out + row.to(tl.int64) * columns + c, value.to(out.dtype.element_ty), mask=c < columns)
+
+
+def rotated(out: Tensor, weight: Tensor, scale: Tensor, group: int) -> None:
+    """Launch with tensors as `dequant.rotated_` describes them."""
+    rows, columns = out.shape
+    chunks, scale_row = triton.cdiv(columns, BLOCK), 0 if scale.numel() == 1 else scale.stride(0)
+    rotated_kernel[(rows * chunks,)](
+        weight, scale, out, columns, chunks, scale_row,
+        PACKED=weight.shape[1] != columns, GROUP=group, SHRINK=1 / root(group), BLOCK=BLOCK,
         num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 

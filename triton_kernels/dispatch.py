@@ -310,8 +310,8 @@ def try_w8a8(form: str, device: torch.device, ops: Ops = FUSED) -> str:
             weight = QuantisedMatrix(rows.values, rows.scale, group)
             lora = low_rank([reference.quantise(x[:40], group)], [up], [0.5])
             want = _w8a8_results(reference, x, shift, gate, bias, weight, lora)
-            there = [t.to(device) for t in (x, shift, gate, bias)]
-            got = _w8a8_results(ops.w8a8(form), *there, weight.to(device), lora.to(device))
+            a, b, c, d = (t.to(device) for t in (x, shift, gate, bias))
+            got = _w8a8_results(ops.w8a8(form), a, b, c, d, weight.to(device), lora.to(device))
             for name, right in want.items():
                 wrong = _far(got[name].cpu(), right, _SAME, "torch")
                 if wrong:

@@ -20,6 +20,15 @@ def root(group: int) -> int:
     return 1 << (group.bit_length() - 1) // 2
 
 
+def factors(group: int) -> tuple[int, ...]:
+    """Sizes of at most two smaller such matrices whose Kronecker product the matrix of a size is; () where a kernel cannot
+    turn integers of 8 bits by them exactly.
+
+    After the first factor the sums of 16 of them fit the 11 bits of fp16, which the second takes; those of 64 do not.
+    """
+    return {16: (16,), 64: (64,), 256: (16, 16)}.get(group, ())
+
+
 def rotate(x: Tensor, group: int) -> Tensor:
     """Groups of `group` columns of x [rows, columns], float32, times the matrix without its factor.
 

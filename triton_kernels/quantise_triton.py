@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowvram.triton_kernels.hadamard_triton import hadamard
 from lowvram.triton_kernels.modulate_triton import gelu_of, modulated_row, row_step
 from lowvram.triton_kernels.norm_rope import EPS, LEAST
 from lowvram.triton_kernels.quantise import PEAK, room
@@ -21,22 +22,13 @@ def warps_of(block: int) -> int:
 
 
 @triton.jit
-def hadamard_16():
-    """[16, 16] of 1 and -1: that of 4, all ones but for the anti-diagonal, twice."""
-    i = tl.arange(0, 16)
-    outer = tl.where((i // 4)[:, None] + (i // 4)[None, :] == 3, -1.0, 1.0)
-    inner = tl.where((i % 4)[:, None] + (i % 4)[None, :] == 3, -1.0, 1.0)
-    return outer * inner
-
-
-@triton.jit
 def rotated(y, BLOCK: tl.constexpr):
     """y [BLOCK] in a 16-bit format -> float32, its groups of 256 rotated.
 
     The first product is exact but for its sums. The second takes its operand in TF32: 2^-11 of a number, where an
     int8 step is at least 2^-7 of the largest.
     """
-    matrix = hadamard_16()
+    matrix = hadamard(16)
     y = tl.dot(tl.reshape(y, [BLOCK // 16, 16]), matrix.to(y.dtype), out_dtype=tl.float32)
     y = tl.permute(tl.reshape(y, [BLOCK // 256, 16, 16]), [0, 2, 1])
     y = tl.dot(tl.reshape(y, [BLOCK // 16, 16]), matrix, input_precision="tf32", out_dtype=tl.float32)

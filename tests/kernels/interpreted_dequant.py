@@ -8,7 +8,7 @@ import torch
 from lowvram.quant import fused
 from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.encodings.fp8 import Fp8
-from lowvram.quant.encodings.int4 import QuantoInt4
+from lowvram.quant.encodings.int4 import ConvrotInt4, QuantoInt4
 from lowvram.quant.encodings.int8 import Int8
 from lowvram.quant.encodings.kquants import BLOCK_SIZES, Blocks
 from lowvram.quant.encodings.mxfp8 import Mxfp8
@@ -29,6 +29,12 @@ CASES: list[tuple[Encoding, tuple[int, ...]]] = [
     (Int8("row"), (5, 1041)),
     (Int8("tensor", "F16"), (6, 200)),
     (Int8("absmax"), (5, 77)),
+    (Int8("row", group=256), (5, 2304)),
+    (Int8("tensor", "BF16", 64), (3, 192)),
+    (Int8("row", "F32", 16), (4, 1040)),
+    (ConvrotInt4(), (5, 2304)),
+    (ConvrotInt4(64, "F16"), (3, 192)),
+    (ConvrotInt4(16), (4, 1040)),
     (QuantoInt4(128), (3, 384)),
     (QuantoInt4(64, "F32", "I8"), (20, 192)),
     (Bnb4("nf4", 64), (5, 384)),

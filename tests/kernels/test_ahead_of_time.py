@@ -28,7 +28,7 @@ def test_the_default_configurations_build_without_spills_and_with_their_instruct
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert {(row["kernel"], row["arch"]) for row in rows} == {
         ("attend", "sm_86"), ("attend", "sm_89"), ("attend", "sm_120"), ("norm_rope", "sm_86"),
-        ("scaled", "sm_86"), ("blocks", "sm_86"), ("rms_silu", "sm_86"),
+        ("scaled", "sm_86"), ("rotated", "sm_86"), ("blocks", "sm_86"), ("rms_silu", "sm_86"),
         ("linear", "sm_86"), ("linear", "sm_120"), ("quantise", "sm_86"), ("modulate_quantise", "sm_120"),
         ("modulate_quantise", "sm_89"),
     }  # fmt: skip

@@ -109,7 +109,9 @@ def table(plan: Plan) -> str:
     largest = max(plan.stages, key=lambda s: s.vram)
     claims = sorted(_merged(largest.claims).items(), key=lambda pair: -pair[1])
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in claims)
+    kept = ", ".join(f"{name} {format_bytes(n)}" for name, n in plan.saved.items() if n)
     choices = [f"{name}: {why}" for name, why in plan.choices.items()]
+    choices += [f"saved: {format_bytes(sum(plan.saved.values()))} on disk while it runs ({kept})"]
     return "\n".join([head, "", *lines, "", f"peak ({largest.name}): {parts}", "", *choices, *plan.advice])
 
 

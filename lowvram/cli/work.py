@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +19,10 @@ from lowvram.cli.preview import open_preview, preview_decoder
 from lowvram.cli.tensors import damaged, load_tensors, save_tensors
 from lowvram.conditions.contract import Condition
 from lowvram.driving import Driving
+from lowvram.errors import StorageError
 from lowvram.job import Job, check_complete
+from lowvram.offload.budget import format_bytes
+from lowvram.offload.io import free_bytes
 from lowvram.planning.plan import Plan
 from lowvram.report import Report
 from lowvram.sampling.solvers import SolverState
@@ -44,6 +49,7 @@ def start(
         check_complete(pipe.model.spec, job)
     tell_preset(pipe, flags, job, silent)
     plan = pipe.plan_job(job, preview_decoder(out, pipe.model.spec))  # known before a folder is made
+    check_space(jobs_root(), plan)
     work(new_folder(pipe.runtime, job, out), pipe, job, plan, out)
 
 
@@ -60,6 +66,18 @@ def open_pipeline(flags: JobFlags, silent: bool, weights: str | None = None) -> 
     )
     tell_files(pipe, silent)
     return pipe
+
+
+def check_space(root: Path, plan: Plan, free: Callable[[Path], int] = free_bytes) -> None:
+    """StorageError if the job's state would fill the disk: known before the first step, not at it."""
+    needed, left = sum(plan.saved.values()), free(root)
+    if left < needed:
+        raise StorageError(
+            f"{format_bytes(left)} are free, the state of this job takes {format_bytes(needed)}",
+            where=str(root),
+            expected="room for it: that is what `lowvram resume` goes on from",
+            advice="free space there, or set LOWVRAM_STATE to a folder on another disk",
+        )
 
 
 def new_folder(runtime: Runtime, job: Job, out: Output) -> JobFolder:

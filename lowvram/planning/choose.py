@@ -16,6 +16,7 @@ from lowvram.planning.facts import Facts, gather
 from lowvram.planning.plan import Plan, StagePlan
 from lowvram.planning.prepare import plan_prepare
 from lowvram.planning.refuse import refusal
+from lowvram.planning.saved import saved
 from lowvram.planning.text import plan_text
 from lowvram.preview import Decoder
 from lowvram.stages.condition import plan_condition
@@ -76,6 +77,7 @@ def choose(
         place(facts, way, room),
         way.lean,
         words.advice(facts, (way, room, denoise), (better, wider, stage_plan(facts, better, wider))),
+        saved(facts, denoise.ram_claims.get("condition", 0)),
     )
 
 

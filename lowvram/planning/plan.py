@@ -80,6 +80,8 @@ class Plan:
     """Of the transformer blocks."""
     lean: Lean
     advice: tuple[str, ...]
+    saved: Mapping[str, int] = field(default_factory=dict)
+    """Bytes on disk while the job runs, by name, besides its video: see `lowvram.planning.saved`."""
 
     @property
     def vram(self) -> int:
@@ -128,6 +130,7 @@ class Plan:
                 }
                 for s in self.stages
             ],
+            "saved": dict(self.saved),
             "blocks": self.blocks(),
             "choices": self.choices,
             "advice": list(self.advice),

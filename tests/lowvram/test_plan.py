@@ -52,6 +52,7 @@ class PlanDocument(msgspec.Struct, forbid_unknown_fields=True):
     budget: Memory
     peak: Memory
     stages: list[Stage]
+    saved: dict[str, int]
     blocks: Blocks
     choices: dict[str, str]
     advice: list[str]

@@ -18,6 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from lowvram import Runtime
+from lowvram.cli.work import check_space
+from lowvram.errors import StorageError
 from lowvram.media.probe import probe
 from lowvram.media.video import partial_path, read_frames
 from lowvram.state import JobFolder, list_jobs
@@ -257,3 +260,18 @@ def test_a_finished_latent_is_decoded_again_to_the_same_frames(
     assert decoded.code == 0 and decoded.objects[0]["output"] == str(again)
     assert np.array_equal(frames_of(output), undisturbed) and output.read_bytes() == again.read_bytes()
     assert probe(again).metadata["comment"] == probe(output).metadata["comment"]
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler", "renoise"])
+def test_a_state_that_would_fill_the_disk_is_refused_before_the_first_step(
+    solver: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    pipe = Runtime(vram="1GB", ram="4GB", device="cpu").load(str(tiny_model))
+    plan = pipe.plan("a red circle", solver=solver, steps=4)
+    latent = 4 * 16 * 3 * 8 * 8
+    assert plan.saved["latent"] == latent and plan.saved["state"] % (2 * latent) == 0
+    planned = sum(plan.saved.values())
+    check_space(tmp_path, plan, lambda root: planned)
+    with pytest.raises(StorageError, match="LOWVRAM_STATE") as refused:
+        check_space(tmp_path, plan, lambda root: planned - 1)
+    assert refused.value.exit_code == 6 and str(refused.value).count("\n") == 2

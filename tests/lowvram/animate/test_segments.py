@@ -14,14 +14,15 @@ from videos import frames_of
 from lowvram import drift
 from lowvram.animation import Animation
 from lowvram.api import Pipeline
-from lowvram.cli.driven import forecast
+from lowvram.cli.driven import FolderKeeper, forecast
 from lowvram.conditions.contract import Condition
 from lowvram.driving import open_folder
 from lowvram.media.probe import probe
 from lowvram.planning.plan import Plan
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.denoise import State
-from lowvram.stages.segments import Stand, colour_change
+from lowvram.stages.segments import Forgetful, Stand, colour_change
+from lowvram.state import JobFolder
 
 
 class Heard:
@@ -96,6 +97,53 @@ def test_the_plan_is_that_of_a_segment_for_any_length(
     assert [(s.claims, s.ram_claims) for s in longer.stages] == [
         (s.claims, s.ram_claims) for s in plan.stages
     ]
+
+
+class Weighing(Forgetful):
+    """Keeps a job in its folder, and weighs that each time: bytes, without finished segments."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        self.keeper, self.path = FolderKeeper(folder), folder.path
+        self.weights: list[dict[int, int]] = []
+
+    def weigh(self, segment: int) -> None:
+        left = [p.stat().st_size for p in self.path.iterdir() if not p.name.startswith("segment-")]
+        self.weights.append({segment: sum(left)})
+
+    def condition(self, segment: int, made: Condition) -> None:
+        self.keeper.condition(segment, made)
+        self.weigh(segment)
+
+    def state(self, segment: int, state: State) -> None:
+        self.keeper.state(segment, state)
+        self.weigh(segment)
+
+    def begin(self, segment: int, carried: torch.Tensor) -> None:
+        self.keeper.begin(segment, carried)
+        self.weigh(segment)
+
+
+@pytest.mark.parametrize(("solver", "carried"), [("unipc", 1), ("euler", 5)])
+def test_what_lies_on_disk_is_planned_and_does_not_grow_with_the_segments(
+    solver: str,
+    carried: int,
+    pipe: Pipeline,
+    drive: Callable[..., Path],
+    settings: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    animation = pipe.animate(drive(20), carried=carried, **settings | {"solver": solver, "steps": 3})
+    longer = pipe.animate(drive(49), carried=carried, **settings | {"solver": solver, "steps": 3})
+    assert animation.plan.saved == longer.plan.saved
+    weighing = Weighing(JobFolder(tmp_path))
+    animation.make(tmp_path / "out.mp4", tmp_path, Stand(), weighing)
+    weights = {n: max(w[n] for w in weighing.weights if n in w) for n in (1, 2)}
+    assert weights[1] == weights[2]
+    planned = sum(animation.plan.saved.values())
+    assert max(weights.values()) <= planned <= 2.1 * max(weights.values())
+    # the segments are the video once more: how much of it is told by its content
+    parts = sum(p.stat().st_size for p in tmp_path.glob("segment-*"))
+    assert parts <= 1.5 * (tmp_path / "out.mp4").stat().st_size
 
 
 def test_matched_colours_undo_a_drift_that_the_carried_frames_show() -> None:

@@ -163,22 +163,23 @@ def _producers(arch: str) -> Iterator[Build]:
             norm_rope_triton.WARPS,
             ragged=frozenset({"n"}),
         )  # fmt: skip
-    yield Build(
-        modulate_triton.modulate_kernel,
-        "width=5120",
-        arch,
-        {"x": "*bf16", "shift": "*fp32", "scale": "*fp32", "out": "*bf16"},
-        {"EPS": EPS, "BLOCK": 8192},
-        8,
-    )
-    yield Build(
-        modulate_triton.gated_kernel,
-        "",
-        arch,
-        {"x": "*bf16", "y": "*bf16", "gate": "*fp32"},
-        {"BLOCK": modulate_triton.BLOCK},
-        modulate_triton.WARPS,
-    )
+    for residual in ("bf16", "fp32"):
+        yield Build(
+            modulate_triton.modulate_kernel,
+            f"width=5120 residual={residual}",
+            arch,
+            {"x": f"*{residual}", "shift": "*fp32", "scale": "*fp32", "out": "*bf16"},
+            {"EPS": EPS, "BLOCK": 8192},
+            8,
+        )
+        yield Build(
+            modulate_triton.gated_kernel,
+            f"residual={residual}",
+            arch,
+            {"x": f"*{residual}", "y": "*bf16", "gate": "*fp32"},
+            {"BLOCK": modulate_triton.BLOCK},
+            modulate_triton.WARPS,
+        )
     yield Build(
         modulate_triton.gelu_kernel,
         "",

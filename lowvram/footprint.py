@@ -89,12 +89,14 @@ def block_scratch(
     attention: Mode = MODES["sdpa"],
     matmul: Matmul = EXACT,
     ops: Ops = TORCH,
+    residual: torch.dtype | None = None,
 ) -> int:
     """Transient bytes of `dit.block_` on a long sequence. Two chunks tell: later ones repeat the second.
 
     per_frame: tokens of a latent frame if the first ones have another time, or 0 if all have the same. words: tokens
     of the longest prompt. group: heads at a time, or 0 for all. unpacked: whether the block's weights are decoded into
-    a buffer (`unpacked_nbytes`) before. matmul: how the Linears multiply.
+    a buffer (`unpacked_nbytes`) before. matmul: how the Linears multiply. residual: what the residual stream is in, if not
+    in `dtype`.
     """
     n = min(tokens, 2 * chunk)
     with META:
@@ -112,8 +114,9 @@ def block_scratch(
             torch.empty(nbytes, dtype=torch.uint8) for nbytes in stored_bytes(attention, heads, tokens, dtype)
         )
         keys = carve(attention, heads, tokens, dtype, *stored)
-        x, rope = torch.empty(n, spec.dim, dtype=dtype), torch.empty(n, HEAD_DIM // 2, 2)
-        work = Workspace(keys, dtype, torch.empty_like(x) if group else None, chunk, ops)
+        x, rope = torch.empty(n, spec.dim, dtype=residual or dtype), torch.empty(n, HEAD_DIM // 2, 2)
+        out = torch.empty(n, spec.dim, dtype=dtype) if group else None
+        work = Workspace(keys, dtype, out, chunk, ops)
         finite = torch.ones(2, dtype=torch.bool)
         scratch = torch.empty(as_multiplied(p, matmul, ops, dtype).unpacked_nbytes(dtype), dtype=torch.uint8)
     factors = factor_bytes(tokens) - factor_bytes(n) if group else 0
@@ -154,7 +157,8 @@ def context_rows(spec: DitSpec, words: int) -> int:
 def embed_scratch(
     spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype, *, slabs: bool = False
 ) -> int:
-    """Transient bytes of `dit.embed_framewise_`, a frame at a time or by the slabs of `compact_order`."""
+    """Transient bytes of `dit.embed_framewise_` into a residual stream of any dtype, a frame at a time or by the slabs of
+    `compact_order`."""
     frames, rows, columns = grid
     frames = min(frames, 1 + DEPTH) if slabs else 1
     with META:
@@ -164,7 +168,7 @@ def embed_scratch(
         beside = spec.in_channels - spec.out_channels
         given = torch.empty(beside, *latent.shape[1:]) if beside else None
         x = torch.empty(frames * rows * columns, spec.dim, dtype=dtype)
-    return peak(lambda latent: dit.embed_framewise_(p, spec, latent, given, x, order=order), latent)
+    return peak(lambda latent: dit.embed_framewise_(p, spec, latent, given, x, dtype, order=order), latent)
 
 
 def prepare_scratch(
@@ -188,15 +192,21 @@ def prepare_scratch(
 
 
 def attend_scratch(
-    spec: DitSpec, block: Group, tokens: int, slots: int, dtype: torch.dtype, chunk: int
+    spec: DitSpec,
+    block: Group,
+    tokens: int,
+    slots: int,
+    dtype: torch.dtype,
+    chunk: int,
+    residual: torch.dtype | None = None,
 ) -> int:
-    """Transient bytes of the face adapter behind a block, on a long sequence; 0 if none is there."""
+    """Transient bytes of the face adapter behind a block, on a long sequence; 0 if none is there. residual: as above."""
     if spec.face is None or not any(ref.name.startswith(FACE_SCOPE) for ref in block.refs):
         return 0
     with META:
         p = meta_params(block, dtype).scope(FACE_SCOPE)
         per_slot = tokens // slots
-        x = torch.empty(-(-min(tokens, 2 * chunk) // per_slot) * per_slot, spec.dim, dtype=dtype)
+        x = torch.empty(-(-min(tokens, 2 * chunk) // per_slot) * per_slot, spec.dim, dtype=residual or dtype)
         kv = torch.empty(2, x.shape[0] // per_slot, spec.heads, spec.face.tokens, HEAD_DIM, dtype=dtype)
     return peak(lambda x: animate.attend_(p, x, animate.FaceKV(kv[0], kv[1]), chunk), x)
 
@@ -220,7 +230,8 @@ def faces_scratch(spec: DitSpec, encoders: Group, adapter: Group, frames: int, d
 def head_scratch(
     spec: DitSpec, outer: Group, grid: tuple[int, int, int], dtype: torch.dtype, *, chunk: int = CHUNK
 ) -> int:
-    """Transient bytes of `dit.head`, its result included. Two chunks tell: later ones repeat the second."""
+    """Transient bytes of `dit.head` behind a residual stream in `dtype`, its result included. Two chunks tell: later
+    ones repeat the second."""
     tokens = numel(grid)
     n = min(tokens, 2 * chunk)
     with META:

@@ -24,6 +24,9 @@ MAX_FRAMES = 4 * 1023 + 1
 """The rotary table has 1024 positions per axis."""
 SMALL = 832 * 480
 """Pixels of a frame at 480p."""
+RESIDUALS = ("auto", "fp32")
+"""What the residual stream may be kept in: what networks compute in (bf16 on a card), or float32 as in the authors' code
+(wan-models 1.6)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,8 @@ class Job:
     """How self attention runs: settled for the machine the job was made on."""
     matmul: Matmul = EXACT
     """How the Linears of the blocks multiply: settled likewise."""
+    residual: str = "auto"
+    """What the residual stream is kept in, one of RESIDUALS."""
     driving: Driving | None = None
     """Animate: what the character follows. `frames` are those of one segment then."""
 
@@ -108,6 +113,7 @@ def make_job(
     preset: str | None = None,
     attention: Choice | None = None,
     matmul: Matmul | None = None,
+    residual: str | None = None,
 ) -> Job:
     """A job on a model of `spec`; None means the model's own default. UsageError for what cannot be made.
 
@@ -153,6 +159,13 @@ def make_job(
                 where="--lora",
                 advice=f"leave :{lora.expert} out",
             )
+    if residual not in (None, *RESIDUALS):
+        raise UsageError(
+            f'residual "{residual}"',
+            where="--residual",
+            expected=" or ".join(RESIDUALS),
+            advice="leave --residual out for auto",
+        )
     schedule = _schedule(spec, width * height, steps, solver, shift, guidance, preset)
     for lora in loras:
         if not 1 <= len(lora.strengths) <= len(schedule):
@@ -179,6 +192,7 @@ def make_job(
         last_image=last_image,
         attention=attention or SDPA,
         matmul=matmul or EXACT,
+        residual=residual or "auto",
         driving=driving,
     )
 
@@ -325,6 +339,7 @@ def describe(job: Job, version: str) -> dict[str, Any]:
         "attention": job.attention.mode,
         "attention_ends": job.attention.ends,
         "matmul": job.matmul.mode,
+        "residual": job.residual,
         "loras": [
             {"file": Path(lora.path).name, "expert": lora.expert, "strength": lora.strength}
             for lora in job.loras

@@ -18,9 +18,9 @@ def layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
     return functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LN(x) * (1 + scale) + shift in float32, rounded once to the dtype of x."""
-    return (layer_norm(x) * (1 + scale) + shift).to(x.dtype)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """LN(x) * (1 + scale) + shift in float32, rounded once to `dtype`, or to that of x."""
+    return (layer_norm(x) * (1 + scale) + shift).to(dtype or x.dtype)
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -34,21 +34,21 @@ def gelu(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lowvram::modulate", mutates_args=())
-def modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate_op(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`modulate` of x [n, width]; shift and scale [1 or n, width] float32."""
     from lowvram.triton_kernels import modulate_triton
 
-    return modulate_triton.modulate(x, shift, scale)
+    return modulate_triton.modulate(x, shift, scale, dtype)
 
 
 @modulate_op.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
 
 
 @torch.library.custom_op("lowvram::gated_", mutates_args=("x",))
 def gated_(x: Tensor, y: Tensor, gate: Tensor) -> None:
-    """`gated` into x [n, width]; gate [1 or n, width] float32."""
+    """`gated` into x [n, width], whose dtype may be another than that of y; gate [1 or n, width] float32."""
     from lowvram.triton_kernels import modulate_triton
 
     modulate_triton.gated(x, y, gate)

@@ -65,10 +65,10 @@ def gelu_kernel(x, bias, width, x_row, BIASED: tl.constexpr, BLOCK: tl.constexpr
     tl.store(x + row * x_row + d, gelu_of(y).to(x.dtype.element_ty), mask=inside)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Launch with tensors as `modulate.modulate_op` describes them."""
     n, width = x.shape
-    out = torch.empty(n, width, dtype=x.dtype, device=x.device)
+    out = torch.empty(n, width, dtype=dtype or x.dtype, device=x.device)
     modulate_kernel[(n,)](
         x, shift, scale, out, width, x.stride(0), row_step(shift), row_step(scale),
         EPS=EPS, BLOCK=triton.next_power_of_2(width), num_warps=8,

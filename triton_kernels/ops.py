@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,22 @@ from lowvram.triton_kernels.modes import INT8_GEMM
 from lowvram.triton_kernels.quantise import Form, QuantisedRows
 
 
+class Modulate(Protocol):
+    """(x [n, width], shift, scale [1 or n, width]) -> LN(x) * (1 + scale) + shift in `dtype`, or in that of x"""
+
+    def __call__(
+        self, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None, /
+    ) -> Tensor: ...
+
+
+class ModulateQuantise(Protocol):
+    """`Modulate`, quantised after so many columns were rotated together, or 0"""
+
+    def __call__(
+        self, x: Tensor, shift: Tensor, scale: Tensor, group: int, /, *, dtype: torch.dtype | None = None
+    ) -> QuantisedRows: ...
+
+
 @dataclass(frozen=True, slots=True)
 class W8A8Ops:
     """The multiplications by weights of one 8-bit form, and what makes rows for them."""
@@ -30,8 +47,7 @@ class W8A8Ops:
     form: Form
     quantise: Callable[[Tensor, int], QuantisedRows]
     """(x [..., width], columns rotated together or 0)"""
-    modulate: Callable[[Tensor, Tensor, Tensor, int], QuantisedRows]
-    """`Ops.modulate`, quantised"""
+    modulate: ModulateQuantise
     gelu: Callable[[Tensor, int], QuantisedRows]
     """`Ops.gelu`, quantised; its argument may be lost"""
     linear: Callable[[QuantisedRows, QuantisedMatrix, Tensor | None, LowRank | None], Tensor]
@@ -48,10 +64,9 @@ class W8A8Ops:
 class Ops:
     """The operations between the multiplications."""
 
-    modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(x [n, width], shift, scale [1 or n, width]) -> LN(x) * (1 + scale) + shift"""
+    modulate: Modulate
     gated_: Callable[[Tensor, Tensor, Tensor], None]
-    """(x, y [n, width], gate [1 or n, width]): x += y * gate"""
+    """(x, y [n, width], gate [1 or n, width]): x += y * gate; x may be of another dtype than y"""
     gelu: Callable[[Tensor], Tensor]
     """tanh GELU; its argument is lost"""
     rms_factor: Callable[[Tensor], Tensor]
@@ -115,10 +130,10 @@ def _fused_quantise(x: Tensor, group: int, *, form: Form) -> QuantisedRows:
 
 
 def _fused_modulate_quantise(
-    x: Tensor, shift: Tensor, scale: Tensor, group: int, *, form: Form
+    x: Tensor, shift: Tensor, scale: Tensor, group: int, *, form: Form, dtype: torch.dtype | None = None
 ) -> QuantisedRows:
     values, of_row = q.modulate_quantise_op(x, shift, scale, group, form)
-    return QuantisedRows(values, of_row, group, x.dtype)
+    return QuantisedRows(values, of_row, group, dtype or x.dtype)
 
 
 def _fused_gelu_quantise(x: Tensor, group: int, *, form: Form) -> QuantisedRows:
@@ -153,7 +168,8 @@ def _fused_int8_linear_gated_(
     gate: Tensor,
     lora: LowRank | None = None,
 ) -> None:
-    if gate.shape[0] > 1:  # some chunk of TI2V: its first latent frame has another time
+    # some chunk of TI2V, whose first latent frame has another time; or a residual too wide for the epilogue's registers
+    if gate.shape[0] > 1 or x.dtype != y.dtype:
         m.gated_(x, _fused_int8_linear(y, weight, bias, lora), gate)
     else:
         rows = y.values, y.scale

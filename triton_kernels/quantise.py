@@ -68,10 +68,15 @@ def quantise(x: Tensor, group: int, form: Form = "int8") -> QuantisedRows:
 
 
 def modulate_quantise(
-    x: Tensor, shift: Tensor, scale: Tensor, group: int, form: Form = "int8"
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    group: int,
+    form: Form = "int8",
+    dtype: torch.dtype | None = None,
 ) -> QuantisedRows:
     """`modulate`, then `quantise`."""
-    return quantise(modulate(x, shift, scale), group, form)
+    return quantise(modulate(x, shift, scale, dtype), group, form)
 
 
 def gelu_quantise(x: Tensor, group: int, form: Form = "int8") -> QuantisedRows:

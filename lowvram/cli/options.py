@@ -83,6 +83,13 @@ Matmul = Annotated[
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Which encoding to take where several are here, such as fp8.")
 ]
+Residual = Annotated[
+    str | None,
+    typer.Option(
+        "--residual",
+        help="auto, or fp32: the residual stream in float32, nearer to the authors' numbers, for twice its memory.",
+    ),
+]
 Preset = Annotated[str | None, typer.Option("--preset", help="Few-step schedule, such as lightning-4.")]
 Lora = Annotated[
     list[str] | None,
@@ -140,6 +147,7 @@ class JobFlags:
     attention: Attention = None
     attention_ends: AttentionEnds = None
     matmul: Matmul = None
+    residual: Residual = None
     lora: Lora = None
     lora_partial: LoraPartial = False
     force: Force = False
@@ -178,6 +186,7 @@ class JobFlags:
             "attention": self.attention,
             "attention_ends": self.attention_ends,
             "matmul": self.matmul,
+            "residual": self.residual,
         }
         given = {name: value for name, value in plain.items() if value is not None}
         return (

@@ -163,7 +163,7 @@ def attend_(p: Params, x: Rows, kv: FaceKV, chunk: int) -> None:
     per_slot = x.shape[0] // kv.k.shape[0]
     for i in range(0, x.shape[0], chunk):
         c = x[i : i + chunk]
-        q = _head_norm(_heads(p.linear("linear1_q", _layer_norm(c))), p["q_norm.weight"])
+        q = _head_norm(_heads(p.linear("linear1_q", _layer_norm(c, kv.k.dtype))), p["q_norm.weight"])
         heard = []
         start = 0
         while start < c.shape[0]:
@@ -174,9 +174,9 @@ def attend_(p: Params, x: Rows, kv: FaceKV, chunk: int) -> None:
         x[i : i + chunk] = c + p.linear("linear2", torch.cat(heard))
 
 
-def _layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without weights in float32, rounded once."""
-    return functional.layer_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
+def _layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm without weights in float32, rounded once to `dtype`, or to that of x."""
+    return functional.layer_norm(x.float(), x.shape[-1:], eps=EPS).to(dtype or x.dtype)
 
 
 def _heads(x: Tensor) -> Tensor:

@@ -109,16 +109,18 @@ def embed_framewise_(
     latent: Tensor,
     given: Tensor | None,
     x: Rows,
+    dtype: torch.dtype,
     chunk: int = CHUNK,
     order: TokenOrder | None = None,
 ) -> None:
-    """`embed_latent` of latent [C, F, H, W] and the channels given beside it into x, a latent frame or a slab at a time."""
+    """`embed_latent` in `dtype` of latent [C, F, H, W] and the channels given beside it into x, a latent frame or a slab at
+    a time."""
     f, per_frame = latent.shape[1], latent.shape[2] * latent.shape[3] // 4
     for n, (first, end) in enumerate(((n, n + 1) for n in range(f)) if order is None else order.slabs):
         frames = latent[:, first:end]
         if given is not None:
             frames = torch.cat([frames, given[:, first:end]])
-        tokens = embed_latent(outer, spec, frames, x.dtype, order=None if order is None else order.inside(n))
+        tokens = embed_latent(outer, spec, frames, dtype, order=None if order is None else order.inside(n))
         for i, j in chunks(tokens.shape[0], chunk):
             x[first * per_frame + i : first * per_frame + j] = tokens[i:j]
 
@@ -154,9 +156,10 @@ def embed_image(outer: Params, image: Tensor) -> Tensor:
     """CLIP tokens [257 or 514, image_dim] -> [.., dim]. LayerNorm eps 1e-5, exact GELU."""
     if "img_emb.emb_pos" in outer:
         image = image + outer.dense("img_emb.emb_pos", image.dtype)[0]
-    x = _affine_norm(image, outer["img_emb.proj.0.weight"], outer["img_emb.proj.0.bias"], 1e-5)
+    dtype = image.dtype
+    x = _affine_norm(image, outer["img_emb.proj.0.weight"], outer["img_emb.proj.0.bias"], dtype, 1e-5)
     x = outer.linear("img_emb.proj.3", functional.gelu(outer.linear("img_emb.proj.1", x)))
-    return _affine_norm(x, outer["img_emb.proj.4.weight"], outer["img_emb.proj.4.bias"], 1e-5)
+    return _affine_norm(x, outer["img_emb.proj.4.weight"], outer["img_emb.proj.4.bias"], dtype, 1e-5)
 
 
 def embed_time(outer: Params, spec: DitSpec, t: Tensor, tokens_per_row: int) -> Time:
@@ -202,8 +205,8 @@ def rope_table(
 # ---- pieces of a block
 
 
-def _affine_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
-    return functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+def _affine_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, eps: float = EPS) -> Tensor:
+    return functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(dtype)
 
 
 def _self_q(p: Params, h: Tensor, rope: Tensor) -> Tensor:
@@ -242,8 +245,8 @@ def _cross_kv(p: Params, context: Context) -> _CrossKV:
 
 
 def _cross(p: Params, x: Tensor, kv: _CrossKV) -> Tensor:
-    """Cross attention of the residual stream x [..., n, dim] to text and, if there is one, image."""
-    h = _affine_norm(x, p["norm3.weight"], p["norm3.bias"])
+    """Cross attention of the residual stream x [..., n, dim] to text and, if there is one, image: in their dtype."""
+    h = _affine_norm(x, p["norm3.weight"], p["norm3.bias"], kv.k.dtype)
     q = _heads(_rms_norm(p.linear("cross_attn.q", h), p["cross_attn.norm_q.weight"]))
     y = attention(q, kv.k, kv.v, kv.bias)
     if kv.k_image is not None and kv.v_image is not None:
@@ -321,7 +324,7 @@ def block_(
             _watch(finite[0], y)
         p.linear_gated_("self_attn.o", y, c, mod(2, i, j), ops.gated_)
         c += _cross(p, c, kv)
-        h = modulated(p, ops, ("ffn.0",), c, mod(3, i, j), mod(4, i, j))
+        h = modulated(p, ops, ("ffn.0",), c, mod(3, i, j), mod(4, i, j), work.dtype)
         p.linear_gated_("ffn.2", _activated(p, ops, p.linear("ffn.0", h)), c, mod(5, i, j), ops.gated_)
         if finite is not None:
             _watch(finite[1], c)
@@ -399,12 +402,13 @@ def forward(
 ) -> list[Tensor]:
     """One evaluation per context: latent [C, F, H, W] -> velocities [C_out, F, H, W] float32.
 
+    What is multiplied is in the dtype of the workspace; the residual streams in theirs.
+
     given: channels [C', F, H, W] float32 that follow those of the latent, the same in every step. first: the
     workspace of the first block, if another attention mode runs there. finite: [blocks, 2] bool, see `block_`.
     order: of the tokens between patches and head, that of `rope`; one frame after the other where a face is heard.
 
     Each block is used for all contexts before the next is asked for, so guidance costs no second weight pass.
-    The residual streams are in the dtype of the workspace.
     """
     _, f, height, width = latent.shape
     grid = (f, height // 2, width // 2)
@@ -414,14 +418,14 @@ def forward(
     streams: Sequence[Rows] = work.residuals or [latent.new_empty(shape, dtype=work.dtype) for _ in contexts]
     streams = streams[: len(contexts)]
     for x, context in zip(streams, contexts, strict=True):
-        embed_framewise_(outer, spec, latent, given, x, work.chunk, order)
+        embed_framewise_(outer, spec, latent, given, x, work.dtype, work.chunk, order)
         if context.driving is not None:
             poses = context.driving.pose.split(1, dim=1)
             places = [None if order is None else order.inside(n + 1) for n in range(len(poses))]
             animate.add_pose_(
                 x,
                 (
-                    embed_latent(outer, spec, pose, x.dtype, "pose_patch_embedding", inside)
+                    embed_latent(outer, spec, pose, work.dtype, "pose_patch_embedding", inside)
                     for pose, inside in zip(poses, places, strict=True)
                 ),
                 work.chunk,

@@ -39,7 +39,7 @@ class Workspace:
     keys: Keys
     """of all heads, or of a group of them"""
     dtype: torch.dtype
-    """of the residual stream"""
+    """of what is multiplied"""
     out: Tensor | None = None
     """[L, dim] where heads are processed in groups: what their queries attend to"""
     chunk: int = CHUNK
@@ -47,7 +47,7 @@ class Workspace:
     unpacked: Tensor | None = None
     """uint8, `Params.unpacked_nbytes`: a block's matrices in the compute dtype; without it each is decoded at every use"""
     residuals: tuple[Rows, ...] = ()
-    """[L, dim] for every context at once; made anew for each forward where there are none"""
+    """[L, dim] for every context at once, of any dtype; made anew, in `dtype`, for each forward where there are none"""
 
 
 def plain_workspace(k: Tensor, v: Tensor, out: Tensor | None = None, chunk: int = CHUNK) -> Workspace:
@@ -68,15 +68,13 @@ def chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def modulated(
-    p: Params, ops: Ops, names: tuple[str, ...], x: Tensor, shift: Tensor, scale: Tensor
+    p: Params, ops: Ops, names: tuple[str, ...], x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> Tensor | QuantisedRows:
-    """x normed and modulated, as the Linears `names` take it."""
+    """x normed and modulated, as the Linears `names` take it: in `dtype`, or as quantised rows that stand for it."""
     taking = p.takes(*names)
-    return (
-        ops.modulate(x, shift, scale)
-        if taking is None
-        else taking.ops.modulate(x, shift, scale, taking.group)
-    )
+    if taking is None:
+        return ops.modulate(x, shift, scale, dtype)
+    return taking.ops.modulate(x, shift, scale, taking.group, dtype=dtype)
 
 
 class SelfAttention:
@@ -95,7 +93,7 @@ class SelfAttention:
             q = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
             self._factors = q, torch.empty_like(q)
             for name, factor in zip(("self_attn.q", "self_attn.k"), self._factors, strict=True):
-                whole = p.slices((name,), x.dtype)
+                whole = p.slices((name,), work.dtype)
                 for i, j in chunks(x.shape[0], work.chunk):
                     factor[i:j] = work.ops.rms_factor(whole.linear(name, self._modulated(i, j)))
                 del whole
@@ -110,7 +108,7 @@ class SelfAttention:
         """Keys and values of the heads with these columns, of all tokens."""
         work, length = self._work, self._x.shape[0]
         if rows is not None:
-            self._group = self._p.slices(("self_attn.q", "self_attn.k", "self_attn.v"), self._x.dtype, rows)
+            self._group = self._p.slices(("self_attn.q", "self_attn.k", "self_attn.v"), work.dtype, rows)
         centre = self._sample(rows) if work.keys.mode.quantised else None
         for i, j in chunks(length, work.chunk):
             h = self._modulated(i, j)
@@ -139,7 +137,7 @@ class SelfAttention:
     def _modulated(self, i: int, j: int, step: int = 1) -> Tensor | QuantisedRows:
         names, mod = ("self_attn.q", "self_attn.k", "self_attn.v"), self._mod
         x, shift, scale = self._x[i:j:step], mod(0, i, j, step), mod(1, i, j, step)
-        return modulated(self._p, self._work.ops, names, x, shift, scale)
+        return modulated(self._p, self._work.ops, names, x, shift, scale, self._work.dtype)
 
     def _projected(
         self, name: str, h: Tensor | QuantisedRows, rows: slice | None, i: int, j: int, step: int = 1

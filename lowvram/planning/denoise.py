@@ -96,8 +96,7 @@ def _leans(facts: Facts, packed: bool) -> list[Lean]:
 
 
 def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
-    spec, tokens, width = facts.spec.dit, facts.tokens, facts.dtype.itemsize
-    stream = allocated_size(tokens * spec.dim * width)
+    spec, tokens = facts.spec.dit, facts.tokens
     heads = lean.group or spec.heads
     stored = [stored_bytes(mode, heads, tokens, facts.dtype) for mode in facts.job.attention.modes()]
     state = kept_tensors(facts.job.schedule.solver)
@@ -106,10 +105,10 @@ def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
     solving = 3 + facts.passes + state - latents  # between the blocks of two steps
     scratch = facts.once(_scratch, lean.chunk, lean.group > 0, lean.unpacked)
     claims = {
-        **_residual_claims(facts, lean, stream),
+        **_residual_claims(facts, lean),
         "keys": allocated_size(max(keys for keys, _ in stored)),
         "values": allocated_size(max(values for _, values in stored)),
-        "attention output": stream,
+        "attention output": allocated_size(tokens * spec.dim * facts.dtype.itemsize),
         "rotary table": allocated_size(4 * tokens * HEAD_DIM),
         "token order": allocated_size(8 * tokens),
         "latents": latents * _latent_bytes(facts),
@@ -132,11 +131,11 @@ def _condition(facts: Facts) -> dict[str, int]:
     return {} if condition is None else {"condition": kept(condition, facts)}
 
 
-def _residual_claims(facts: Facts, lean: Lean, stream: int) -> dict[str, int]:
-    """On the device, of residual streams of so many bytes: they themselves, or what passes of those in RAM."""
+def _residual_claims(facts: Facts, lean: Lean) -> dict[str, int]:
+    """On the device: the residual streams, or what passes of those in RAM."""
+    row = facts.spec.dit.dim * facts.residual.itemsize
     if not lean.away:
-        return {"residual": _streams(facts, lean) * stream}
-    row = facts.spec.dit.dim * facts.dtype.itemsize
+        return {"residual": _streams(facts, lean) * allocated_size(facts.tokens * row)}
     claims = {"residual window": WINDOWS * allocated_size(min(lean.chunk, facts.tokens) * row)}
     if any(mode.quantised for mode in facts.job.attention.modes()):
         sampled = -(-facts.tokens // sample_stride(facts.tokens))
@@ -145,7 +144,7 @@ def _residual_claims(facts: Facts, lean: Lean, stream: int) -> dict[str, int]:
 
 
 def _ram_claims(facts: Facts, lean: Lean) -> dict[str, int]:
-    stream = facts.tokens * facts.spec.dit.dim * facts.dtype.itemsize
+    stream = facts.tokens * facts.spec.dit.dim * facts.residual.itemsize
     away = {f"ram residual {n}": stream for n in range(_streams(facts, lean))} if lean.away else {}
     return facts.once(held_claims) | facts.once(_preview_ram) | away
 
@@ -170,13 +169,23 @@ def _scratch(facts: Facts, chunk: int, grouped: bool, unpacked: bool) -> int:
             measure = partial(
                 footprint.block_scratch, spec, block, *what, group=group, chunk=chunk,
                 unpacked=unpacked, attention=mode, matmul=matmul, ops=ops_for(machine.arch, machine.unfused),
+                residual=facts.residual,
             )  # fmt: skip
-            how = group, chunk, unpacked, mode.name, matmul.mode, machine.arch, machine.unfused
+            how = (
+                group,
+                chunk,
+                unpacked,
+                mode.name,
+                matmul.mode,
+                machine.arch,
+                machine.unfused,
+                facts.residual,
+            )
             inside = facts.measured(measure, "block", block.kind, *what, *how)
             factors = footprint.factor_bytes(tokens) - footprint.factor_bytes(n) if group else 0
             found.append(inside + factors)
         if spec.face_blocks:
-            face = tokens, facts.latent[1], facts.dtype, chunk
+            face = tokens, facts.latent[1], facts.dtype, chunk, facts.residual
             attend = partial(footprint.attend_scratch, spec, block, *face)
             found.append(facts.measured(attend, "face", block.kind, *face))
     found.append(facts.once(_ends_scratch, chunk))
@@ -187,12 +196,13 @@ def _ends_scratch(facts: Facts, chunk: int) -> int:
     """Of what is before the blocks and behind them."""
     found = []
     for outer in facts.transformers.outers:
-        ends = facts.spec.dit, outer, facts.grid, facts.dtype
-        key = outer.kind, facts.grid, facts.dtype
+        ends, key = (facts.spec.dit, outer, facts.grid), (outer.kind, facts.grid)
+        head = partial(footprint.head_scratch, *ends, facts.residual, chunk=chunk)
+        behind = facts.measured(head, "head", *key, facts.residual, chunk)
         slabs = facts.job.attention.selects
-        head = facts.measured(partial(footprint.head_scratch, *ends, chunk=chunk), "head", *key, chunk)
-        embed = facts.measured(partial(footprint.embed_scratch, *ends, slabs=slabs), "embed", *key, slabs)
-        found += [head + _latent_bytes(facts), embed]
+        embed = partial(footprint.embed_scratch, *ends, facts.dtype, slabs=slabs)
+        before = facts.measured(embed, "embed", *key, facts.dtype, slabs)
+        found += [behind + _latent_bytes(facts), before]
     return max(found)
 
 
@@ -282,7 +292,7 @@ def _passing(facts: Facts, lean: Lean) -> int:
         return 0
     spec = facts.spec.dit
     sweeps = 2 + (1 + spec.heads // lean.group if lean.group else 1)
-    stream = facts.tokens * spec.dim * facts.dtype.itemsize
+    stream = facts.tokens * spec.dim * facts.residual.itemsize
     driven = 2 * (1 + len(spec.face_blocks)) if spec.face_blocks else 0
     return _evaluations(facts) * stream * (spec.layers * sweeps + driven + 2)
 

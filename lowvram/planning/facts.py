@@ -115,6 +115,11 @@ class Facts:
         return numel(self.grid)
 
     @property
+    def residual(self) -> torch.dtype:
+        """What the residual streams are in."""
+        return residual_dtype(self.job, self.dtype)
+
+    @property
     def passes(self) -> int:
         """Residual streams of a guided step."""
         return len(self.lengths)
@@ -193,6 +198,11 @@ def _transformers(model: Model) -> Once[Transformers]:
 def compute_dtype(machine: Machine) -> torch.dtype:
     """What networks compute in there."""
     return torch.bfloat16 if machine.kind == "cuda" else torch.float32
+
+
+def residual_dtype(job: Job, dtype: torch.dtype) -> torch.dtype:
+    """What the residual streams of a job are in, if networks compute in `dtype`."""
+    return torch.float32 if job.residual == "fp32" else dtype
 
 
 def prompts_of(job: Job) -> list[str]:

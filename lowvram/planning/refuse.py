@@ -85,6 +85,8 @@ def nearest(facts: Facts, budget: Budget, least: Least) -> dict[str, str]:
             break
     if job.attention.mode != "sdpa" and fits(facts.once(_with_sdpa)):
         found["attention"] = "sdpa"
+    if job.residual != "auto" and fits(facts.once(_with_usual_residual)):
+        found["residual"] = "auto"
     heaviest = max(layout.nbytes for layout in facts.transformers.layouts.values())
     for weights in SMALLER_WEIGHTS:
         other = facts.once(_stored_as, weights)
@@ -96,6 +98,10 @@ def nearest(facts: Facts, budget: Budget, least: Least) -> dict[str, str]:
 
 def _with_sdpa(facts: Facts) -> Facts:
     return replace(facts, job=replace(facts.job, attention=SDPA))
+
+
+def _with_usual_residual(facts: Facts) -> Facts:
+    return replace(facts, job=replace(facts.job, residual="auto"))
 
 
 def _stored_as(facts: Facts, weights: str) -> Facts:

@@ -59,7 +59,9 @@ def _heads(facts: Facts, lean: Lean) -> str:
 
 
 def _residual(facts: Facts, lean: Lean) -> str:
-    kind = str(facts.dtype).removeprefix("torch.")
+    kind = str(facts.residual).removeprefix("torch.")
+    if facts.residual != facts.dtype:
+        kind += " as asked, for twice the memory"
     if lean.away:
         return f"{kind}, in RAM, and through the device by chunk: the fastest that fits beside the rest"
     return f"{kind}, on the device"

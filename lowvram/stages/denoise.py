@@ -23,6 +23,7 @@ from lowvram.offload.rows import HostRows
 from lowvram.offload.slab import BlockLayout
 from lowvram.offload.stream import BlockStream, Views
 from lowvram.phases import outer_phase, outer_phases, phase
+from lowvram.planning.facts import residual_dtype
 from lowvram.planning.visits import layouts_of, step_visits, visiting_order
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import DitSpec
@@ -181,17 +182,15 @@ def _workspaces(
     decoded = run.plan.stage("denoise").claims.get("unpacked block", 0)
     unpacked = like.new_empty(decoded) if lean.unpacked else None
     ops = ops_for(arch, run.plan.machine.unfused)
-    residuals: list[Rows] = []
+    residuals, kind = list[Rows](), residual_dtype(job, dtype)
     sampled = sample_stride(tokens) if any(m.quantised for m in modes) else 0
     for n in range(streams):
         if lean.away:
-            rows = HostRows(
-                run.device, f"ram residual {n}", tokens, spec.dim, dtype, lean.chunk, kept=sampled
-            )
+            rows = HostRows(run.device, f"ram residual {n}", tokens, spec.dim, kind, lean.chunk, kept=sampled)
             stack.callback(rows.close)
             residuals.append(rows)
         else:
-            residuals.append(like.new_empty(tokens, spec.dim, dtype=dtype))
+            residuals.append(like.new_empty(tokens, spec.dim, dtype=kind))
     return {
         m.name: Workspace(
             carve(m, heads, tokens, dtype, keys, values, half=half_of(m, arch)),

@@ -97,6 +97,15 @@ def test_modulation_activation_and_residual(dtype: torch.dtype, rows: int) -> No
     got = wide.clone(memory_format=torch.preserve_format)
     modulate_triton.gated(got, y, gate)
     close(got, modulate.gated(x, y, gate))
+    exact = normal(n, width, seed=6)  # a residual in float32 beside numbers of `dtype`
+    close(
+        modulate_triton.modulate(exact, shift, scale, dtype),
+        modulate.modulate(exact, shift, scale, dtype),
+        16,
+    )
+    got = exact.clone()
+    modulate_triton.gated(got, y, gate)
+    close(got, modulate.gated(exact, y, gate))
     bias = normal(width, seed=5).to(dtype)
     for b in (None, bias):
         got = y.clone() * 4

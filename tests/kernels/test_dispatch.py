@@ -117,7 +117,7 @@ def test_the_self_test_passes_here_and_fails_on_a_broken_kernel(
 
 def test_fused_operations_are_tried_one_by_one() -> None:
     assert try_ops(CPU, TORCH) == ""
-    wrong = replace(TORCH, modulate=lambda x, shift, scale: TORCH.modulate(x, shift, scale) * 1.1)
+    wrong = replace(TORCH, modulate=lambda *x: TORCH.modulate(*x) * 1.1)
     assert try_ops(CPU, wrong).startswith("modulate is ")
 
     def refuses(x: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def run(
     away: bool = False,
     mode: str = "sdpa",
     grid: tuple[int, int, int] = GRID,
+    residual: torch.dtype | None = None,
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     tokens = numel(grid)
@@ -65,8 +66,10 @@ def run(
     work = Workspace(keys, dtype, out, chunk)
     if away:
         kept = keys.stride_of_sample() if keys.mode.quantised else 0
-        rows = HostRows(CpuDevice(), "x", tokens, SPEC.dim, dtype, chunk, kept)
+        rows = HostRows(CpuDevice(), "x", tokens, SPEC.dim, residual or dtype, chunk, kept)
         work = replace(work, residuals=(rows,))
+    elif residual is not None:
+        work = replace(work, residuals=(torch.empty(tokens, SPEC.dim, dtype=residual),))
     with torch.inference_mode():
         return dit.forward(
             params, params.blocks(2), SPEC, latent, time, [context], dit.rope_table(*grid), work
@@ -89,6 +92,22 @@ def test_a_residual_on_the_host_changes_no_bit(
     params: Params, group: int, chunk: int, dtype: torch.dtype
 ) -> None:
     assert torch.equal(run(params, group, chunk, dtype, away=True), run(params, group, chunk, dtype))
+
+
+@pytest.mark.parametrize("mode", ["sdpa", "int8"])
+def test_a_residual_in_float32_is_nearer_to_a_forward_in_float32(params: Params, mode: str) -> None:
+    rounded = Params({name: params[name].bfloat16().float() for name in params.tensors})
+    truth = run(rounded, 0, 4096)
+    usual, exact = (
+        (run(rounded, 0, 16, torch.bfloat16, mode=mode, residual=kept) - truth).norm()
+        for kept in (torch.bfloat16, torch.float32)
+    )
+    assert 0 < exact < 0.8 * usual
+    on_host, grouped = (
+        run(rounded, group, 16, torch.bfloat16, True, mode, residual=torch.float32) for group in (0, 2)
+    )
+    assert torch.equal(on_host, run(rounded, 0, 16, torch.bfloat16, mode=mode, residual=torch.float32))
+    assert torch.equal(grouped, run(rounded, 2, 16, torch.bfloat16, mode=mode, residual=torch.float32))
 
 
 @pytest.mark.parametrize("mode", ["int8", "int8-fp8", "sparse"])

@@ -28,7 +28,12 @@ DECODE = (
     ("2.2", 1280, 704, (48, 3.5, 2)),
     ("2.2", 1920, 1088, (48, 3.5, 2)),
 )
-ENCODE = (("2.1", 1280, 720, (48, 3, 1)), ("2.2", 1280, 704, (48, 3, 1)))
+ENCODE = (
+    ("2.1", 1280, 720, (48, 3, 1)),
+    ("2.1", 1920, 1088, (3, 1)),
+    ("2.1", 3840, 2160, (3, 1)),
+    ("2.2", 1280, 704, (48, 3, 1)),
+)
 HEAD = """| VAE | size | budget GB | tiles | peak VRAM | histories | scratch | RAM | more work | moved |
 |---|---|---|---|---|---|---|---|---|---|"""
 
@@ -43,18 +48,15 @@ def rows(version: str, width: int, height: int, budgets: tuple[float, ...], ways
     seen = set()
     for budget in budgets:
         found = ways.choose(int(budget * GB) - fixed, RAM, seconds)
-        if found.tiling in seen:
+        tiling = found.tiling
+        if tiling in seen:
             continue
-        seen.add(found.tiling)
+        seen.add(tiling)
         sizes = (fixed + found.vram, found.slab, found.scratch, found.ram)
         shown = " | ".join(format_bytes(n) for n in sizes)
         limit = f"{budget:g}" if fixed + found.vram <= budget * GB else "least"
-        cut = (
-            f"{found.tiling.count} bands"
-            if found.tiling.banded
-            else f"{found.tiling.rows}x{found.tiling.columns}"
-        )
-        late = ", frames last" if not found.tiling.kept and not found.shelf else ""
+        cut = f"{tiling.rows}x{tiling.columns}{' bands' if tiling.banded else ''}"
+        late = ", frames last" if not tiling.kept and not found.shelf else ""
         yield (
             f"| {version} | {width}x{height} | {limit} | {cut}{late} "
             f"| {shown} | {found.work - 1:.0%} | {format_bytes(found.moved)} |"
@@ -67,7 +69,8 @@ def main() -> None:
         f"{FRAMES} frames, planned by `python bench/vae_peaks.py`: predictions on meta tensors, not measured on a GPU.\n"
         "The peak is of the whole stage, CUDA context (0.5 GB) and weights included, and does not depend on the number\n"
         "of frames; RAM is beside the program's own. Every row gives the same pixels. `least` is the least there is.\n"
-        "More work is what tiles compute twice; moved is what goes to RAM and back over the clip.\n"
+        "More work is what tiles compute twice; bands compute nothing twice along the longer side. Moved is what goes to\n"
+        "RAM and back over the clip.\n"
     )
     print(f"## Decode, bf16\n\n{HEAD}")
     for version, width, height, budgets in DECODE:

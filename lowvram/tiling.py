@@ -24,7 +24,7 @@ from lowvram.models.vae_attention import QUERIES
 from lowvram.models.vae_clip import FRAMES, Half, decoder, encoder
 from lowvram.models.vae_history import Memory, packed, packed_size, tile_memories
 from lowvram.models.vae_middle import keys_on_device, most_strips
-from lowvram.models.vae_tiles import Tile, Tiling, band_edges, make_tile, split
+from lowvram.models.vae_tiles import Tile, Tiling, band_edges, long_axis, make_bands, make_tile, split
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import Rounding
 from lowvram.quant.spec import VaeSpec, numel
@@ -57,6 +57,10 @@ class _Middle(NamedTuple):
     """On the host, for each latent of a visit, if they take another place than the planes."""
     moved: int = 0
     """For each latent, to the device and as many back."""
+
+
+_Grid = tuple[int, int, bool]
+"""Rows, columns, and whether they are bands."""
 
 
 class _Histories(NamedTuple):
@@ -106,7 +110,7 @@ class Coding:
         if tiling.count == 1 and tiling.kept:
             return f"{cut}, the fastest"
         if tiling.count > 1:
-            work = "nothing computed twice" if tiling.banded else f"{self.work - 1:.0%} more work"
+            work = "nothing computed twice" if self.work == 1 else f"{self.work - 1:.0%} more work"
             cut = f"{cut}, {work} and the same pixels"
         if tiling.kept:
             return f"{cut}: whole frames do not fit"
@@ -125,7 +129,7 @@ def _cells(half: Half, spec: VaeSpec, size: int, count: int, banded: bool) -> ND
     """Cells [tile, memory] that each of `count` tiles, or bands, along an axis of `size` latents remembers."""
     given, shapes = size * half.cells, spec.shapes()
     if banded:
-        bands = Tiling(rows=count, banded=True).tiles(half.tiled, (given, given), half.cells)
+        bands = make_bands(half.tiled, (given, given), 3, count, half.cells)
         return np.array([[m.shape[1] for m in tile_memories(band, shapes)] for band in bands])
     spans = [span.scaled(half.made) for span in split(size, count)]
     tiles = [make_tile(half.tiled, (given, given), span, span) for span in spans]
@@ -158,8 +162,11 @@ class Codings(ABC):
     rounding: Rounding
     """What the device gives up for a long-lived buffer."""
     measured: Measured = anew
-    _known: dict[tuple[int, int, bool], tuple[int, int, int]] = field(default_factory=dict, init=False)
-    """By grid of tiles: history of the largest, of all, scratch of the largest."""
+    _known: dict[_Grid, tuple[int, int, int, int]] = field(default_factory=dict, init=False)
+    """By grid of tiles: history of the largest, of all, scratch of the largest, what bands hand on for every latent."""
+    _along_axis: dict[tuple[int, int, bool], NDArray[np.int64]] = field(default_factory=dict, init=False)
+    """See `_cells`; by size of the axis, tiles, and whether they are bands."""
+    _overlaps: dict[_Grid, tuple[float, float]] = field(default_factory=dict, init=False)
     _middles: dict[int, _Middle] = field(default_factory=dict, init=False)
     """By number of strips."""
 
@@ -169,7 +176,7 @@ class Codings(ABC):
 
     @abstractmethod
     def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
-        """Transient bytes of one visit of a tile; `before` a band, those that hand on to it."""
+        """Transient bytes of one visit of a tile; `before` a band, the first and the one that hands on to it."""
 
     @abstractmethod
     def borders(self, band: Tile) -> int:
@@ -228,7 +235,7 @@ class Codings(ABC):
     def _guessed(self, doubt: float) -> Iterator[tuple[Coding, int]]:
         """Every way and its VRAM: as far as it is known, else with scratch in proportion to history, as of the tiling
         of its kind with the nearest history that is known."""
-        guesses: dict[tuple[int, int, bool], int] = {}
+        guesses: dict[_Grid, int] = {}
         for way, histories in zip(self._ways, self._histories, strict=True):
             grid = way.tiling.grid
             if grid in self._known:
@@ -240,7 +247,7 @@ class Codings(ABC):
                     alike, key=lambda k: abs(log(k[0] / histories.largest)), default=(1, 1, 0)
                 )  # fmt: skip
                 guesses[grid] = int(doubt * histories.largest * nearest[2] / nearest[0])
-            yield way, way.slab + self._scratch(way.tiling, guesses[grid])
+            yield way, way.slab + self._scratch(way.tiling, guesses[grid], self._guessed_borders(grid))
 
     def exactly(self, tiling: Tiling) -> Coding:
         """What a given tiling takes."""
@@ -253,41 +260,70 @@ class Codings(ABC):
         frames = np.array([m.frames for m in self._whole_memories])
         row_bytes = np.array([m.shape[0] * self.dtype.itemsize for m in self._whole_memories])
         sizes = packed(down[:, None] * across[None] * row_bytes) @ frames
-        half, cells, number = self._half, self._half.cells, int(sizes.argmax())
+        half, cells = self._half, self._half.cells
+        row, column = divmod(int(sizes.argmax()), tiling.columns)
         plane = self.plane[0] * cells, self.plane[1] * cells
         before: Sequence[Tile] = ()
+        handed = 0
         if tiling.banded:
-            *before, tile = half.tiles(tiling, self.plane)[: number + 1]
+            line, band = (row, column)[:: 1 if self._long else -1]
+            bands = tiling.lines(half.tiled, plane, cells)[line]
+            tile, before = bands[band], tuple({n: bands[n] for n in (0, band - 1) if 0 <= n < band}.values())
+            handed = self.measured(partial(self.borders, bands[0]), "borders", *self._of_half, repr(bands[0]))
         else:
             rows, columns = tiling.spans(half.tiled, plane)
-            row, column = divmod(number, tiling.columns)
             tile = make_tile(half.tiled, plane, rows[row], columns[column])
         scratch = self.measured(
             partial(self.tile_scratch, tile, before), "tile", *self._of_half, tile.window, repr(tile)
         ) + self.under_way(tile)
-        self._known[tiling.grid] = known = int(sizes.max()), int(sizes.sum()), scratch
+        self._known[tiling.grid] = known = int(sizes.max()), int(sizes.sum()), scratch, handed
         self._ways = [
             self._coding(way.tiling, *known) if way.tiling.grid == tiling.grid else way for way in self._ways
         ]
 
-    def _coding(self, tiling: Tiling, largest: int, total: int, tile_scratch: int) -> Coding:
+    def _coding(
+        self, tiling: Tiling, largest: int, total: int, tile_scratch: int = 0, handed: int = 0
+    ) -> Coding:
         visits, middle = ceil(self.latent[1] / tiling.visit), self._middle(tiling.strips)
         everything = total + middle.total
         away = not tiling.kept and visits > 1
         return Coding(
             tiling,
             slab=self.rounding(everything if tiling.kept else max(largest, middle.largest)),
-            scratch=self._scratch(tiling, tile_scratch),
+            scratch=self._scratch(tiling, tile_scratch, handed),
             shelf=everything if away else 0,
             waiting=tiling.visit * (self._plane + middle.results) + middle.resting,
             frames=self.frame * self.frames_held(tiling),
             moved=(everything * (visits - 1) if away else 0) + middle.moved * self.latent[1],
-            work=1.0 if tiling.banded else total / self._whole,
+            work=self._work(tiling.grid),
         )
 
-    def _scratch(self, tiling: Tiling, of_tile: int) -> int:
-        handed, middle = self._handed * tiling.visit if tiling.banded else 0, self._middle(tiling.strips)
-        return max(middle.scratch, middle.convolved + middle.handed * tiling.visit, of_tile) + handed
+    def _scratch(self, tiling: Tiling, of_tile: int, handed: int) -> int:
+        middle = self._middle(tiling.strips)
+        by_strips = middle.convolved + middle.handed * tiling.visit
+        return max(middle.scratch, by_strips, of_tile) + handed * tiling.visit
+
+    def _work(self, grid: _Grid) -> float:
+        """As a multiple of what the whole plane takes; along bands nothing is computed twice."""
+        return self._overlap(self._across(grid))[0]
+
+    def _guessed_borders(self, grid: _Grid) -> int:
+        """What bands hand on for every latent, in proportion to the largest tile across them."""
+        return int(self._handed * self._overlap(self._across(grid))[1]) if grid[2] else 0
+
+    def _overlap(self, grid: _Grid) -> tuple[float, float]:
+        """What tiles, and the largest of them, remember as a multiple of what the whole plane does."""
+        if grid not in self._overlaps:
+            sizes, whole = self._sizes(grid), self._sizes((1, 1, False)).sum()
+            self._overlaps[grid] = float(sizes.sum() / whole), float(sizes.max() / whole)
+        return self._overlaps[grid]
+
+    def _across(self, grid: _Grid) -> _Grid:
+        """What of a grid overlaps: all of it, or the tiles across its bands."""
+        rows, columns, banded = grid
+        if not banded:
+            return grid
+        return (rows, 1, False) if self._long else (1, columns, False)
 
     def _middle(self, strips: int) -> _Middle:
         if strips not in self._middles:
@@ -303,64 +339,75 @@ class Codings(ABC):
     @cached_property
     def _ways(self) -> list[Coding]:
         """One for each of `_histories`, without scratch until its grid is known."""
-        return [self._coding(tiling, largest, total, 0) for tiling, largest, total in self._histories]
+        return [self._coding(*histories) for histories in self._histories]
 
     @cached_property
     def _histories(self) -> list[_Histories]:
         """Of every tiling that is worth a thought."""
-        frames, found = self.latent[1], []
-        whole = self._whole_memories
-        per_cell = np.array([m.frames * m.shape[0] * self.dtype.itemsize for m in whole], dtype=np.int64)
-        visits, strips = {ceil(frames / ceil(frames / VISIT)), frames}, sorted({1, self._strips})
-        counts = [[n for n in _COUNTS if n == 1 or n * SMALLEST <= size] for size in self.plane]
-        for rows in counts[0]:
-            vertical = self._along(0, rows)
-            for columns in counts[1]:
-                horizontal = self._along(1, columns)
-                sizes = (vertical * per_cell) @ horizontal.T
-                largest, total = int(sizes.max()), int(sizes.sum())
-                found.append(_Histories(Tiling(rows, columns), largest, total))
-                found += [
-                    _Histories(Tiling(rows, columns, n, kept=False, strips=cut), largest, total)
-                    for n in visits
-                    for cut in strips
-                ]
+        frames, found, strips = self.latent[1], [], sorted({1, self._strips})
+        visits = {ceil(frames / ceil(frames / VISIT)), frames}
         shorter = {ceil(frames / ceil(frames / n)) for n in (VISIT // 4, VISIT // 2, VISIT)}
-        for grid in self._bands():
-            down, across = self._axes(grid)
-            sizes = (down * per_cell) @ across.T
+        for grid in (*self._grids(), *self._bands()):
+            sizes, banded = self._sizes(grid), grid[2]
             largest, total = int(sizes.max()), int(sizes.sum())
-            found.append(_Histories(Tiling(*grid[:2], banded=True), largest, total))
+            found.append(_Histories(Tiling(*grid[:2], banded=banded), largest, total))
             found += [
-                _Histories(Tiling(*grid[:2], n, kept=False, banded=True, strips=cut), largest, total)
-                for n in shorter
+                _Histories(Tiling(*grid[:2], n, kept=False, banded=banded, strips=cut), largest, total)
+                for n in (shorter if banded else visits)
                 for cut in strips
             ]
         return found
 
-    def _bands(self) -> Iterator[tuple[int, int, bool]]:
-        """The grids of bands along the longer axis: they have the shorter borders."""
-        axis, half = int(self.plane[1] >= self.plane[0]), self._half
-        for count in _COUNTS[1:]:
-            size = self.plane[axis]
-            if count * SMALLEST <= size and band_edges(half.tiled, size, count, half.cells):
-                yield (1, count, True) if axis else (count, 1, True)
+    def _grids(self) -> Iterator[_Grid]:
+        """Those of tiles that overlap."""
+        counts = [[n for n in _COUNTS if n == 1 or n * SMALLEST <= size] for size in self.plane]
+        return ((rows, columns, False) for rows in counts[0] for columns in counts[1])
 
-    def _axes(self, grid: tuple[int, int, bool]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _bands(self) -> Iterator[_Grid]:
+        """Those of bands, alone and in tiles."""
+        half, long, (size, other) = self._half, self._long, self.plane[:: -1 if self._long else 1]
+        for bands in _COUNTS[1:]:
+            if bands * SMALLEST > size or not band_edges(half.tiled, size, bands, half.cells):
+                continue
+            for tiles in _COUNTS:
+                if tiles == 1 or tiles * SMALLEST <= other:
+                    yield (tiles, bands, True) if long else (bands, tiles, True)
+
+    def _sizes(self, grid: _Grid) -> NDArray[np.int64]:
+        """Bytes [row, column] that tiles remember."""
+        down, across = self._axes(grid)
+        return (down * self._per_cell) @ across.T
+
+    @cached_property
+    def _per_cell(self) -> NDArray[np.int64]:
+        """Bytes that each memory has for a cell."""
+        of = (m.frames * m.shape[0] * self.dtype.itemsize for m in self._whole_memories)
+        return np.array([*of], dtype=np.int64)
+
+    @property
+    def _long(self) -> int:
+        """The axis of the plane along which bands lie, 1 for columns."""
+        return long_axis(self.plane) - 3
+
+    def _axes(self, grid: _Grid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Cells [tile, memory] along rows and along columns."""
         rows, columns, banded = grid
-        return self._along(0, rows, banded and rows > 1), self._along(1, columns, banded and columns > 1)
+        return self._along(0, rows, banded and not self._long), self._along(
+            1, columns, banded and bool(self._long)
+        )
 
     def _along(self, axis: int, count: int, banded: bool = False) -> NDArray[np.int64]:
         """See `_cells`; of the rows (0) or of the columns (1)."""
         what = self.plane[axis], count, banded
-        return self.measured(
-            partial(_cells, self._half, self.spec, *what), "cells", type(self), self.spec, *what
-        )
+        if what not in self._along_axis:
+            self._along_axis[what] = self.measured(
+                partial(_cells, self._half, self.spec, *what), "cells", type(self), self.spec, *what
+            )
+        return self._along_axis[what]
 
     @cached_property
     def _handed(self) -> int:
-        """Bytes handed from band to band for every latent."""
+        """Bytes handed from band to band for every latent, where bands cross the whole plane."""
         rows, columns, _ = next(iter(self._bands()))
         first = self._half.tiles(Tiling(rows, columns, banded=True), self.plane)[0]
         return self.measured(partial(self.borders, first), "borders", *self._of_half, repr(first))

@@ -141,7 +141,11 @@ def strips_scratch(
 
             # what is handed on has its place from now on
             run(like, strips[0], _visited(spec, strips[0], borders, dtype))
-            largest = max(strips[1:-1], key=lambda strip: strip.window[0].size, default=strips[0])
+            largest = max(
+                strips[1:-1],
+                key=lambda strip: strip.window[0].size * strip.window[1].size,
+                default=strips[0],
+            )
             for strip in (strips[0], largest, strips[-1]):
                 history = _visited(spec, strip, borders, dtype)
                 scratch = max(scratch, peak(partial(run, strip=strip, history=history), like))

@@ -1,6 +1,6 @@
 """The middle block of an autoencoder, whole or in strips.
 
-In strips its convolutions see a few rows of the latent plane at a time, as bands do, and its attention a few pixels;
+In strips its convolutions see a few columns (or rows) of the latent plane at a time, as bands do, and its attention a few pixels;
 planes rest elsewhere meanwhile. Results are those of the whole plane.
 """
 
@@ -19,11 +19,11 @@ from lowvram.models.vae_attention import Attention, attend
 from lowvram.models.vae_bands import Borders
 from lowvram.models.vae_history import Memory, Shelf, memories, tile_memories
 from lowvram.models.vae_layers import Weights
-from lowvram.models.vae_tiles import Tile, band_edges, make_bands
+from lowvram.models.vae_tiles import Tile, band_edges, long_axis, make_bands
 from lowvram.quant.spec import Shape
 
-ROWS = 8
-"""Latents down a strip, at least: fewer would mostly be borders."""
+WIDTH = 8
+"""Latents across a strip, at least: fewer would mostly be borders."""
 RESIDENT = 200 * 2**20
 """Bytes of keys and values that stay on the device while planes do not; larger ones pass by, for each few queries."""
 
@@ -44,7 +44,8 @@ class Middle:
 
     def strips(self, count: int, plane: tuple[int, int]) -> list[list[Tile]]:
         """`count` strips of a `plane` of latents: those before and those after attention."""
-        return [make_bands(layers, plane, 3, count, 1) for layers in (self.before, self.after)]
+        axis = long_axis(plane)
+        return [make_bands(layers, plane, axis, count, 1) for layers in (self.before, self.after)]
 
     def memories(self, count: int, plane: tuple[int, int], shapes: Mapping[str, Shape]) -> list[list[Memory]]:
         """What the block remembers, or each of `count` strips in the order they are visited. shapes: of the weights."""
@@ -60,10 +61,11 @@ def split(layers: Sequence[Layer], channels: int) -> Middle:
 
 
 def most_strips(middle: Middle, plane: tuple[int, int]) -> int:
-    """Strips of ROWS rows; 1 if the plane has too few."""
-    count = plane[0] // ROWS
-    whole = all(band_edges(layers, plane[0], count, 1) for layers in (middle.before, middle.after) if count)
-    return count if whole and count > 1 else 1
+    """Strips of WIDTH latents; 1 if the plane has too few."""
+    size = max(plane)
+    count = size // WIDTH
+    enough = all(band_edges(layers, size, count, 1) for layers in (middle.before, middle.after) if count)
+    return count if enough and count > 1 else 1
 
 
 def empty_plane(channels: int, plane: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -121,5 +123,7 @@ def _convolved(
         with shelf.visit(number) as history:
             history.band = strip.band(borders)
             for take, plane in zip(taken, made, strict=True):
-                plane[..., slice(*strip.rows), :] = vae.run(strip.layers, take(strip), w, history)
+                plane[..., slice(*strip.rows), slice(*strip.columns)] = vae.run(
+                    strip.layers, take(strip), w, history
+                )
             history.band = None  # it holds what was handed on

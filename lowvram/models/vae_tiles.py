@@ -133,7 +133,9 @@ class Flow(NamedTuple):
         return self.size + (1 if self.start == 0 else 2) + (self.stop == self.end)
 
     def through(self, layer: Layer) -> Flow:
-        """The cells that `layer` makes of these."""
+        """The cells that `layer` makes of these. What is cropped is cropped across bands."""
+        if isinstance(layer, Crop):
+            return self
         start, stop = (made(layer, cells, self.end) for cells in (self.start, self.stop))
         return Flow(self.axis, start, stop, extent(layer, self.end))
 
@@ -160,8 +162,13 @@ def made(layer: Layer, stop: int, end: int) -> int:
         case Double():
             cells = stop
         case Attention() | Crop():
-            raise ValueError(f"{layer} in a band")
+            raise ValueError(f"{layer} along a band")
     return max(cells, 0)
+
+
+def long_axis(plane: tuple[int, int]) -> int:
+    """Along which bands lie, 3 for rows and 4 for columns: those along the longer axis have the shorter borders."""
+    return 4 if plane[1] >= plane[0] else 3
 
 
 def lag(layers: Sequence[Layer]) -> int:
@@ -183,26 +190,6 @@ def band_edges(layers: Sequence[Layer], size: int, bands: int, cell: int) -> lis
     ahead = min(3 * late // 5, size // bands // 2)
     edges = [0, *(max(size * i // bands + ahead, late) for i in range(1, bands)), size]
     return edges if all(a < b for a, b in pairwise(edges)) else []
-
-
-def make_bands(
-    layers: Sequence[Layer], plane: tuple[int, int], axis: int, bands: int, cell: int
-) -> list[Tile]:
-    """The `plane` of input cells in bands along `axis`, 3 for rows and 4 for columns; cut between latents."""
-    tiles, across = [], Span(0, plane[4 - axis])
-    edges = band_edges(layers, plane[axis - 3] // cell, bands, cell)
-    if not edges:
-        raise ValueError(f"{plane} cells are too few for {bands} bands")
-    for start, stop in pairwise(edges):
-        flow = given = Flow(axis, start * cell, stop * cell, plane[axis - 3])
-        for layer in layers:
-            flow = flow.through(layer)
-        spans = Span(flow.start, flow.stop), Span(0, extents(layers, across.size)[-1])
-        window = Span(given.start, given.stop), across
-        if axis == 4:
-            spans, window = spans[::-1], window[::-1]
-        tiles.append(Tile(*spans, window, tuple(layers), given))
-    return tiles
 
 
 # ---- tiles
@@ -253,6 +240,36 @@ def _crop(layer: Layer, given: Span, kept: Span) -> slice:
     return slice(kept.start - first, kept.stop - first)
 
 
+def make_bands(
+    layers: Sequence[Layer],
+    plane: tuple[int, int],
+    axis: int,
+    bands: int,
+    cell: int,
+    across: Span | None = None,
+) -> list[Tile]:
+    """The `plane` of input cells in bands along `axis`, 3 for rows and 4 for columns; cut between latents.
+
+    across: the output cells of the other axis; the bands are then a tile's, with what lies around it there.
+    """
+    edges = band_edges(layers, plane[axis - 3] // cell, bands, cell)
+    if not edges:
+        raise ValueError(f"{plane} cells are too few for {bands} bands")
+    along, other = (Span(0, extents(layers, size)[-1]) for size in (plane[axis - 3], plane[4 - axis]))
+    across = across or other
+    whole = make_tile(layers, plane, *((across, along) if axis == 4 else (along, across)))
+    around, tiles = whole.window[4 - axis], []
+    for start, stop in pairwise(edges):
+        flow = given = Flow(axis, start * cell, stop * cell, plane[axis - 3])
+        for layer in whole.layers:
+            flow = flow.through(layer)
+        spans, window = (Span(flow.start, flow.stop), across), (Span(given.start, given.stop), around)
+        if axis == 4:
+            spans, window = spans[::-1], window[::-1]
+        tiles.append(Tile(*spans, window, whole.layers, given))
+    return tiles
+
+
 @dataclass(frozen=True, slots=True)
 class Tiling:
     """How a plane is cut, and how its tiles are visited. Results do not depend on it."""
@@ -265,10 +282,10 @@ class Tiling:
     kept: bool = True
     """Whether all histories stay on the device."""
     banded: bool = False
-    """Whether tiles hand on what lies at their borders, and compute nothing twice; then one of `rows` and `columns` is
-    1."""
+    """Whether tiles are bands along the longer axis, and hand on what lies at their borders, so that nothing is computed
+    twice along it. Across it, tiles that overlap have bands each."""
     strips: int = 1
-    """Bands of rows in which the middle block sees its plane; 1 if whole."""
+    """Bands along the longer axis in which the middle block's convolutions see its plane; 1 if whole."""
 
     @property
     def first(self) -> int:
@@ -281,7 +298,10 @@ class Tiling:
         """How the plane is cut, in words."""
         if self.count == 1:
             return "whole frames"
-        return f"{self.count} bands" if self.banded else f"{self.rows} x {self.columns} tiles"
+        if not self.banded:
+            return f"{self.rows} x {self.columns} tiles"
+        one_line = 1 in (self.rows, self.columns)
+        return f"{self.count} bands" if one_line else f"{self.rows} x {self.columns} bands"
 
     @property
     def grid(self) -> tuple[int, int, bool]:
@@ -303,8 +323,15 @@ class Tiling:
         return axes[0], axes[1]
 
     def tiles(self, layers: Sequence[Layer], plane: tuple[int, int], cell: int = 1) -> list[Tile]:
-        """The tiles of `layers` on a `plane` of input cells, `cell` of them on a latent's side, row by row."""
+        """The tiles of `layers` on a `plane` of input cells, `cell` of them on a latent's side: row by row, or line by
+        line."""
         if self.banded:
-            return make_bands(layers, plane, 3 if self.rows > 1 else 4, self.count, cell)
+            return [band for line in self.lines(layers, plane, cell) for band in line]
         down, across = self.spans(layers, plane)
         return [make_tile(layers, plane, rows, columns) for rows in down for columns in across]
+
+    def lines(self, layers: Sequence[Layer], plane: tuple[int, int], cell: int = 1) -> list[list[Tile]]:
+        """The bands of every tile across them; a tile's hand on to each other."""
+        axis = long_axis(plane)
+        bands, spans = (self.rows, self.columns)[axis - 3], self.spans(layers, plane)[4 - axis]
+        return [make_bands(layers, plane, axis, bands, cell, across) for across in spans]

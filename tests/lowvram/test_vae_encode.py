@@ -18,7 +18,7 @@ from lowvram.machine import machine_profile
 from lowvram.model import Model, imagined_model, vae_group
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
-from lowvram.offload.budget import Ledger, allocated_size, exact_size
+from lowvram.offload.budget import Ledger, allocated_size, exact_size, segment_size
 from lowvram.offload.device import CpuDevice
 from lowvram.offload.estimate import track
 from lowvram.planning.encode import EncodePlan, plan_encode
@@ -29,7 +29,7 @@ from lowvram.stages.encode import encode
 from lowvram.stages.run import Run, Traffic
 from lowvram.stages.tiles import Shelf
 from lowvram.stages.weights import Dense, to_params
-from lowvram.tiling import Encodings
+from lowvram.tiling import Encodings, encodings
 
 GB = 10**9
 SPECS = {
@@ -77,12 +77,13 @@ def test_the_planned_peak_is_the_measured_one(version: str, tiling: Tiling) -> N
     assert planned.slab > 0.3 * measured
 
 
-def test_720p_in_float32_needs_a_gigabyte_or_less() -> None:
-    """Weights included, the CUDA context not."""
+def test_720p_in_float32_needs_half_a_gigabyte_beside_the_context() -> None:
+    """Weights included. Bands in tiles compute little twice; tiles alone four times as much as the whole plane."""
     model = imagined_model("wan2.2-t2v-a14b", model_preset("wan2.2-t2v-a14b"), "bf16")
-    plan = plan_encode(model, (81, 720, 1280), GB, 24 * GB, machine_profile("rtx4090"))
+    plan = plan_encode(model, (81, 720, 1280), GB // 2, 24 * GB, machine_profile("rtx4090"))
     assert plan.dtype == torch.float32
-    assert sum(plan.claims.values()) <= GB
+    assert sum(plan.claims.values()) <= GB // 2
+    assert encodings(model, plan.shape, plan.dtype, segment_size).exactly(plan.tiling).work < 1.2
 
 
 def test_whole_frames_of_the_5b_model_fit_4_gb_for_any_number_of_frames() -> None:

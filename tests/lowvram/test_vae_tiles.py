@@ -139,6 +139,8 @@ def test_spans_cover_an_axis_evenly(size: int, count: int) -> None:
         (3, (4, 3), Tiling(4, 3, visit=3)),
         (3, (3, 40), Tiling(1, 3, visit=2, banded=True)),
         (2, (37, 2), Tiling(2, 1, banded=True)),
+        (3, (5, 37), Tiling(2, 2, visit=2, banded=True)),
+        (2, (37, 4), Tiling(2, 3, banded=True, strips=3)),
         (3, (13, 4), Tiling(visit=2, strips=2)),
         (2, (29, 3), Tiling(2, 1, visit=2, strips=5)),
     ],
@@ -222,6 +224,7 @@ def test_any_rectangle_can_be_a_tile(version: str, part: str, data: st.DataObjec
         ((5, 3), Tiling(5, 3, visit=3)),
         ((2, 33), Tiling(1, 3, visit=2, banded=True)),
         ((25, 2), Tiling(2, 1, banded=True)),
+        ((4, 26), Tiling(3, 2, visit=2, banded=True, strips=2)),
         ((11, 2), Tiling(1, 2, visit=2, strips=2)),
         ((26, 2), Tiling(2, 1, banded=True, strips=5)),
     ],
@@ -356,8 +359,17 @@ def test_what_is_remembered_is_known_beforehand(spec: VaeSpec) -> None:
         assert {m.name: (m.frames, *m.shape) for m in found} == kept
 
 
-def test_what_bands_remember_is_known_beforehand(spec: VaeSpec) -> None:
-    w, tiling, plane = random_weights(spec, dtype=torch.float32), Tiling(1, 3, visit=2, banded=True), (2, 33)
+@pytest.mark.parametrize(
+    ("plane", "tiling"),
+    [
+        ((2, 33), Tiling(1, 3, visit=2, banded=True)),
+        ((25, 2), Tiling(2, 2, banded=True, strips=2)),
+    ],
+)
+def test_what_bands_remember_is_known_beforehand(
+    spec: VaeSpec, plane: tuple[int, int], tiling: Tiling
+) -> None:
+    w = random_weights(spec, dtype=torch.float32)
     z = noise(1, spec.z, 3, *plane, dtype=torch.float32)
     clip = noise(9, 3, *(n * spec.stride[1] for n in plane), dtype=torch.float32)
     for half in (vae_clip.decoder(spec), vae_clip.encoder(spec)):

@@ -3,31 +3,38 @@
 A tensor is made of rows of a small random matrix of the same width, encoded once and repeated from a row that its
 name decides. So nothing of the size of a tensor is computed or held, and every stored value is one that the encoding
 makes: the files open, stream, decode and multiply like real ones.
+
+    python -m lowvram.bench.forge MODEL FOLDER [--weights fp8] [--part vae]... [--store text=q8_0]...
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as resources
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from lowvram.errors import UsageError
+from lowvram.errors import LowvramError, UsageError
 from lowvram.offload.writing import write_large
 from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.encodings.kquants import Blocks
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import encoding_by_name, planned_encoding
 from lowvram.quant.files.writing import GGUF_ALIGNMENT, Entry, gguf_head, safetensors_head
+from lowvram.quant.names import CLIP
 from lowvram.quant.published import GGUF_FILE_TYPES, published
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import ModelSpec, numel
+from lowvram.sampling.presets import model_preset
 
 SAMPLE_ELEMENTS = 4 << 20
 """Numbers that are really drawn for one kind of tensor."""
@@ -35,11 +42,14 @@ TOKENIZER = "spiece.model"
 FILES: Mapping[str, str] = {
     "high": "high_noise_model",
     "low": "low_noise_model",
-    "single": "transformer",
+    "single": "diffusion_pytorch_model",
     "vae": "vae",
     "text": "text_encoder",
+    "clip": "clip_vision",
 }
 """The file of each part in the folder of a forged model, without its suffix."""
+OWN: Mapping[str, str] = {"vae": "bf16", "clip": "fp16"}
+"""What parts are published in, whatever the transformers are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,45 +60,71 @@ class _Sample:
     parts: Mapping[str, bytes]
 
 
+def shapes_of(spec: ModelSpec) -> dict[str, dict[str, Shape]]:
+    """Names and shapes of every part of a model, transformers first; native, but for CLIP."""
+    shapes = dict.fromkeys(spec.expert_names(), spec.dit.shapes())
+    shapes |= {"vae": spec.vae.shapes(), "text": spec.text.shapes()}
+    if spec.clip is None:
+        return shapes
+    # Fused in the authors' file and of a tower of their own in Hugging Face's, which everyone else takes.
+    return shapes | {
+        "clip": {
+            f"vision_model.{CLIP.from_native(name)}": shape for name, shape in spec.clip.shapes().items()
+        }
+    }
+
+
 def forge_model(
-    spec: ModelSpec, folder: Path, weights: str, seed: int = 0, parts: tuple[str, ...] = ()
+    spec: ModelSpec,
+    folder: Path,
+    weights: str,
+    seed: int = 0,
+    parts: Sequence[str] = (),
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Path]:
     """Write a model of `spec` into `folder`; the files by part.
 
-    weights  what `--weights` takes, for transformers and text encoder (fp8 there if it is a GGUF mix); the VAE is
-             in bf16
+    weights  what `--weights` takes: the encoding of the transformers, and of the text encoder (there fp8 for GGUF, and
+             int8 for int4, which wants biases); the VAE is in bf16, CLIP in fp16
     parts    those to write, of FILES; all that the model has if empty
+    others   encodings of parts that are to be stored otherwise
 
-    The tokenizer is the embedded model's: prompts become a few ids of the vocabulary.
+    The tokenizer is the embedded model's: prompts become a few ids of the vocabulary. UsageError for a part that the
+    model has not.
     """
-    shapes = dict.fromkeys(spec.expert_names(), spec.dit.shapes())
-    shapes |= {"vae": spec.vae.shapes(), "text": spec.text.shapes()}
-    unknown = [part for part in parts if part not in shapes]
+    shapes = shapes_of(spec)
+    unknown = [part for part in (*parts, *others) if part not in shapes]
     if unknown:
         raise UsageError(
             f"no part {unknown[0]!r}", expected=", ".join(shapes), advice="name parts that the model has"
         )
+    stored = encodings_of(spec, weights, others)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {part: Path(path) for part, path in forged_files(spec, folder, weights).items()}
+    files = {part: Path(path) for part, path in forged_files(spec, folder, weights, others).items()}
     made = {part: files[part] for part in parts or tuple(shapes)}
     for part, path in made.items():
-        forge(shapes[part], path, _encoding_of(part, weights), zlib.crc32(part.encode(), seed))
+        forge(shapes[part], path, stored[part], zlib.crc32(part.encode(), seed))
     shutil.copyfile(str(resources("lowvram") / "assets" / "nano" / TOKENIZER), files["tokenizer"])
     return made
 
 
-def forged_files(spec: ModelSpec, folder: Path, weights: str) -> dict[str, str]:
+def forged_files(
+    spec: ModelSpec, folder: Path, weights: str, others: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
     """Where `forge_model` puts the parts of a model: what `Runtime.load` takes."""
-    blocks = isinstance(encoding_by_name(weights), Blocks)
-    names = {part: FILES[part] + ".safetensors" for part in ("vae", "text")}
-    names |= {part: FILES[part] + (".gguf" if blocks else ".safetensors") for part in spec.expert_names()}
+    names = {
+        part: FILES[part] + (".gguf" if isinstance(encoding_by_name(stored), Blocks) else ".safetensors")
+        for part, stored in encodings_of(spec, weights, others).items()
+    }
     return {part: str(folder / name) for part, name in names.items()} | {"tokenizer": str(folder / TOKENIZER)}
 
 
-def _encoding_of(part: str, weights: str) -> str:
-    if part == "vae":
-        return "bf16"
-    return "fp8" if part == "text" and isinstance(encoding_by_name(weights), Blocks) else weights
+def encodings_of(spec: ModelSpec, weights: str, others: Mapping[str, str]) -> dict[str, str]:
+    """What each part of a model is stored in."""
+    chosen = encoding_by_name(weights)
+    text = "fp8" if isinstance(chosen, Blocks) else "int8" if chosen == encoding_by_name("int4") else weights
+    stored = dict.fromkeys(shapes_of(spec), weights) | {"text": text}
+    return {part: others.get(part, OWN.get(part, stored[part])) for part in stored}
 
 
 def forge(shapes: Mapping[str, Shape], path: Path, weights: str, seed: int = 0) -> int:
@@ -216,3 +252,43 @@ def _scaled(values: Tensor, name: str, shape: Shape) -> Tensor:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    options = _parser().parse_args(arguments)
+    spec = model_preset(options.model)
+    try:
+        others = dict(text.split("=") for text in options.store)
+    except ValueError:
+        raise UsageError(
+            "a part and its encoding go together", where="--store", expected="PART=ENCODING, such as vae=fp32"
+        ) from None
+    for part in options.part or shapes_of(spec):
+        began = time.perf_counter()
+        path = forge_model(spec, options.folder, options.weights, 0, (part,), others)[part]
+        took, nbytes = time.perf_counter() - began, path.stat().st_size
+        print(f"{path}  {nbytes:,} bytes in {took:.1f} s, {nbytes / took / 1e9:.2f} GB/s", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lowvram.bench.forge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="a named model, such as wan2.2-animate-14b")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--weights", default="fp8", help="encoding of the transformers")
+    parser.add_argument("--part", action="append", default=[], help="high, low, single, vae, text or clip")
+    parser.add_argument(
+        "--store", action="append", default=[], metavar="PART=ENCODING", help="of other parts"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LowvramError as error:
+        raise SystemExit(str(error)) from None

@@ -52,7 +52,9 @@ class Animation:
         """
         target = Path(path)
         check_target(target, overwrite)
-        with tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{target.stem}.", dir=target.parent, ignore_cleanup_errors=True
+        ) as folder:
             return self.make(target, Path(folder), Stand(), Forgetful(), overwrite=overwrite)
 
     def make(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +93,10 @@ class JobFolder:
         write_atomic(self.path / "done", b"")
         beside = (*self.path.glob(".*.tmp"), *self.path.glob("segment-*.mp4"))
         for path in (self.state_path, self.condition_path, self.carried_path, *beside):
-            path.unlink(missing_ok=True)
+            with suppress(
+                OSError
+            ):  # held open by a viewer or a scanner (Windows): the folder goes with old jobs
+                path.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -322,9 +322,12 @@ class Progress:
             say(text)
 
     @property
-    def live(self) -> bool:
-        """Whether there is a terminal that shows more than lines."""
-        return self._live is not None
+    def shows_pictures(self) -> bool:
+        """Whether there is a terminal that has colours, and characters to make pictures of (cp1252 has none)."""
+        if self._live is None:
+            return False
+        console = self._live.console
+        return console.color_system is not None and not console.options.ascii_only
 
     def show(self, picture: RenderableType) -> None:
         """Something for people that the progress does not overwrite; nothing if it is not live."""

@@ -53,7 +53,7 @@ def open_preview(
     def show(done: int, frames: Sequence[Pixels]) -> None:
         write_atomic(path, animated(frames, milliseconds))
         progress.note(f"after step {done} of {len(job.schedule)}: {path}")
-        if progress.live:
+        if progress.shows_pictures:
             progress.show(half_blocks(frames[len(frames) // 2]))
 
     return Preview(decoder or colours_of(spec.vae), every, show)

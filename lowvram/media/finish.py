@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lowvram.errors import StorageError
 from lowvram.media.probe import open_media
+from lowvram.offload.io import replace_file, sync_folder
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -54,7 +55,7 @@ def publish(
                 where=str(path),
                 advice=f"the whole video is in {whole}; rename it",
             )
-        os.replace(finishing, path)
+        replace_file(finishing, path)
     except BaseException:
         with suppress(OSError):
             finishing.unlink(missing_ok=True)
@@ -102,14 +103,3 @@ def sync(path: Path) -> None:
     """Make the file's bytes survive a loss of power."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename inside `path` survive a loss of power. Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

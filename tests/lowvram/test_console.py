@@ -238,6 +238,25 @@ def test_a_terminal_shows_the_same_line_and_keeps_notes(
     assert "[tile] 64" in err
 
 
+@pytest.mark.parametrize(
+    ("encoding", "colours", "shown"),
+    [("utf-8", True, True), ("cp1252", True, False), ("utf-8", False, False)],
+)
+def test_pictures_are_for_terminals_that_have_the_characters_and_the_colours(
+    encoding: str, colours: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color" if colours else "dumb")):
+        monkeypatch.setenv(name, value)
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, encoding, errors="backslashreplace"))
+    with Progress(JOB, GB, Clock(), "live") as progress:
+        assert progress.shows_pictures == shown
+        progress.note("to \u65e5\u672c.mp4")  # no terminal stops a job
+    sys.stderr.flush()
+    assert "to \u65e5\u672c.mp4".encode(encoding, "backslashreplace") in raw.getvalue()
+
+
 def test_an_error_inside_passes_through_and_ends_the_display() -> None:
     with pytest.raises(ZeroDivisionError), Progress(JOB, GB, Clock(), "live"):
         raise ZeroDivisionError

@@ -201,6 +201,22 @@ def test_finishing_drops_the_state_and_keeps_the_latent(jobs: Path) -> None:
     assert folder.finished and folder.latent_path.exists() and not folder.state_path.exists()
 
 
+def test_a_file_that_a_viewer_holds_open_does_not_undo_the_end(
+    jobs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows refuses to remove it then."""
+    folder = new_job(saved(), jobs, "20260101-000000")
+    folder.state_path.touch()
+    (folder.path / "segment-00000.mp4").touch()
+
+    def held(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr(Path, "unlink", held)
+    folder.finish()
+    assert folder.finished
+
+
 def test_two_holders_of_one_job_are_refused_and_the_second_is_told_the_first(jobs: Path) -> None:
     folder = new_job(saved(), jobs, "20260101-000000")
     with (

@@ -20,6 +20,7 @@ from lowvram.media import video
 from lowvram.media.finish import finishing_path
 from lowvram.media.probe import probe
 from lowvram.media.video import VideoWriter, check_target, partial_path, read_frames
+from lowvram.offload import io
 
 WIDTH, HEIGHT, FPS = 96, 64, 8
 
@@ -193,6 +194,24 @@ def test_an_exception_keeps_all_frames_so_far_and_leaves_the_target(tmp_path: Pa
         raise KeyboardInterrupt
     assert target.read_bytes() == b"before"
     assert len(decode(partial_path(target))) == 11
+
+
+def test_a_finished_video_waits_for_a_scanner_that_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows refuses to rename it then."""
+    replace, refusals = os.replace, iter([PermissionError, PermissionError])
+
+    def held(source: Path, target: Path) -> None:
+        if (error := next(refusals, None)) is not None:
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(io, "_REPLACE_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(os, "replace", held)
+    with VideoWriter(tmp_path / "a.mp4", 32, 32, 8) as video:
+        video.write(np.zeros((1, 32, 32, 3), np.uint8))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and next(refusals, None) is None
 
 
 def test_a_file_that_does_not_decode_is_not_published(

@@ -1,4 +1,4 @@
-"""Image to video as a whole against diffusers' WanImageToVideoPipeline: pictures in, latent out, on random weights.
+"""Whole jobs against diffusers' WanPipeline and WanImageToVideoPipeline: pictures in, if any, latent out, on random weights.
 
 The same noise, the same text features and the same noise levels on both sides; diffusers' own grid of levels differs
 from the authors' (wan-models 3.4), so it is given ours. Pictures are of the video's size and of CLIP's: diffusers resizes
@@ -74,6 +74,8 @@ def job_shift(job: Any) -> float:
 @pytest.mark.parametrize(
     ("variant", "base", "pictures"),
     [
+        ("t2v", "wan2.2-t2v-a14b", 0),
+        ("ti2v", "wan2.2-ti2v-5b", 0),
         ("i2v", "wan2.2-i2v-a14b", 1),
         ("i2v", "wan2.2-i2v-a14b", 2),
         ("i2v-clip", "wan2.1-i2v-14b", 1),
@@ -117,7 +119,7 @@ def test_the_latent_is_that_of_diffusers(
         paths.append(tmp_path / f"{n}.png")
     opened = [open_picture(p) for p in paths]
     job = make_job(
-        spec, model=base, files={}, image=opened[0], last_image=opened[1] if pictures == 2 else None, width=side, height=side, frames=FRAMES, steps=STEPS
+        spec, model=base, files={}, **dict(zip(("image", "last_image"), opened, strict=False)), width=side, height=side, frames=FRAMES, steps=STEPS
     )  # fmt: skip
     texts = [noise(n, spec.text.dim, seed=n) for n in (7, 5)]
     start = noise(*spec.latent_shape(side, side, FRAMES), seed=3)
@@ -129,28 +131,30 @@ def test_the_latent_is_that_of_diffusers(
         ours = denoise.denoise(run, model, job, texts, made, State(start.clone()), lambda state: None)
 
     diffusers, transformers = importlib.import_module("diffusers"), importlib.import_module("transformers")
-    pipeline = diffusers.WanImageToVideoPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae.reference,
-        scheduler=scheduler(job),
-        image_processor=transformers.CLIPImageProcessorPil(
+    networks = {
+        "tokenizer": None,
+        "text_encoder": None,
+        "vae": vae.reference,
+        "scheduler": scheduler(job),
+        "transformer": references[0],
+        "transformer_2": references[1] if spec.experts == 2 else None,
+        "boundary_ratio": spec.boundary or None,
+        "expand_timesteps": variant == "ti2v",
+    }
+    if pictures:
+        looking = transformers.CLIPImageProcessorPil(
             size={"shortest_edge": side},
             crop_size=side,
             image_mean=clip_network.MEAN,
             image_std=clip_network.STD,
-        ),
-        image_encoder=tower,
-        transformer=references[0],
-        transformer_2=references[1] if spec.experts == 2 else None,
-        boundary_ratio=spec.boundary or None,
-        expand_timesteps=variant == "ti2v",
-    )
+        )
+        pipeline = diffusers.WanImageToVideoPipeline(**networks, image_processor=looking, image_encoder=tower)
+    else:
+        pipeline = diffusers.WanPipeline(**networks)
     pipeline.set_progress_bar_config(disable=True)
     padded = [torch.cat([t, t.new_zeros(512 - len(t), t.shape[1])])[None] for t in texts]
     theirs = pipeline(
-        image=Image.open(paths[0]),
-        last_image=Image.open(paths[1]) if pictures == 2 else None,
+        **{name: Image.open(path) for name, path in zip(("image", "last_image"), paths, strict=False)},
         prompt_embeds=padded[0],
         negative_prompt_embeds=padded[1],
         height=side,
@@ -158,6 +162,7 @@ def test_the_latent_is_that_of_diffusers(
         num_frames=FRAMES,
         num_inference_steps=STEPS,
         guidance_scale=spec.guidance[0],
+        guidance_scale_2=spec.guidance[1] if spec.experts == 2 else None,
         latents=start[None].clone(),
         output_type="latent",
     ).frames[0]

@@ -4,6 +4,7 @@
     python bench/kernels.py accuracy [--json]         error of 8-bit attention and multiplication on synthetic data
     python bench/kernels.py peak [--json]             peak memory of a 14B forward at 720p in each mode, meta tensors
     python bench/kernels.py nano [--json]             each mode of both end to end on the embedded model: PSNR and score
+    python bench/kernels.py sparse [--json]           what the order of tokens is worth to attention to some tiles of keys
     python bench/kernels.py tune [--json]             on a card: time of every tile, of torch's and of others' kernels
 
 Exits with 1 if a build spills, takes too much shared memory or lacks an instruction, or an error is out of bounds.
@@ -28,6 +29,7 @@ def main() -> None:
         "accuracy": accuracy,
         "peak": peak,
         "nano": nano,
+        "sparse": sparse,
         "tune": tune,
     }
     parser.add_argument("verb", choices=verbs)
@@ -66,6 +68,12 @@ def nano(args: argparse.Namespace) -> Iterator[Row]:
 
     yield from kernel_nano.scores()
     yield from kernel_nano.matmul_scores()
+
+
+def sparse(args: argparse.Namespace) -> Iterator[Row]:
+    import kernel_sparse
+
+    return kernel_sparse.rows()
 
 
 def tune(args: argparse.Namespace) -> Iterator[Row]:

@@ -10,7 +10,8 @@ format, or skip work:
     R1  int8 q k, bf16 p v      fp32 accumulation
     R2  int8 q k, fp16 p v      fp16 accumulation inside a tile of keys, fp32 between tiles
     R3  int8 q k, fp8 p v       p up to 224 and v up to 4.5, so that a tile of 64 keys stays inside fp16
-    R4  R1 to R3 on the tiles of keys that an index names
+    R4  R1 to R3 on the tiles of keys that an index names; tokens are then in an order that puts neighbours in space and
+        time into one tile (`lowvram.models.token_order`)
 
 A row of q or k is int8 with one scale, quantised after a rotation by a Hadamard matrix (`norm_rope`). V is divided
 by the maximum of each channel over V_RUN tokens. `attend_reference` is the arithmetic of the kernel, and the CPU path.

@@ -48,6 +48,19 @@ def test_int8_multiplication_is_inside_its_bound_on_all_data() -> None:
         assert stored["int8_convrot, exact activations", name]["relative_error"] < rotated["relative_error"]
 
 
+def test_the_order_of_tokens_is_compared_at_equal_shares_of_tiles() -> None:
+    every = rows("kernels-sparse.jsonl")
+    mass = {(r["case"], r["keep"], r["order"]): r["mass"] for r in every}
+    shares = {"local": (0.05, 0.025), "mass": (0.5, 0.25), "score": (0.5, 0.25)}
+    orders = ("raster", "framewise", "compact")
+    assert {key for key in mass if key[2] != "sdpa"} == {
+        (case, keep, order) for case, keeps in shares.items() for keep in keeps for order in orders
+    }
+    assert (
+        mass["local", 0.025, "compact"] > mass["local", 0.025, "framewise"] > mass["local", 0.025, "raster"]
+    )
+
+
 def test_every_mode_needs_less_than_bf16_at_720p() -> None:
     peaks = {(row["mode"], row["ops"]): row["peak_bytes"] for row in rows("kernels-peak.jsonl")}
     for (mode, ops), peak in peaks.items():

@@ -25,6 +25,7 @@ from lowvram.media.sound import check_sound
 from lowvram.media.video import VideoWriter, check_size, check_target, read_frames
 from lowvram.model import with_loras
 from lowvram.planning.plan import Plan
+from lowvram.preview import Preview
 from lowvram.quant.spec import ModelSpec
 from lowvram.report import Report, merged
 from lowvram.stages import text
@@ -44,6 +45,8 @@ class Animation:
     plan: Plan
     listener: Listener = field(default_factory=Silent)
     clock: Callable[[], float] = time.monotonic
+    preview: Preview | None = None
+    """What is shown of every segment while it is made."""
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Report:
         """Make the video and write it to an mp4, verified before it takes its name; what happened, stage by stage.
@@ -88,7 +91,7 @@ class Animation:
             return Report(())
         model, colours = with_loras(pipe.model, job.loras), _seen(parts, stand.segment)
         with pipe.runtime.device() as device:
-            run = pipe.runtime.begin(device, self.plan, self.listener, self.clock)
+            run = pipe.runtime.begin(device, self.plan, self.listener, self.clock, self.preview)
             texts = [each.cpu() for each in text.features(run, model, job, pipe.runtime.texts)]
             for number, frames in segments(run, model, job, texts, stand, keeper):
                 gauge = Gauge()
@@ -100,7 +103,8 @@ class Animation:
                 colours += [c for c in (gauge.colours(number),) if c is not None]
         pipe.runtime.end()
         drifted = drift_note(colours, matched=driving.match_colours)
-        notes = (*run.notes, *([drifted] if drifted else []))
+        problem = "" if self.preview is None else self.preview.problem
+        notes = (*run.notes, *(note for note in (problem, drifted) if note))
         return Report(tuple(run.reports), notes, tuple(run.samples), tuple(colours))
 
 

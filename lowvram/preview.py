@@ -174,6 +174,8 @@ class Preview:
     show: Callable[[int, Sequence[Pixels]], None]
     """Is given the number of steps that are done, and a picture of every latent frame, or of every frame if a decoder
     makes them."""
+    before: int = 0
+    """Latent frames at the beginning that are no part of the video."""
     problem: str = ""
     """Why nothing is shown any more."""
 
@@ -187,7 +189,8 @@ class Preview:
         if self.problem or done % self.every:
             return
         try:
-            self.show(done, self._pictures(x, v, sigma, weights))
+            shown = x[:, self.before :], v[:, self.before :]
+            self.show(done, self._pictures(*shown, sigma, weights))
         except Exception as problem:  # noqa: BLE001 a preview is never worth a job
             self.problem = f"no more previews: {problem}"
 

@@ -39,6 +39,8 @@ def animate(
     ] = None,
     weights: o.Weights = None,
     report: o.Report = None,
+    preview: o.Preview = None,
+    preview_decoder: o.PreviewDecoder = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -51,7 +53,7 @@ def animate(
     from lowvram.driving import open_folder
     from lowvram.media.sound import check_sound
 
-    out = Output(output, overwrite, as_json, quiet, report)
+    out = Output(output, overwrite, as_json, quiet, report, preview, preview_decoder)
     out.check()
     # the videos first: what is wrong with them is known before a model is looked for
     sound = None if audio_from is None else audio_from.expanduser()

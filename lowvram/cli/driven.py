@@ -13,6 +13,7 @@ from lowvram.animation import Animation
 from lowvram.api import Pipeline
 from lowvram.cli.carry import Output, Rest, summary
 from lowvram.cli.console import Forecast, Progress
+from lowvram.cli.preview import open_preview, preview_decoder
 from lowvram.cli.tensors import damaged, load_tensors, save_tensors
 from lowvram.conditions.contract import Condition
 from lowvram.job import Job
@@ -32,10 +33,11 @@ def rest_of_driven(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out:
     driving = job.driving
     assert driving is not None
     stand = load_stand(folder)
-    total = driving.segments(job.frames)
+    total, decoder = driving.segments(job.frames), preview_decoder(out, pipe.model.spec)
 
     def make(progress: Progress) -> Report:
-        animation = Animation(pipe, job, plan, progress)
+        preview = open_preview(out, pipe.model.spec, decoder, job, progress)
+        animation = Animation(pipe, job, plan, progress, preview=preview)
         return animation.make(out.target, folder.path, stand, FolderKeeper(folder), overwrite=out.overwrite)
 
     about = [

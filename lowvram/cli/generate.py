@@ -17,19 +17,8 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path("out.mp4"),
     weights: o.Weights = None,
     report: o.Report = None,
-    preview: Annotated[
-        int | None,
-        typer.Option(
-            "--preview", min=1, help="Every so many steps, show what the video will be: OUTPUT.preview.webp."
-        ),
-    ] = None,
-    preview_decoder: Annotated[
-        Path | None,
-        typer.Option(
-            "--preview-decoder",
-            help="Show it sharp, by a small decoder: taew2_1 or taew2_2.safetensors. It is part of the plan.",
-        ),
-    ] = None,
+    preview: o.Preview = None,
+    preview_decoder: o.PreviewDecoder = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,

@@ -117,6 +117,19 @@ Report = Annotated[
     typer.Option("--report", help="Where memory, bytes and time went: a JSON file, or a drawing as .svg."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Preview = Annotated[
+    int | None,
+    typer.Option(
+        "--preview", min=1, help="Every so many steps, show what the video will be: OUTPUT.preview.webp."
+    ),
+]
+PreviewDecoder = Annotated[
+    Path | None,
+    typer.Option(
+        "--preview-decoder",
+        help="Show it sharp, by a small decoder: taew2_1 or taew2_2.safetensors. It is part of the plan.",
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,10 +45,14 @@ def preview_decoder(out: Output, spec: ModelSpec) -> Decoder | None:
 
 
 def open_preview(
-    every: int, spec: ModelSpec, decoder: Decoder | None, job: Job, target: Path, progress: Progress
-) -> Preview:
-    """A preview of this job, by a decoder or else by a linear map. UsageError if none is known for the model."""
-    path, milliseconds = preview_path(target), round((4000 if decoder is None else 1000) / job.fps)
+    out: Output, spec: ModelSpec, decoder: Decoder | None, job: Job, progress: Progress
+) -> Preview | None:
+    """A preview of this job, by a decoder or else by a linear map; None if none is asked for. UsageError if none is known
+    for the model."""
+    if out.preview is None:
+        return None
+    path, milliseconds = preview_path(out.target), round((4000 if decoder is None else 1000) / job.fps)
+    before = 0 if job.driving is None else 1  # the reference picture's latent
 
     def show(done: int, frames: Sequence[Pixels]) -> None:
         write_atomic(path, animated(frames, milliseconds))
@@ -56,7 +60,7 @@ def open_preview(
         if progress.shows_pictures:
             progress.show(half_blocks(frames[len(frames) // 2]))
 
-    return Preview(decoder or colours_of(spec.vae), every, show)
+    return Preview(decoder or colours_of(spec.vae), out.preview, show, before)
 
 
 def half_blocks(picture: Pixels) -> Text:

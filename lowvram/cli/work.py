@@ -119,9 +119,7 @@ def rest_of(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output
             keep=lambda c: save_condition(folder, c),
             listener=progress,
             plan=plan,
-            preview=None
-            if out.preview is None
-            else open_preview(out.preview, pipe.model.spec, decoder, job, out.target, progress),
+            preview=open_preview(out, pipe.model.spec, decoder, job, progress),
         )
         save_latent(folder, video.latent)
         return video.save(out.target, overwrite=out.overwrite)

@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from lowvram import Runtime
+from lowvram.cli.preview import preview_path
 from lowvram.cli.work import check_space
 from lowvram.errors import StorageError
 from lowvram.media.probe import probe
 from lowvram.media.video import partial_path, read_frames
+from lowvram.models.tae import TaeSpec
 from lowvram.state import JobFolder, list_jobs
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
@@ -230,6 +233,17 @@ def test_an_unfinished_job_cannot_be_decoded(
     said = cli("decode", unfinished.name, "-o", tmp_path / "early.mp4")
     assert said.code == 2 and f"lowvram resume {unfinished.name}" in said.err
     assert not (tmp_path / "early.mp4").exists()
+
+
+def test_resume_shows_what_it_goes_on_with(
+    unfinished: JobFolder, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    small, target = tmp_path / "taew2_1.safetensors", tmp_path / "out.mp4"
+    save_file({name: torch.zeros(shape).half() for name, shape in TaeSpec(16, 1).shapes().items()}, small)
+    said = cli("resume", unfinished.name, "--preview", STEPS - 1, "--preview-decoder", small)
+    assert said.code == 0 and said.err.count("after step") == 1 and "no more previews" not in said.err
+    assert f"after step {STEPS - 1} of {STEPS}: {preview_path(target)}" in said.err.replace("\n", "")
+    assert preview_path(target).exists() and target.exists()
 
 
 def test_resume_works_from_another_folder(

@@ -27,6 +27,9 @@ class Peaks:
     def step(self, vram: int | None = None) -> None:
         return
 
+    def note(self, text: str) -> None:
+        return
+
     def end(self) -> None:
         self.peaks[self.name] = max(self.peaks.get(self.name, 0), self.tracker.peak().peak_bytes)
 

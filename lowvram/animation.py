@@ -22,7 +22,7 @@ from lowvram.errors import FileError
 from lowvram.job import Job, describe
 from lowvram.media.join import join
 from lowvram.media.sound import check_sound
-from lowvram.media.video import VideoWriter, check_size, check_target, read_frames
+from lowvram.media.video import VideoWriter, check_size, check_target, read_frames, write_behind
 from lowvram.model import with_loras
 from lowvram.planning.plan import Plan
 from lowvram.preview import Preview
@@ -98,8 +98,7 @@ class Animation:
                 with VideoWriter(
                     part_path(parts, number), job.width, job.height, job.fps, overwrite=True
                 ) as writer:
-                    for frame in gauge.watch(frames):
-                        writer.write(frame[None])
+                    write_behind(writer, (frame[None] for frame in gauge.watch(frames)))
                 colours += [c for c in (gauge.colours(number),) if c is not None]
         pipe.runtime.end()
         drifted = drift_note(colours, matched=driving.match_colours)

@@ -19,23 +19,37 @@ def animate(
     ],
     flags: o.JobFlags,
     mode: Annotated[
-        str, typer.Option("--mode", help="animate, or replace (which needs src_bg.mp4 and src_mask.mp4).")
+        str,
+        typer.Option(
+            "--mode", metavar="MODE", help="animate, or replace (which needs src_bg.mp4 and src_mask.mp4)."
+        ),
     ] = "animate",
-    prompt: Annotated[str, typer.Option("--prompt", help="The model's own if left out, as is advised.")] = "",
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path("out.mp4"),
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", help="The model's own if left out, as is advised.")
+    ] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The mp4 to write.")] = Path(
+        "out.mp4"
+    ),
     carry: Annotated[
-        int, typer.Option("--carry", help="Frames each segment takes over from the one before, 1 or 5.")
+        int,
+        typer.Option(
+            "--carry", metavar="N", help="Frames each segment takes over from the one before, 1 or 5."
+        ),
     ] = 1,
     segment: Annotated[
         int | None,
-        typer.Option("--segment", help="Frames of a segment, 4n+1; 77 is what the model was trained with."),
+        typer.Option(
+            "--segment", metavar="N", help="Frames of a segment, 4n+1; 77 is what the model was trained with."
+        ),
     ] = None,
     match_colours: Annotated[
         bool, typer.Option("--match-colours", help="Hold every segment to the colours of the one before.")
     ] = False,
     audio_from: Annotated[
         Path | None,
-        typer.Option("--audio-from", help="A video or sound file whose sound goes into the result."),
+        typer.Option(
+            "--audio-from", metavar="FILE", help="A video or sound file whose sound goes into the result."
+        ),
     ] = None,
     weights: o.Weights = None,
     report: o.Report = None,
@@ -45,7 +59,7 @@ def animate(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Animate a character's picture with a video, or put the character into the video."""
+    """Animate a character with a video, or put it into the video. The video's length is that of the result."""
     _refuse_what_the_folder_says(flags)
     settings = flags.settings() | ({} if segment is None else {"frames": segment})
     from lowvram.cli.carry import Output

@@ -22,7 +22,8 @@ def bench(
         ),
     ] = False,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Results file; one that exists is continued.")
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="Results file; one that exists is continued."),
     ] = Path("bench.json"),
     folder: Annotated[
         Path | None,
@@ -35,7 +36,7 @@ def bench(
     device: o.Device = None,
     quiet: o.Quiet = False,
 ) -> None:
-    """Measure named cases under hard budgets, each in a process of its own, into one JSON file."""
+    """Measure named cases under hard budgets. Each has a process of its own; results go into one JSON file."""
     if not dry and folder is None:
         raise UsageError(
             "no folder for the random checkpoints",

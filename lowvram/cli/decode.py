@@ -21,7 +21,9 @@ def decode(
             help="A job whose denoise is finished, `last`, or a latent file that ends in .safetensors.",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path("out.mp4"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The mp4 to write.")] = Path(
+        "out.mp4"
+    ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     model: Annotated[str, typer.Option("--model", "-m", help="Whose VAE decodes a latent file.")] = "nano",
     vae: Annotated[str | None, typer.Option("--vae", help="The VAE that decodes a latent file.")] = None,

@@ -14,7 +14,9 @@ def demo(
     prompt: Annotated[
         str, typer.Argument(help="a COLOUR SHAPE moves DIRECTION on a BACKGROUND background")
     ] = "a red circle moves left on a teal background",
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path("demo.mp4"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The mp4 to write.")] = Path(
+        "demo.mp4"
+    ),
     seed: o.Seed = 1,
     vram: o.Vram = None,
     quiet: o.Quiet = False,
@@ -25,7 +27,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Make a small video with a model that ships inside: from the prompt, or with --drive from driving videos."""
+    """Make a small video with a model that ships inside. It follows the prompt, or with --drive a driving video."""
     from lowvram.cli.carry import Output
     from lowvram.cli.work import start
 

@@ -25,7 +25,7 @@ def doctor(
     ] = None,
     as_json: o.Json = False,
 ) -> None:
-    """Measure this machine, say what is good and bad, and let plans use what was measured."""
+    """Measure this machine, and say what is good and bad. Plans use what was measured."""
     import time
 
     from lowvram.cli.console import emit, emit_json, say

@@ -12,9 +12,9 @@ from lowvram.cli import options as o
 
 def encode(
     video: Annotated[Path, typer.Argument(help="The video to read.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The latent file to write.")] = Path(
-        "latents.safetensors"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The latent file to write.")
+    ] = Path("latents.safetensors"),
     model: o.Model = "nano",
     vae: o.Vae = None,
     frames: Annotated[
@@ -27,7 +27,7 @@ def encode(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Encode a video with the VAE of a model, in float32, into a file that `decode` reads."""
+    """Encode a video with the VAE of a model. `decode` reads the file; its numbers are float32."""
     import time
 
     from lowvram.api import Runtime

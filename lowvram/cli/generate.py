@@ -14,7 +14,9 @@ from lowvram.cli import options as o
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     flags: o.JobFlags,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path("out.mp4"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The mp4 to write.")] = Path(
+        "out.mp4"
+    ),
     weights: o.Weights = None,
     report: o.Report = None,
     preview: o.Preview = None,
@@ -23,7 +25,7 @@ def generate(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Make a video from a prompt, and from a picture if the model takes one."""
+    """Make a video from a prompt, and from pictures. Which of them, the model says."""
     settings = flags.settings()
     from lowvram.cli.carry import Output
     from lowvram.cli.work import start

@@ -27,7 +27,7 @@ def inspect(
     ],
     as_json: o.Json = False,
 ) -> None:
-    """Say what model files, videos and pictures hold; only headers are read."""
+    """Say what model files, videos and pictures hold. Only headers are read."""
     from lowvram.cli.console import emit, emit_json
 
     for place, path in enumerate(paths):

@@ -31,7 +31,7 @@ _KINDS: Mapping[str, str] = {
 
 
 def scan(models_dir: o.ModelsDir = None, as_json: o.Json = False, quiet: o.Quiet = False) -> None:
-    """Find the Wan files on this machine: what they are and where they lie. Reads headers only."""
+    """Find the Wan files on this machine. What they are and where they lie is read from headers only."""
     from lowvram.cli.console import emit, emit_json, say
     from lowvram.discovery import look
 
@@ -47,7 +47,7 @@ def scan(models_dir: o.ModelsDir = None, as_json: o.Json = False, quiet: o.Quiet
 
 
 def list_(models_dir: o.ModelsDir = None, as_json: o.Json = False, quiet: o.Quiet = False) -> None:
-    """Say which models can be run with the files that are here, and which parts the others lack."""
+    """Say which models can be run with the files that are here. Of the others, which parts they lack."""
     from lowvram.cli.console import emit, emit_json, say
     from lowvram.discovery import is_embedded, look
     from lowvram.errors import UsageError
@@ -88,7 +88,7 @@ def verify(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Read model files to their end: tensor ranges against sizes, sha256 against what was published."""
+    """Read model files to their end and check them. Ranges against sizes, sha256 against what was published."""
     from lowvram.cli.console import emit, emit_json
     from lowvram.discovery import look
     from lowvram.errors import FileError
@@ -121,7 +121,7 @@ def pull(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Fetch the parts of a model that are not on this machine, into the Hugging Face cache."""
+    """Fetch the parts of a model that are not on this machine. They go into the Hugging Face cache."""
     from lowvram.cli.console import emit, emit_json, say
     from lowvram.discovery import look
     from lowvram.errors import UsageError

@@ -16,95 +16,136 @@ import typer
 from lowvram.errors import UsageError
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A known name, or a folder with the model's parts.")
+    str,
+    typer.Option(
+        "--model", "-m", metavar="NAME|FOLDER", help="A known name, or a folder with the model's parts."
+    ),
 ]
-High = Annotated[str | None, typer.Option("--high", help="High-noise transformer file.")]
-Low = Annotated[str | None, typer.Option("--low", help="Low-noise transformer file.")]
+High = Annotated[str | None, typer.Option("--high", metavar="FILE", help="High-noise transformer file.")]
+Low = Annotated[str | None, typer.Option("--low", metavar="FILE", help="Low-noise transformer file.")]
 Transformer = Annotated[
-    str | None, typer.Option("--transformer", help="Transformer file of a one-expert model.")
+    str | None, typer.Option("--transformer", metavar="FILE", help="Transformer file of a one-expert model.")
 ]
-Vae = Annotated[str | None, typer.Option("--vae", help="VAE file.")]
-TextEncoder = Annotated[str | None, typer.Option("--text-encoder", help="UMT5 encoder file.")]
+Vae = Annotated[str | None, typer.Option("--vae", metavar="FILE", help="VAE file.")]
+TextEncoder = Annotated[str | None, typer.Option("--text-encoder", metavar="FILE", help="UMT5 encoder file.")]
 Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", help="spiece.model, where the text encoder does not carry it.")
+    str | None,
+    typer.Option(
+        "--tokenizer", metavar="FILE", help="spiece.model, where the text encoder does not carry it."
+    ),
 ]
 ModelsDir = Annotated[
     list[str] | None,
-    typer.Option("--models-dir", help="A folder to look in for model files; may be given several times."),
+    typer.Option(
+        "--models-dir",
+        metavar="FOLDER",
+        help="A folder to look in for model files; may be given several times.",
+    ),
 ]
 Clip = Annotated[
-    str | None, typer.Option("--clip", help="CLIP vision encoder file (Wan 2.1 image to video).")
+    str | None,
+    typer.Option("--clip", metavar="FILE", help="CLIP vision encoder file (Wan 2.1 image to video)."),
 ]
-Image = Annotated[str | None, typer.Option("--image", help="A picture that the video begins with.")]
-LastImage = Annotated[str | None, typer.Option("--last-image", help="A picture that the video ends with.")]
+Image = Annotated[
+    str | None, typer.Option("--image", metavar="FILE", help="A picture that the video begins with.")
+]
+LastImage = Annotated[
+    str | None, typer.Option("--last-image", metavar="FILE", help="A picture that the video ends with.")
+]
 Size = Annotated[
     str | None,
     typer.Option(
-        "--size", help="WIDTHxHEIGHT in pixels; with --image also 480p or 720p, in the picture's shape."
+        "--size",
+        metavar="SIZE",
+        help="WIDTHxHEIGHT in pixels; with --image also 480p or 720p, in the picture's shape.",
     ),
 ]
 Frames = Annotated[
     int | None,
-    typer.Option("--frames", help="Number of frames, 4n+1."),
+    typer.Option("--frames", metavar="N", help="Number of frames, 4n+1."),
 ]
-Fps = Annotated[int | None, typer.Option("--fps", help="Frames a second; the model's own if left out.")]
-Negative = Annotated[str | None, typer.Option("--negative", help="What the video should not show.")]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same video.")]
+Fps = Annotated[
+    int | None, typer.Option("--fps", metavar="N", help="Frames a second; the model's own if left out.")
+]
+Negative = Annotated[
+    str | None, typer.Option("--negative", metavar="TEXT", help="What the video should not show.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same video.")]
 Steps = Annotated[
     int | None,
-    typer.Option("--steps", help="Denoising steps."),
+    typer.Option("--steps", metavar="N", help="Denoising steps."),
 ]
-Solver = Annotated[str | None, typer.Option("--solver", help="unipc, dpm++, euler or renoise.")]
-Shift = Annotated[float | None, typer.Option("--shift", help="Noise schedule shift.")]
+Solver = Annotated[
+    str | None, typer.Option("--solver", metavar="NAME", help="unipc, dpm++, euler or renoise.")
+]
+Shift = Annotated[float | None, typer.Option("--shift", metavar="NUMBER", help="Noise schedule shift.")]
 Guidance = Annotated[
     str | None,
-    typer.Option("--guidance", help="HIGH[,LOW] guidance scale of the experts."),
+    typer.Option("--guidance", metavar="NUMBERS", help="HIGH[,LOW] guidance scale of the experts."),
 ]
 Attention = Annotated[
     str | None,
     typer.Option(
         "--attention",
+        metavar="MODE",
         help="auto, sdpa, int8, int8-fp16, int8-fp8, sparse, sage, flash or kitchen; auto if left out.",
     ),
 ]
 AttentionEnds = Annotated[
     str | None,
     typer.Option(
-        "--attention-ends", help="Mode of the first and last step and the first block: sdpa or int8."
+        "--attention-ends",
+        metavar="MODE",
+        help="Mode of the first and last step and the first block: sdpa or int8.",
     ),
 ]
 Matmul = Annotated[
     str | None,
     typer.Option(
         "--matmul",
+        metavar="MODE",
         help="auto, exact, int8 or fp8 (weights of that form only: activations are quantised too); auto if left out.",
     ),
 ]
 Weights = Annotated[
-    str | None, typer.Option("--weights", help="Which encoding to take where several are here, such as fp8.")
+    str | None,
+    typer.Option(
+        "--weights", metavar="FORMAT", help="Which encoding to take where several are here, such as fp8."
+    ),
 ]
 Residual = Annotated[
     str | None,
     typer.Option(
         "--residual",
+        metavar="MODE",
         help="auto, or fp32: the residual stream in float32, nearer to the authors' numbers, for twice its memory.",
     ),
 ]
-Preset = Annotated[str | None, typer.Option("--preset", help="Few-step schedule, such as lightning-4.")]
+Preset = Annotated[
+    str | None, typer.Option("--preset", metavar="NAME", help="Few-step schedule, such as lightning-4.")
+]
 Lora = Annotated[
     list[str] | None,
     typer.Option(
-        "--lora", help="FILE[:high|:low][@STRENGTH, or @1,0.5,0 over the steps]; may be given several times."
+        "--lora",
+        metavar="FILE",
+        help="FILE[:high|:low][@STRENGTH, or @1,0.5,0 over the steps]; may be given several times.",
     ),
 ]
 LoraPartial = Annotated[
     bool, typer.Option("--lora-partial", help="Take LoRAs of which less than 95 % fit the model.")
 ]
 Vram = Annotated[
-    str | None, typer.Option("--vram", help="Device memory the whole job may take, such as 16GB.")
+    str | None,
+    typer.Option("--vram", metavar="BYTES", help="Device memory the whole job may take, such as 16GB."),
 ]
-Ram = Annotated[str | None, typer.Option("--ram", help="Host memory the whole job may take, such as 24GB.")]
-Device = Annotated[str | None, typer.Option("--device", help="cuda or cpu; CUDA if there is any.")]
+Ram = Annotated[
+    str | None,
+    typer.Option("--ram", metavar="BYTES", help="Host memory the whole job may take, such as 24GB."),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="cuda or cpu; CUDA if there is any.")
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Go on with settings that contradict the model or the LoRAs.")
 ]
@@ -114,7 +155,11 @@ NoCache = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
 Report = Annotated[
     Path | None,
-    typer.Option("--report", help="Where memory, bytes and time went: a JSON file, or a drawing as .svg."),
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Where memory, bytes and time went: a JSON file, or a drawing as .svg.",
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Preview = Annotated[

@@ -26,7 +26,7 @@ def quantize(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Store a network in another format; a run that was stopped goes on where it was."""
+    """Store a network in another format. A run that was stopped goes on where it was."""
     import time
 
     from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode

@@ -19,7 +19,7 @@ def resume(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Go on with an interrupted job: finished steps are not repeated, and the frames are the same."""
+    """Go on with an interrupted job. Finished steps are not repeated, and the frames are the same."""
     from lowvram.api import Pipeline, Runtime
     from lowvram.cli.carry import Output
     from lowvram.cli.preview import preview_decoder as opened

@@ -232,6 +232,8 @@ def test_help_and_version_need_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"lowvram {__version__}" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+    verbs = done.stdout.partition("Commands:")[2].partition("Usage:")[0].splitlines()
+    assert len(verbs) > 10 and not any(line.endswith("...") for line in verbs)  # each is told in a line
     for verb in ("demo", "generate", "plan", "inspect", "resume", "decode"):
         assert f"\n  {verb} " in done.stdout
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
@@ -20,8 +20,11 @@ from lowvram.sampling.presets import model_preset
 from lowvram.triton_kernels.attention import attention
 
 
-def compare(kind: str, tokens: int, *, small: bool) -> dict[str, Fact]:
-    """Seconds and FLOP/s of one A14B block on `tokens` tokens, in the compute dtype; `small`: of the embedded model."""
+def compare(kind: str, tokens: int, *, small: bool) -> Iterator[dict[str, Fact]]:
+    """Seconds and FLOP/s of one A14B block on `tokens` tokens, in the compute dtype; `small`: of the embedded model.
+
+    What is known so far, after each measurement.
+    """
     spec = model_preset("nano" if small else "wan2.2-t2v-a14b").dit
     dtype = torch.float32 if kind == "cpu" else torch.bfloat16
     weights = _weights(spec, kind, dtype)
@@ -30,18 +33,20 @@ def compare(kind: str, tokens: int, *, small: bool) -> dict[str, Fact]:
     facts: dict[str, Fact] = {"tokens": tokens, "block FLOP": flops}
     with torch.inference_mode():
         facts |= _attention(spec, x, kind)
+        yield dict(facts)
         ours, run = _ours(spec, weights, x, kind)
         facts["block, ours: seconds"] = seconds = seconds_of(run, kind)
         facts["block, ours: FLOP/s"] = flops / seconds
+        yield dict(facts)
         try:
             theirs, run = _diffusers(spec, weights, x, kind)
         except ImportError:
-            facts["block, diffusers: seconds"] = None
-            return facts
+            yield facts | {"block, diffusers: seconds": None}
+            return
         facts["block, diffusers: seconds"] = seconds = seconds_of(run, kind)
         facts["block, diffusers: FLOP/s"] = flops / seconds
         facts["block: relative difference"] = float((ours - theirs).float().norm() / theirs.float().norm())
-    return facts
+        yield facts
 
 
 def _weights(spec: DitSpec, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:

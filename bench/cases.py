@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 What = Literal["text", "forward", "step", "handover", "decode", "pair", "job"]
+Placement = Literal["resident", "ram", "disk cold", "disk warm"]
+"""Where the blocks that are not resident come from. The system's cache has forgotten the files before every round of a
+"disk cold" trial, and has read them before the first of a "disk warm" one."""
 
 PROMPT = "a red circle moves left on a teal background"
 GB = 10**9
@@ -54,7 +57,7 @@ class Trial:
     """A case under a budget, in bytes."""
 
     case: Case
-    placement: Literal["resident", "ram", "disk"]
+    placement: Placement
     vram: int
     ram: int
 
@@ -66,14 +69,14 @@ def dry_trials() -> tuple[Trial, ...]:
     return (*roomy, *dry_jobs("job"))
 
 
-def dry_jobs(what: What) -> tuple[Trial, Trial, Trial]:
-    """One job of the embedded model with its blocks resident, in RAM and on disk: long enough that tokens, and not the
-    decoder, decide what fits."""
+def dry_jobs(what: What) -> tuple[Trial, ...]:
+    """One job of the embedded model in every placement: long enough that tokens, and not the decoder, decide what fits."""
     case = Case(what, "nano", "fp8", 64, 64, 33)
     return (
         Trial(case, "resident", 200_000_000, 8 * GB),
         Trial(case, "ram", 9_300_000, 8 * GB),
-        Trial(case, "disk", 9_300_000, 703_500_000),
+        Trial(case, "disk cold", 9_300_000, 703_500_000),
+        Trial(case, "disk warm", 9_300_000, 703_500_000),
     )
 
 
@@ -82,20 +85,24 @@ SIZES = (("wan2.2-t2v-a14b", 832, 480, 81), ("wan2.2-t2v-a14b", 1280, 720, 81), 
 
 
 def full_trials(vram: int, ram: int, weights: str = "fp8") -> tuple[Trial, ...]:
-    """Every case at true sizes that a card of `vram` and a host of `ram` bytes can be asked for, small sizes first."""
+    """Every case at true sizes that a card of `vram` and a host of `ram` bytes can be asked for, small sizes first.
+
+    Jobs go through all budgets, the parts of a job through all placements at the largest of them.
+    """
     budgets = [b * GB for b in (24, 16, 12, 8, 6) if b * GB <= vram]
     trials = []
     for model, width, height, frames in SIZES:
         case = {w: Case(w, model, weights, width, height, frames) for w in _WHATS}
-        if budgets:
-            trials += [Trial(case[w], "ram", budgets[0], ram) for w in ("text", "forward", "step", "decode")]
+        parts = [case[w] for w in _WHATS if w != "job" and (w != "handover" or model.endswith("a14b"))]
         if vram > 40 * GB:
-            trials.append(Trial(case["job"], "resident", vram, ram))
+            trials += [Trial(each, "resident", vram, ram) for each in (*parts, case["job"])]
+        trials += [Trial(each, "ram", b, ram) for b in budgets[:1] for each in parts]
         trials += [Trial(case["job"], "ram", b, ram) for b in budgets]
-        trials += [Trial(case["job"], "disk", b, min(ram, 8 * GB)) for b in budgets[-1:]]
-        if model.endswith("a14b") and budgets:
-            trials.append(Trial(case["handover"], "ram", budgets[0], ram))
+        for placement in _FROM_DISK:
+            trials += [Trial(each, placement, b, min(ram, 8 * GB)) for b in budgets[:1] for each in parts]
+            trials += [Trial(case["job"], placement, b, min(ram, 8 * GB)) for b in budgets]
     return tuple(trials)
 
 
-_WHATS: tuple[What, ...] = ("text", "forward", "step", "handover", "decode", "job")
+_WHATS: tuple[What, ...] = ("text", "forward", "step", "decode", "handover", "job")
+_FROM_DISK: tuple[Placement, ...] = ("disk cold", "disk warm")

@@ -21,12 +21,22 @@ class Outcome:
     """The end of its stderr, or how it ended; empty if it succeeded."""
     seconds: float
     timed_out: bool = False
+    so_far: str = ""
+    """The last whole line of the stdout of one that failed: what it had found until then."""
 
 
 def run_module(
-    module: str, arguments: list[str], limit: float, clock: Callable[[], float] = time.monotonic
+    module: str,
+    arguments: list[str],
+    limit: float | None,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    apart: bool = True,
 ) -> Outcome:
-    """`python -m module arguments`, killed with all that it started after `limit` seconds."""
+    """`python -m module arguments`, killed with all that it started after `limit` seconds.
+
+    apart: False for what a child starts itself, so that who kills the child kills this too.
+    """
     began = clock()
     with subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
@@ -34,29 +44,41 @@ def run_module(
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        start_new_session=True,
+        start_new_session=apart,
     ) as child:
         try:
             out, err = child.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            _kill(child)
+            _kill(child, apart)
             out, err = child.communicate()
             last = err.strip().splitlines()[-1:] or [""]
-            return Outcome(
-                "", f"stopped after {limit:.0f} s {last[0]}".strip(), clock() - began, timed_out=True
-            )
+            why = f"stopped after {limit:.0f} s {last[0]}".strip()
+            return Outcome("", why, clock() - began, timed_out=True, so_far=_last_whole(out))
         except BaseException:
-            _kill(child)
+            _kill(child, apart)
             raise
     seconds = clock() - began
     lines = out.strip().splitlines()
     if child.returncode == 0 and lines:
         return Outcome(lines[-1], "", seconds)
-    return Outcome("", _short(err) or f"exit code {child.returncode}", seconds)
+    return Outcome("", _short(err) or _ended(child.returncode), seconds, so_far=_last_whole(out))
 
 
-def _kill(child: subprocess.Popen[str]) -> None:
-    if os.name == "nt":
+def _last_whole(out: str) -> str:
+    """The last line that was written to its end."""
+    return (out[: out.rfind("\n") + 1].splitlines() or [""])[-1]
+
+
+def _ended(code: int) -> str:
+    """How a process ended that said nothing."""
+    try:
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    except ValueError:
+        return f"exit code {code}"
+
+
+def _kill(child: subprocess.Popen[str], apart: bool) -> None:
+    if os.name == "nt" or not apart:
         child.kill()
         return
     try:

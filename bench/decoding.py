@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
@@ -19,9 +19,9 @@ AT_ONCE = 20
 """Decodes that are timed together on a card: one takes some tens of microseconds."""
 
 
-def compare(kind: str, *, small: bool) -> dict[str, Fact]:
+def compare(kind: str, *, small: bool) -> Iterator[dict[str, Fact]]:
     """Of every encoding: the share of the rate of a copy at which its bytes become bfloat16, and whether the kernel
-    gives the bits of torch. A copy reads and writes 2 bytes a weight; a decode reads what is stored and writes 2."""
+    gives the bits of torch; what is known so far, after each. A copy reads and writes 2 bytes a weight; a decode reads what is stored and writes 2."""
     device, shape = torch.device(kind), (256, 1024) if small else SHAPE
     out = torch.empty(shape, dtype=torch.bfloat16, device=device)
     source = torch.ones_like(out)
@@ -35,13 +35,14 @@ def compare(kind: str, *, small: bool) -> dict[str, Fact]:
         moved = encoding.nbytes(shape) + out.nbytes
         by_torch = _rate(lambda e=encoding, p=parts: e.decode(p, shape, out.dtype, out), moved, kind)  # type: ignore[misc]
         facts[f"{name}, torch: share of a copy's rate"] = by_torch / copy
+        yield dict(facts)
         if kind == "cpu" or not fused.has_kernel(encoding):
             continue
         facts[f"{name}, kernel"] = fused.try_encoding(encoding, shape, device, (out.dtype,)) or "right"
         if facts[f"{name}, kernel"] == "right":
             by_kernel = _rate(lambda e=encoding, p=parts: fused.decode(e, p, out), moved, kind)  # type: ignore[misc]
             facts[f"{name}, kernel: share of a copy's rate"] = by_kernel / copy
-    return facts
+        yield dict(facts)
 
 
 def _rate(run: Callable[[], object], nbytes: int, kind: str) -> float:

@@ -36,13 +36,23 @@ def blocks(path: Path, nbytes: int) -> Iterator[BlockLayout]:
 
 
 def forget(path: Path) -> None:
-    """Drop what the cache holds of a file that is on the disk."""
+    """Drop what the cache holds of a file that is on the disk. Windows knows no way."""
+    if not hasattr(os, "posix_fadvise"):
+        return
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
         os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(number)
+
+
+def remember(path: Path) -> None:
+    """Read a file through the cache, which keeps as much of it as it has room for."""
+    with FileReader(path) as reader:
+        memory = memoryview(bytearray(PIECE_BYTES))
+        for begin in range(0, reader.size, len(memory)):
+            reader.read_into(begin, memory[: reader.size - begin])
 
 
 def seconds(path: Path, nbytes: int, past: bool, threads: int) -> tuple[float, float]:

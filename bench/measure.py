@@ -24,14 +24,15 @@ from torch import Tensor
 from lowvram.api import Pipeline, Runtime, Video
 from lowvram.bench.ballast import ballast
 from lowvram.bench.cases import PROMPT, Case, Trial
+from lowvram.bench.disk import forget, remember
 from lowvram.bench.results import Measurement, Stage
 from lowvram.bench.work import Work, case_work
 from lowvram.job import Job
-from lowvram.offload.budget import allocated_size
 from lowvram.offload.device import Device
-from lowvram.offload.estimate import track
+from lowvram.offload.estimate import Tracker, track
 from lowvram.offload.io import read_kernel_text
 from lowvram.planning.plan import Plan
+from lowvram.quant.spec import numel
 from lowvram.report import Sample, StageReport
 
 Clock = Callable[[], float]
@@ -79,6 +80,12 @@ class Stopwatch:
 
     clock: Clock
     cuda: bool
+    tracker: Tracker | None = None
+    """Counts tensors where no allocator does."""
+    waiting: int = 0
+    """Bytes that it counts and that are the host's: noise or latent, before and after it is denoised."""
+    peaks: dict[str, int] = field(default_factory=dict)
+    """By stage, what it counted."""
     at: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     stage: str = ""
@@ -87,6 +94,8 @@ class Stopwatch:
     def begin(self, stage: str) -> None:
         self.stage = stage
         self.at.append(self.clock())
+        if self.tracker is not None:
+            self.tracker.restart()
 
     def step(self, vram: int | None = None) -> None:
         now = self.clock()
@@ -97,6 +106,9 @@ class Stopwatch:
 
     def end(self) -> None:
         self._look()
+        if self.tracker is not None:
+            self.peaks[self.stage] = self.tracker.peak().peak_bytes
+            self.peaks[self.stage] -= self.waiting if self.stage != "denoise" else 0
 
     def note(self, text: str) -> None:
         return
@@ -131,16 +143,22 @@ def measure(request: Request, clock: Clock = time.perf_counter) -> Measurement:
         pipe = runtime.load(case.model, **files)
         job = pipe.job(PROMPT, **case.settings())
         plan = pipe.plan_job(job)
-        counted: int | None = None
-        if request.repeats and cuda:
-            do_case(pipe, case, job, plan, Stopwatch(clock, cuda))
-        elif request.repeats:  # the warm-up is where a CPU's tensors are counted: that takes time
-            with track(rounding=allocated_size) as tracker:
-                do_case(pipe, case, job, plan, Stopwatch(clock, cuda))
-            counted = tracker.peak().peak_bytes
-        rounds = [
-            do_case(pipe, case, job, plan, Stopwatch(clock, cuda)) for _ in range(max(1, request.repeats))
-        ]
+        paths = [Path(path) for path in dict.fromkeys(job.files.values())]
+        for path in paths if trial.placement == "disk warm" else ():
+            remember(path)
+        counted: dict[str, int] = {}
+        rounds = []
+        for n in range(request.repeats + 1):
+            for path in paths if trial.placement == "disk cold" else ():
+                forget(path)
+            if n == 0 and request.repeats and not cuda:
+                # The round to warm up is where a CPU's tensors are counted: that takes time.
+                with track() as tracker:
+                    counted = do_case(pipe, case, job, plan, Stopwatch(clock, cuda, tracker)).watch.peaks
+            else:
+                rounds.append(do_case(pipe, case, job, plan, Stopwatch(clock, cuda)))
+        if cuda and request.repeats:
+            rounds.pop(0)
     last = rounds[-1]
     frees = [r.watch.least_free for r in rounds if r.watch.least_free is not None]
     seconds = statistics.median(r.seconds for r in rounds)
@@ -163,12 +181,12 @@ def measure(request: Request, clock: Clock = time.perf_counter) -> Measurement:
         steps=last.watch.steps,
         handover=handover(last.watch.steps, job.schedule.experts),
         vram_predicted=max(plan.stage(s.name).vram for s in last.stages),
-        vram_allocated=max(peaks) if peaks else counted,
+        vram_allocated=max(peaks or counted.values(), default=None),
         vram_driver=before - min(frees) if frees else None,
         ram_predicted=plan.ram,
         rss=peak_rss(),
         pinned=runtime.pinned,
-        stages=[stage_of(s) for s in last.stages],
+        stages=[stage_of(s, counted.get(s.name)) for s in last.stages],
         samples=list(last.samples),
         flops=work.flops,
         fraction=fraction(work, seconds, machine.matmul, machine.attention),
@@ -178,6 +196,7 @@ def measure(request: Request, clock: Clock = time.perf_counter) -> Measurement:
 
 def do_case(pipe: Pipeline, case: Case, job: Job, plan: Plan, watch: Stopwatch) -> Round:
     """The case once; `seconds` are those of the part it is about."""
+    watch.waiting = 4 * numel(pipe.model.spec.denoised_shape(job.width, job.height, job.frames))
     if case.what == "decode":
         latent = torch.randn(
             pipe.model.spec.latent_shape(job.width, job.height, job.frames),
@@ -219,13 +238,13 @@ def fraction(work: Work, seconds: float, matmul: float, attention: float) -> flo
     return work.seconds(matmul, attention) / seconds if work.flops and seconds > 0 else None
 
 
-def stage_of(report: StageReport) -> Stage:
-    """A stage's report, as results files hold it."""
+def stage_of(report: StageReport, counted: int | None) -> Stage:
+    """A stage's report, as results files hold it; `counted` is its peak where no allocator knows it."""
     return Stage(
         report.name,
         report.seconds,
         report.vram_predicted,
-        report.vram_measured,
+        counted if report.vram_measured is None else report.vram_measured,
         report.disk_bytes,
         report.h2d_bytes,
         dict(report.stalls),

@@ -1,6 +1,7 @@
 """The parts of an acceptance run, each in its own process: `python -m lowvram.bench.parts NAME SETUP` prints a Verdict.
 
-A part that cannot run here says so instead of passing.
+A part that cannot run here says so instead of passing. One with several steps prints a Verdict after each of them, so
+that a hang or a crash costs the step in which it happens and nothing before.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,9 @@ from typing import Literal
 import msgspec
 import torch
 
-from lowvram.bench import decoding, measure
+from lowvram.bench import decoding
 from lowvram.bench.cases import GB, Case, Trial, What, dry_jobs
+from lowvram.bench.child import run_module
 from lowvram.bench.measure import Request
 from lowvram.bench.results import Fact, Measurement
 from lowvram.bench.suite import Forged
@@ -58,8 +60,16 @@ class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     measurements: list[Measurement] = []
 
 
+Found = Iterator[Verdict]
+"""What a part has found so far, after each of its steps."""
+
+
 class Unfit(Exception):
     """This machine cannot do the part."""
+
+
+class Broken(Exception):
+    """A trial came to nothing: what is known about why."""
 
 
 # ---- the device
@@ -81,7 +91,7 @@ def capped(setup: Setup, cap: int) -> Iterator[Device]:
         device.close()
 
 
-def smoke(setup: Setup) -> Verdict:
+def smoke(setup: Setup) -> Found:
     """Memory by name under a cap, pinned memory, copies behind events: the bytes that arrive are those that were sent."""
     facts: Facts = {}
     with capped(setup, 2 * GB) as device:
@@ -114,7 +124,7 @@ def smoke(setup: Setup) -> Verdict:
         for buffer in (host, *slots):
             buffer.free()
         facts["everything is given back"] = device.ram.used == 0
-    return _all_true(facts)
+    yield _all_true(facts)
 
 
 def _allocator_refuses(nbytes: int) -> bool:
@@ -128,7 +138,7 @@ def _allocator_refuses(nbytes: int) -> bool:
 # ---- numbers
 
 
-def kernels(setup: Setup) -> Verdict:
+def kernels(setup: Setup) -> Found:
     """Every encoding decodes here to the numbers of the CPU; attention is as exact as its format allows."""
     facts: Facts = {}
     generator = torch.Generator().manual_seed(5)
@@ -143,6 +153,7 @@ def kernels(setup: Setup) -> Verdict:
         facts[f"{name} equals the CPU"] = torch.equal(
             decoded, encoding.decode(parts, tuple(weight.shape), torch.bfloat16)
         )
+        yield _all_true(facts)
     q, k, v = (torch.randn(4, n, 128, generator=generator) for n in (300, 700, 700))
     bias = torch.randn(1, 1, 700, generator=generator)
     true = torch.softmax(q.double() @ k.double().mT / 128**0.5 + bias.double(), -1) @ v.double()
@@ -152,12 +163,15 @@ def kernels(setup: Setup) -> Verdict:
     error = float((found - true).norm() / true.norm())
     facts["attention error"] = error
     facts["attention is exact enough"] = error < (1e-5 if setup.dry else 1e-2)
+    yield _all_true(facts)
     facts["attention makes no logits"] = _no_logits(setup, dtype)
+    yield _all_true(facts)
     if not setup.dry:
         arch, device, packages = identify().arch, torch.device("cuda", 0), dispatch.installed()
         for mode in MODES.values():
             why = dispatch.obstacle(mode, arch, packages) or dispatch.try_mode(mode, device, arch)
             facts[f"attention {mode.name}"] = why or "right"
+            yield _all_true(facts)
         for product in PRODUCTS.values():
             why = "" if arch in product.archs else f"there is none for {arch}"
             facts[f"{product.form} multiplication"] = (
@@ -179,23 +193,24 @@ def _no_logits(setup: Setup, dtype: torch.dtype) -> Fact:
     return torch.cuda.max_memory_allocated() - before < 8 * 4096 * 32768 // 4
 
 
-def ceilings(setup: Setup) -> Verdict:
+def ceilings(setup: Setup) -> Found:
     """What the machine reaches; kept, so that the plans of the other parts use it."""
     with tempfile.TemporaryDirectory(dir=setup.folder) as folder:
         found = examine(identify(setup.kind), Path(folder), time.perf_counter)
     save_rates(rates_path(setup.kind), found.rates)
     facts: Facts = {r.name: r.value for r in found.readings}
-    return Verdict("passed", facts)
+    yield Verdict("passed", facts)
 
 
-def speed(setup: Setup) -> Verdict:
+def speed(setup: Setup) -> Found:
     """One block at the true width, and its attention alone, against torch and, if it is there, diffusers."""
     from lowvram.bench import blocks
 
-    return Verdict("passed", blocks.compare(setup.kind, tokens=64 if setup.dry else 32_760, small=setup.dry))
+    for facts in blocks.compare(setup.kind, tokens=64 if setup.dry else 32_760, small=setup.dry):
+        yield Verdict("passed", facts)
 
 
-def multiplication(setup: Setup) -> Verdict:
+def multiplication(setup: Setup) -> Found:
     """The Linears of a 14B model at 720p and 121 frames: int8 by our kernel and by torch, against cuBLAS."""
     from lowvram.bench import products
 
@@ -204,103 +219,123 @@ def multiplication(setup: Setup) -> Verdict:
     for row in products.timings(setup.kind, *size):
         what = f"{row['kernel']}, {row['out']}x{row['in']}"
         facts[f"{what}: ms"] = str(row["refused"]) if "refused" in row else float(str(row["ms"]))
-    return Verdict("passed", facts)
+        yield Verdict("passed", facts)
 
 
-def decoding_rates(setup: Setup) -> Verdict:
+def decoding_rates(setup: Setup) -> Found:
     """Weights of every encoding are made dense, in torch and by kernels that have to give its bits."""
-    facts = decoding.compare(setup.kind, small=setup.dry)
-    wrong = [name for name, value in facts.items() if isinstance(value, str) and value != "right"]
-    return Verdict("failed" if wrong else "passed", facts, ", ".join(wrong))
+    for facts in decoding.compare(setup.kind, small=setup.dry):
+        wrong = [name for name, value in facts.items() if isinstance(value, str) and value != "right"]
+        yield Verdict("failed" if wrong else "passed", facts, ", ".join(wrong))
 
 
 # ---- jobs
 
 
-def forecast(setup: Setup) -> Verdict:
+def forecast(setup: Setup) -> Found:
     """On the embedded model: what was measured is at most what was planned."""
-    return _trials(setup, [Trial(dry_jobs("job")[0].case, "resident", GB, 8 * GB)], {})
+    yield from _trials(setup, [Trial(dry_jobs("job")[0].case, "resident", GB, 8 * GB)])
 
 
-def placement(setup: Setup) -> Verdict:
+def placement(setup: Setup) -> Found:
     """Where the weights live never changes a bit of the frames."""
-    if setup.dry:
-        trials: tuple[Trial, ...] = dry_jobs("pair")
-    else:  # a context alone is larger than the whole job: only resident blocks can be had
-        trials = tuple(Trial(t.case, "resident", t.vram + GB, 8 * GB) for t in dry_jobs("pair"))
-    verdict = _trials(setup, list(trials), {})
+    trials = dry_jobs("pair")
+    if not setup.dry:  # a context alone is larger than the whole job: only resident blocks can be had
+        trials = tuple(Trial(t.case, "resident", t.vram + GB, 8 * GB) for t in trials[:3])
+    for verdict in _trials(setup, trials):
+        yield _same_bits(verdict)
+
+
+def _same_bits(verdict: Verdict) -> Verdict:
+    """The verdict, failed if its measurements did not end in the same bits."""
+    if len(verdict.measurements) < 2 or verdict.outcome == "failed":
+        return verdict
     same = len({m.checksum for m in verdict.measurements}) == 1
-    return msgspec.structs.replace(
-        verdict,
-        facts=verdict.facts | {"frames are the same": same},
-        outcome="passed" if same and verdict.measurements else "failed",
-    )
+    return _all_true(verdict.facts | {"same bits": same}, verdict.measurements)
 
 
-def real(setup: Setup, what: What, budget_gb: int, *, placed: str = "ram", long: bool = True) -> Verdict:
-    """A case at the true size of A14B with random fp8 weights, under a hard cap."""
+def true_size(
+    setup: Setup, what: What, budget_gb: int, *, resident: bool = False, long: bool = True
+) -> Trial:
+    """A case of A14B with fp8 weights under a hard cap; of the embedded model if the run is dry."""
     if setup.dry:
-        files: dict[str, str] = {}
-        trial = dry_jobs(what)[0 if placed == "resident" else 1]
-    else:
-        free, _ = torch.cuda.mem_get_info()
-        if budget_gb * GB > free:
-            raise Unfit(f"the card has less than {budget_gb} GB free")
-        size = (1280, 720, 121) if long else (832, 480, 81)
-        trial = Trial(
-            Case(what, "wan2.2-t2v-a14b", "fp8", *size), "resident" if placed == "resident" else "ram",
-            budget_gb * GB, 48 * GB,
-        )  # fmt: skip
-        files = Forged(Path(setup.folder), lambda text: None).source(trial)
-    return _trials(setup, [trial], files)
+        return dry_jobs(what)[0 if resident else 1]
+    size = (1280, 720, 121) if long else (832, 480, 81)
+    case = Case(what, "wan2.2-t2v-a14b", "fp8", *size)
+    return Trial(case, "resident" if resident else "ram", budget_gb * GB, 48 * GB)
 
 
-def tax(setup: Setup) -> Verdict:
-    """The same job with all blocks resident and with most of them streamed: the time between, and the same bits."""
-    whole = real(setup, "pair", 48, placed="resident", long=False)
-    part = real(setup, "pair", 12, long=False)
-    resident, streamed = whole.measurements[0], part.measurements[0]
-    seconds = [sum(m.steps) for m in (resident, streamed)]
-    facts: Facts = {"streamed over resident": seconds[1] / seconds[0]}
-    facts["same bits"] = resident.checksum == streamed.checksum
-    verdict = _all_true(whole.facts | part.facts | facts)
-    return msgspec.structs.replace(verdict, measurements=[resident, streamed])
+def real(setup: Setup, what: What, budget_gb: int, *, long: bool = True) -> Found:
+    """One case at the true size."""
+    yield from _trials(setup, [true_size(setup, what, budget_gb, long=long)])
 
 
-def vae(setup: Setup) -> Verdict:
+def tax(setup: Setup) -> Found:
+    """The same job with most blocks streamed and with all of them resident: the time between, and the same bits."""
+    trials = [
+        true_size(setup, "pair", 12, long=False),
+        true_size(setup, "pair", 48, resident=True, long=False),
+    ]
+    for verdict in _trials(setup, trials):
+        if len(verdict.measurements) == 2:
+            streamed, resident = (sum(m.steps) for m in verdict.measurements)
+            verdict = msgspec.structs.replace(
+                verdict, facts=verdict.facts | {"streamed over resident": streamed / resident}
+            )
+        yield _same_bits(verdict)
+
+
+def vae(setup: Setup) -> Found:
     """A latent to frames: time, and peak against plan."""
     if setup.dry:
-        return _trials(setup, [Trial(Case("decode", "nano", "fp8", 64, 64, 9), "resident", GB, 8 * GB)], {})
-    return real(setup, "decode", 16, long=False)
+        yield from _trials(setup, [Trial(Case("decode", "nano", "fp8", 64, 64, 9), "resident", GB, 8 * GB)])
+    else:
+        yield from real(setup, "decode", 16, long=False)
 
 
-def _trials(setup: Setup, trials: list[Trial], files: dict[str, str]) -> Verdict:
+def _trials(setup: Setup, trials: Sequence[Trial]) -> Found:
+    """Each in a process of its own: one that fails, crashes or hangs takes nothing from the others."""
     facts: Facts = {}
-    done = []
-    right = True
+    done: list[Measurement] = []
+    wrong: list[str] = []
     for trial in trials:
         label = f"{trial.case.what} {trial.placement} {trial.vram / GB:.3g} GB"
-        # at true sizes a job warms itself up: its first step says what that took
-        repeats = 1 if setup.dry or not files else 0
-        request = Request(trial, files, setup.kind, repeats, ballast=not setup.dry and trial.vram >= GB)
-        m = measure.measure(request)
-        done.append(m)
-        seen = m.vram_allocated or 0
-        # Small jobs: the allocator's smallest segments, of 2 and 20 MiB, are larger than what they hold.
-        slack = 64 << 20 if not setup.dry else 1 << 20
-        true = seen <= m.vram_predicted + slack
-        right &= true
-        facts |= {
-            f"{label}: seconds": m.seconds,
-            f"{label}: planned": m.vram_predicted,
-            f"{label}: allocator": m.vram_allocated,
-            f"{label}: driver": m.vram_driver,
-            f"{label}: within the plan": true,
-        }
-    return Verdict("passed" if right else "failed", facts, "", done)
+        try:
+            m = _measured(setup, trial)
+        except Broken as error:
+            wrong.append(f"{label}: {error}")
+        else:
+            done.append(m)
+            # Small jobs: the allocator's smallest segments, of 2 and 20 MiB, are larger than what they hold.
+            slack = 64 << 20 if not setup.dry else 0
+            true = (m.vram_allocated or 0) <= m.vram_predicted + slack
+            facts |= {
+                f"{label}: seconds": m.seconds,
+                f"{label}: planned": m.vram_predicted,
+                f"{label}: allocator": m.vram_allocated,
+                f"{label}: driver": m.vram_driver,
+                f"{label}: within the plan": true,
+            }
+            wrong += [] if true else [f"{label}: within the plan"]
+        yield Verdict("failed" if wrong else "passed", dict(facts), "; ".join(wrong), list(done))
 
 
-PARTS: Mapping[str, tuple[float, Callable[[Setup], Verdict]]] = {
+def _measured(setup: Setup, trial: Trial) -> Measurement:
+    """Unfit if the card is too small for the trial, Broken if it came to nothing."""
+    if not setup.dry:
+        free, _ = torch.cuda.mem_get_info()
+        if trial.vram > free:
+            raise Unfit(f"the card has less than {trial.vram / GB:.3g} GB free")
+    files = Forged(Path(setup.folder), lambda text: None).source(trial)
+    # At true sizes a job warms itself up: its first step says what that took.
+    request = Request(trial, files, setup.kind, 0 if files else 1, ballast=not setup.dry and trial.vram >= GB)
+    outcome = run_module("lowvram.bench.measure", [msgspec.json.encode(request).decode()], None, apart=False)
+    if not outcome.result:
+        raise Broken(outcome.why)
+    return msgspec.json.decode(outcome.result, type=Measurement)
+
+
+PARTS: Mapping[str, tuple[float, Callable[[Setup], Found]]] = {
     "smoke": (60, smoke),
     "kernels": (90, kernels),
     "ceilings": (90, ceilings),
@@ -321,22 +356,28 @@ PARTS: Mapping[str, tuple[float, Callable[[Setup], Verdict]]] = {
 """By name, the most valuable first: the seconds that a part may take, and what it does."""
 
 
-def _all_true(facts: Facts) -> Verdict:
+def _all_true(facts: Facts, measurements: Sequence[Measurement] = ()) -> Verdict:
     """Passed if no fact is False."""
     wrong = [name for name, value in facts.items() if value is False]
-    return Verdict("failed" if wrong else "passed", facts, ", ".join(wrong))
+    return Verdict("failed" if wrong else "passed", dict(facts), ", ".join(wrong), list(measurements))
 
 
 def main() -> None:
     """The process that `lowvram.bench.gpu` starts."""
     setup = msgspec.json.decode(sys.argv[2], type=Setup)
+    verdict = Verdict("failed", {}, "nothing was found")
     try:
-        verdict = PARTS[sys.argv[1]][1](setup)
+        for verdict in PARTS[sys.argv[1]][1](setup):
+            _say(verdict)
     except Unfit as why:
-        verdict = Verdict("not possible here", {}, str(why))
+        _say(msgspec.structs.replace(verdict, outcome="not possible here", why=str(why)))
     except LowvramError as error:
-        verdict = Verdict("failed", {}, " ".join(str(error).split("\n")))
-    print(msgspec.json.encode(verdict).decode())
+        _say(msgspec.structs.replace(verdict, outcome="failed", why=" ".join(str(error).split("\n"))))
+
+
+def _say(verdict: Verdict) -> None:
+    """A line that stays, whatever happens to this process next."""
+    print(msgspec.json.encode(verdict).decode(), flush=True)
 
 
 if __name__ == "__main__":

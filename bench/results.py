@@ -77,7 +77,7 @@ class Measurement(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     height: int
     frames: int
     placement: str
-    """"resident", "ram" or "disk": where the blocks that are not resident come from."""
+    """"resident", "ram", "disk cold" or "disk warm": where the blocks that are not resident come from."""
     vram_budget: int
     ram_budget: int
     ballast: bool
@@ -92,8 +92,8 @@ class Measurement(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     """Seconds that the first step of the second expert took more than its others."""
     vram_predicted: int
     vram_allocated: int | None
-    """Peak that the allocator saw, context included; on a CPU, of tensors counted one by one, with
-    the latent and the frame just delivered, which on a GPU are in host memory."""
+    """Peak that the allocator saw, context included; on a CPU, of tensors counted one by one, less noise and finished
+    latent, which wait in host memory."""
     vram_driver: int | None
     """Peak that the driver saw, less what was taken before."""
     ram_predicted: int

@@ -110,6 +110,11 @@ class Tracker:
         with self._lock:
             return Peak(self._peak_bytes, self._at_peak())
 
+    def restart(self) -> None:
+        """Forget the peak so far: what lives now is where the next begins."""
+        with self._lock:
+            self._peak_bytes, self._peak_live = self._live_bytes, None
+
     def _at_peak(self) -> tuple[Live, ...]:
         # Listed only when the peak is left or asked for: a run passes many peaks on its way up.
         if self._peak_live is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import pytest
+import torch
 
-from lowvram.bench import child, gpu, measure, parts, suite
+from lowvram.bench import acceptance, child, gpu, measure, parts, ready, suite
 from lowvram.bench.cases import GB, Case, Trial, dry_jobs, dry_trials, full_trials
 from lowvram.bench.child import Outcome
 from lowvram.bench.project import project
@@ -33,17 +35,19 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Children run in this process: a new interpreter each would take most of the time."""
 
-    def run_module(module: str, arguments: list[str], limit: float, **_: Any) -> Outcome:
+    def run_module(module: str, arguments: list[str], limit: float | None, **_: Any) -> Outcome:
         main: Callable[[], None] = {"lowvram.bench.measure": measure.main, "lowvram.bench.parts": parts.main}[
             module
         ]
         monkeypatch.setattr("sys.argv", [module, *arguments])
-        capsys.readouterr()
+        before = capsys.readouterr().out
         main()
-        return Outcome(capsys.readouterr().out.strip().splitlines()[-1], "", 0.1)
+        said = capsys.readouterr().out.strip().splitlines()[-1]
+        print(before, end="")  # what a part had said before it started this
+        return Outcome(said, "", 0.1)
 
-    monkeypatch.setattr(suite, "run_module", run_module)
-    monkeypatch.setattr(gpu, "run_module", run_module)
+    for module in (suite, acceptance, parts):
+        monkeypatch.setattr(module, "run_module", run_module)
 
 
 def test_the_dry_benchmark_leaves_a_valid_file_and_goes_on_where_it_was(
@@ -60,8 +64,10 @@ def test_the_dry_benchmark_leaves_a_valid_file_and_goes_on_where_it_was(
     results = load(path)
     assert [m.case.split()[0] for m in results.measurements] == ["decode", "pair"]
     tight = results.measurements[1]
-    assert tight.blocks["disk"] > 0
+    assert tight.blocks["disk"] > 0 and tight.placement == "disk cold"
     for m in results.measurements:
+        assert m.vram_allocated <= m.vram_predicted  # what the host has is not counted
+        assert all((s.vram_measured or 0) <= s.vram_predicted for s in m.stages)
         assert m.seconds > 0 and m.rss > 10**7 and m.stages and m.vram_allocated
     assert len(tight.steps) == 2 and tight.handover is not None and tight.fraction is not None
     assert results.ceilings is not None
@@ -145,7 +151,7 @@ def test_the_acceptance_run_goes_through_its_parts_and_goes_on(
     assert [p.name for p in results.parts] == list(quick)
     assert all(p.outcome == "passed" for p in results.parts)
     assert results.ceilings is not None and results.measurements[0].vram_allocated
-    assert not list(tmp_path.glob("lowvram-bench-*"))
+    assert not list(tmp_path.glob("lowvram-bench*"))
     capsys.readouterr()
     assert gpu.main([*command, "--minutes", "0.3"]) == 0  # no time: what is done stays, the rest waits
     assert load(path).parts == results.parts and "no time left" in capsys.readouterr().out
@@ -155,13 +161,110 @@ def test_a_part_that_fails_says_why_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([Outcome("", "it crashed", 2.0), Outcome("", "stopped after 9 s", 9.0, timed_out=True)])
-    monkeypatch.setattr(gpu, "run_module", lambda *a: next(answers))
-    assert gpu.main(["--dry", "--output", str(tmp_path), "--only", "smoke", "--only", "vae"]) == 1
+    monkeypatch.setattr(acceptance, "run_module", lambda *a: next(answers))
+    folder = ["--output", str(tmp_path), "--folder", str(tmp_path)]
+    assert gpu.main(["--dry", *folder, "--only", "smoke", "--only", "vae"]) == 1
     (path,) = tmp_path.glob("dry-*.json")
     assert [(p.name, p.outcome, p.why) for p in load(path).parts] == [
         ("smoke", "failed", "it crashed"),
         ("vae", "timed out", "stopped after 9 s"),
     ]
+
+
+@pytest.mark.parametrize("end", ["os.abort()", "raise MemoryError('no more')"])
+def test_what_a_child_said_before_it_came_to_grief_is_kept(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "grief.py").write_text(
+        f"import os; print('one', flush=True); print('two\\nthr', end='', flush=True); {end}"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    outcome = child.run_module("grief", [], None)
+    assert (outcome.result, outcome.so_far, outcome.timed_out) == ("", "two", False)
+    assert ("SIGABRT" if "abort" in end else "no more") in outcome.why
+
+
+def test_what_a_child_said_before_it_was_stopped_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.killed = False
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            assert self.killed
+
+        def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+            if timeout is not None:
+                raise subprocess.TimeoutExpired("hangs", timeout)
+            return "one\ntwo\nthr", ""
+
+    monkeypatch.setattr(child.subprocess, "Popen", Hangs)
+    monkeypatch.setattr(child, "_kill", lambda hangs, apart: setattr(hangs, "killed", True))
+    outcome = child.run_module("hangs", [], 9.0)
+    assert (outcome.result, outcome.so_far, outcome.timed_out) == ("", "two", True)
+    assert outcome.why == "stopped after 9 s"
+
+
+def test_a_trial_that_crashes_leaves_the_other_one_of_its_part(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tax is of two jobs: one that breaks down does not take the other's figures with it."""
+    run_module, asked = parts.run_module, []
+
+    def second_crashes(module: str, arguments: list[str], *rest: Any, **more: Any) -> Outcome:
+        asked.append(module)
+        return (
+            Outcome("", "killed by SIGSEGV", 1.0) if len(asked) == 2 else run_module(module, arguments, *rest)
+        )
+
+    monkeypatch.setattr(parts, "run_module", second_crashes)
+    assert gpu.main(["--dry", "--output", str(tmp_path), "--folder", str(tmp_path), "--only", "tax"]) == 1
+    (path,) = tmp_path.glob("dry-*.json")
+    results = load(path)
+    (part,) = results.parts
+    assert part.outcome == "failed" and "resident" in part.why and "SIGSEGV" in part.why
+    assert [m.placement for m in results.measurements] == ["ram"] and results.measurements[0].steps
+    assert any(name.endswith(": seconds") for name in part.facts)
+
+
+@pytest.mark.parametrize("how", ["timed out", "failed"])
+def test_a_part_that_hangs_or_crashes_keeps_what_it_had_found(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    so_far = msgspec.json.encode(parts.Verdict("passed", {"fp8 equals the CPU": True})).decode()
+    lost = Outcome("", "the end", 9.0, timed_out=how == "timed out", so_far=so_far)
+    monkeypatch.setattr(acceptance, "run_module", lambda *a: lost)
+    gpu.main(["--dry", "--output", str(tmp_path), "--folder", str(tmp_path), "--only", "kernels"])
+    (path,) = tmp_path.glob("dry-*.json")
+    (part,) = load(path).parts
+    assert (part.outcome, part.facts, part.why) == (how, {"fp8 equals the CPU": True}, "the end")
+
+
+def test_what_is_missing_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = list(ready.lacks(tmp_path, dry=True, has=lambda name: name not in ("av", "msgspec"), ram=0))
+    assert [lack.what.split(":")[0] for lack in found] == ["the package av", "the package msgspec"]
+    assert all(lack.fatal for lack in found)
+    assert not list(ready.lacks(tmp_path, dry=True))
+    if torch.cuda.is_available():
+        return
+    words = [
+        str(lack) for lack in ready.lacks(tmp_path, dry=False, has=lambda name: name != "triton", ram=10**9)
+    ]
+    assert any(word.startswith("missing: a ") and "CUDA" in word for word in words)
+    assert any("triton" in word for word in words) and any("1 GB are free" in word for word in words)
+    assert gpu.main(["--check", "--folder", str(tmp_path)]) == 2
+    assert "missing: a " in capsys.readouterr().err
+    assert gpu.main(["--check", "--dry", "--folder", str(tmp_path)]) == 0
+
+
+def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--dry", "--output", str(tmp_path), "--folder", str(tmp_path), "--only", "smok"]
+    assert gpu.main(command) == 2
+    assert "smoke, kernels" in capsys.readouterr().err
 
 
 def test_a_trial_survives_the_way_to_its_process() -> None:

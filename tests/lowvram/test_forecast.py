@@ -22,7 +22,7 @@ class PeakOfStages:
 
     def begin(self, stage: str) -> None:
         self.name = stage
-        self.tracker._peak_bytes = self.tracker.live_bytes  # a stage's own peak, not the job's so far
+        self.tracker.restart()
 
     def step(self, vram: int | None = None) -> None:
         return

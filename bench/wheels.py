@@ -1,0 +1,68 @@
+"""The packages that a machine without a network lacks, as wheels: what to carry, and how large it is.
+
+    python bench/wheels.py wheels                        everything that lowvram imports, for Python 3.12 on Linux
+    python bench/wheels.py wheels --there numpy --there pillow     less what is there already
+    python bench/wheels.py wheels --compared             and what it is only compared with: diffusers, sageattention
+
+and on that machine:
+
+    python3 -m pip install --no-index --no-deps --target site wheels/*.whl
+    PYTHONPATH=site python3 -m lowvram.bench.gpu --check
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+NEEDED = (
+    "av", "msgspec", "platformdirs", "psutil", "numpy", "pillow", "safetensors", "sentencepiece", "pyyaml", "rich",
+    "markdown-it-py", "mdurl", "pygments", "typer", "shellingham", "annotated-doc", "typing-extensions",
+)  # fmt: skip
+"""lowvram's dependencies and theirs, but torch with what comes with it."""
+COMPARED = (
+    "diffusers==0.42.1", "sageattention==1.0.6", "huggingface-hub", "importlib-metadata", "zipp", "requests", "regex",
+    "filelock", "packaging", "tqdm", "httpx", "httpcore", "h11", "anyio", "sniffio", "idna", "certifi", "urllib3",
+    "charset-normalizer", "fsspec", "hf-xet",
+)  # fmt: skip
+PLATFORMS = (
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+)
+ROOM = 64 << 20
+"""Bytes that are easily carried; more is told."""
+
+
+def command(folder: Path, python: str, packages: list[str]) -> list[str]:
+    """What downloads them, built already and without their dependencies."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    pip += ["--implementation", "cp", "--python-version", python, "--dest", str(folder)]
+    return [*pip, *(word for platform in PLATFORMS for word in ("--platform", platform)), *packages]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--python", default="3.12")
+    parser.add_argument("--there", action="append", default=[], help="a package that is there already")
+    parser.add_argument("--compared", action="store_true", help="what is only compared with, too")
+    asked = parser.parse_args()
+    wanted = [*NEEDED, *(COMPARED if asked.compared else ())]
+    packages = [name for name in wanted if name.split("==")[0] not in asked.there]
+    subprocess.run(command(asked.folder, asked.python, packages), check=True)
+    sizes = {wheel.name: wheel.stat().st_size for wheel in asked.folder.glob("*.whl")}
+    for name, nbytes in sorted(sizes.items(), key=lambda item: -item[1]):
+        print(f"{nbytes / 1e6:8.2f} MB  {name}")
+    total = sum(sizes.values())
+    more = "" if total <= ROOM else f", {(total - ROOM) / 1e6:.1f} MB over {ROOM / 1e6:.1f}: see --there"
+    print(f"{total / 1e6:8.2f} MB  in {len(sizes)} wheels{more}")
+
+
+if __name__ == "__main__":
+    main()

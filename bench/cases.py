@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from lowvram.errors import UsageError
 
 What = Literal["text", "forward", "step", "handover", "decode", "pair", "job"]
 Placement = Literal["resident", "ram", "disk cold", "disk warm"]
@@ -60,6 +63,24 @@ class Trial:
     placement: Placement
     vram: int
     ram: int
+
+    @property
+    def label(self) -> str:
+        """What tells it from others, for people."""
+        return f"{self.case.name}, {self.placement}, {self.vram / GB:.3g} GB"
+
+
+def chosen(trials: Sequence[Trial], only: Sequence[str]) -> tuple[Trial, ...]:
+    """The trials whose label holds every text of `only`. UsageError if there is none."""
+    found = tuple(trial for trial in trials if all(text in trial.label for text in only))
+    if not found:
+        raise UsageError(
+            f"none of {len(trials)} trials has {' and '.join(only)} in its name",
+            where="--only",
+            expected=f"parts of names such as {trials[-1].label!r}",
+            advice=f"cases are {', '.join(dict.fromkeys(trial.case.what for trial in trials))}",
+        )
+    return found
 
 
 def dry_trials() -> tuple[Trial, ...]:

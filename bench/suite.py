@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from lowvram.bench.cases import GB, Trial, dry_trials, full_trials
+from lowvram.bench.cases import GB, Trial, chosen, dry_trials, full_trials
 from lowvram.bench.child import run_module
 from lowvram.bench.forge import TOKENIZER, forge_model, forged_files
 from lowvram.bench.measure import Request
@@ -77,19 +77,23 @@ def run(
     repeats: int,
     device: str | None,
     tell: Callable[[str], None],
+    only: Sequence[str] = (),
 ) -> int:
-    """The benchmark of `lowvram bench`: ceilings, trials, projections. How many trials failed."""
+    """The benchmark of `lowvram bench`: ceilings, trials, projections. How many trials failed.
+
+    only  texts that the labels of the trials must hold; UsageError if none does
+    """
     machine = this_machine(device)
     results.ceilings = Ceilings(machine.matmul, machine.attention, machine.link, machine.disk)
     save(path, results)
-    trials = dry_trials() if dry else full_trials(machine.vram, machine.ram, weights)
+    trials = chosen(dry_trials() if dry else full_trials(machine.vram, machine.ram, weights), only)
     made = Forged(folder, tell)
     failed = 0
     for tried in run_trials(
         results, path, trials, made.source, device=device, repeats=repeats, ballast=machine.kind == "cuda"
     ):
         failed += tried.measured is None
-        tell(f"{tried.trial.case.name} ({tried.trial.placement}): {tried.why or 'done'}")
+        tell(f"{tried.trial.label}: {tried.why or 'done'}")
     if not results.projections:
         jobs = [case for case in dict.fromkeys(trial.case for trial in trials) if case.what == "job"]
         cards = CARDS[:1] if dry else CARDS

@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lowvram.bench.peers.environments import PINNED
+
 NEEDED = (
     "av", "msgspec", "platformdirs", "psutil", "numpy", "pillow", "safetensors", "sentencepiece", "pyyaml", "rich",
     "markdown-it-py", "mdurl", "pygments", "typer", "shellingham", "annotated-doc", "typing-extensions",
@@ -52,8 +54,11 @@ def main() -> None:
     parser.add_argument("--python", default="3.12")
     parser.add_argument("--there", action="append", default=[], help="a package that is there already")
     parser.add_argument("--compared", action="store_true", help="what is only compared with, too")
+    parser.add_argument("--peers", action="store_true", help="the programs of bench/peers, too")
     asked = parser.parse_args()
     wanted = [*NEEDED, *(COMPARED if asked.compared else ())]
+    if asked.peers:
+        wanted += [package for packages in PINNED.values() for package in packages]
     packages = [name for name in wanted if name.split("==")[0] not in asked.there]
     subprocess.run(command(asked.folder, asked.python, packages), check=True)
     sizes = {wheel.name: wheel.stat().st_size for wheel in asked.folder.glob("*.whl")}

@@ -33,6 +33,14 @@ def bench(
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Rounds of each case; the median counts.")
     ] = 3,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="TEXT",
+            help="Only cases with TEXT in their name, such as job, 832x480x81, 'disk cold' or '16 GB'; several: all of them.",
+        ),
+    ] = None,
     device: o.Device = None,
     quiet: o.Quiet = False,
 ) -> None:
@@ -60,6 +68,7 @@ def bench(
         repeats=1 if dry else repeats,
         device=device,
         tell=tell,
+        only=only or (),
     )
     if not quiet:
         say(suite.table(results.measurements))

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from lowvram.bench import acceptance, child, gpu, measure, parts, ready, suite
-from lowvram.bench.cases import GB, Case, Trial, dry_jobs, dry_trials, full_trials
+from lowvram.bench.cases import GB, Case, Trial, chosen, dry_jobs, dry_trials, full_trials
 from lowvram.bench.child import Outcome
 from lowvram.bench.project import project
 from lowvram.bench.results import load, new_results, save
 from lowvram.bench.work import forward_work
 from lowvram.cli.main import _run
-from lowvram.errors import FileError
+from lowvram.errors import FileError, UsageError
 from lowvram.sampling.presets import model_preset
 from lowvram.survey import identify
 
@@ -119,6 +119,18 @@ def test_trials_at_true_sizes_stay_inside_the_card() -> None:
     assert {t.case.what for t in trials} >= {"text", "forward", "step", "decode", "job", "handover"}
     assert not any(t.placement == "resident" for t in trials)
     assert any(t.placement == "resident" for t in full_trials(80 * GB, 60 * GB))
+
+
+def test_every_placement_is_tried_and_some_can_be_chosen() -> None:
+    trials = full_trials(80 * GB, 60 * GB)
+    assert {t.placement for t in trials} == {"resident", "ram", "disk cold", "disk warm"}
+    for what in ("text", "forward", "step", "handover", "decode", "job"):
+        assert {t.placement for t in trials if t.case.what == what} == {t.placement for t in trials}
+    assert len({t.label for t in trials}) == len(trials)
+    some = chosen(trials, ["job ", "832x480x81", "disk cold"])
+    assert [t.vram // GB for t in some] == [24, 16, 12, 8, 6]
+    with pytest.raises(UsageError, match="trials has jop"):
+        chosen(trials, ["jop"])
 
 
 def test_work_is_what_the_papers_count() -> None:

@@ -7,13 +7,16 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lowvram.bench.results import Peer
+from lowvram.bench.results import Peer, load
+from lowvram.errors import OutOfMemoryError
 
 PEERS = Path(__file__).parents[2] / "bench" / "peers"
 pytest.importorskip("diffusers")
@@ -145,3 +148,57 @@ def test_the_process_of_a_gpl_program_loads_nothing_of_ours() -> None:
     code = "import forward, programs, sizes, gpl_mmgp, sys; print([m for m in sys.modules if m.startswith('lowvram')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=PEERS, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_table_that_was_stopped_goes_on_where_it_was(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = scripts["run"], []
+    monkeypatch.setattr(run, "write_model", lambda folder, size, weights: None)
+
+    def measure(mode: str, folder: str, options: Namespace, limit: float) -> dict[str, Any]:
+        asked.append(mode)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        if mode == "lowvram resident":
+            return {"note": "stopped after 9 s"}
+        return {"seconds": 1.0, "rss": 1, "vram": None, "driver": None, "disk_read": 0, "checksum": "a"}
+
+    monkeypatch.setattr(run, "measure", measure)
+    output = tmp_path / "peers.json"
+    command = ["run.py", "--size", "toy", "--rounds", "1", "--folder", str(tmp_path), "-o", str(output)]
+    monkeypatch.setattr("sys.argv", [*command, "--only", "lowvram", "--only", "aircanvas"])
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    # What had run out of time is tried again, what was measured is not.
+    modes = [mode for mode in run.MODES if mode.split()[0] in ("lowvram", "aircanvas")]
+    assert asked == modes[:3] == ["lowvram resident", "lowvram disk", "aircanvas disk"]
+    run.main()
+    assert asked[3:] == ["lowvram resident", *modes[2:]]
+    assert [f"{peer.name} {peer.mode}" for peer in load(output).peers] != []
+    asked.clear()
+    monkeypatch.setattr("sys.argv", [*command, "--only", "diffusers", "--minutes", "0.1"])
+    run.main()
+    assert asked == []
+
+
+def test_what_is_compared_with_has_the_whole_card(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert of 29 GB does not fit the cap that others are measured under; a card without that room says so."""
+    run, caps = scripts["run"], []
+
+    @contextmanager
+    def ballast(cap: int) -> Iterator[int]:
+        caps.append(cap)
+        raise OutOfMemoryError(
+            "the card has no 16.0 GB to leave free", where="ballast", advice="close others"
+        )
+        yield 0
+
+    monkeypatch.setattr(run, "ballast", ballast)
+    monkeypatch.setattr(
+        run.subprocess, "run", lambda command, **_: Namespace(returncode=3, stdout="", stderr=command[-1])
+    )
+    options = Namespace(peers=None, size="720p", device="cuda", cap=16)
+    assert run.measure("diffusers resident", "x", options) == {"note": "not installed"} and not caps
+    assert run.measure("lowvram ram", "x", options)["note"].startswith("failed: the card has no")
+    assert caps == [16 * 10**9]

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from lowvram.quant.encodings.base import Encoding
 
 
+Gated = tuple[slice, Tensor]
+"""A run of rows and the gate [1, out] that they share."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """A weight as it is stored: `parts` by role, decoded to numbers only when it is used."""
@@ -63,12 +67,13 @@ class Multiplied(Encoded):
         return self.ops.linear(rows, matrix, bias, self.lora)
 
     def linear_gated_(
-        self, x: Tensor | QuantisedRows, bias: Tensor | None, into: Tensor, gate: Tensor
+        self, x: Tensor | QuantisedRows, bias: Tensor | None, into: Tensor, gates: Iterable[Gated]
     ) -> None:
-        """into [n, out] += linear(x [n, in]) * gate [1 or n, out]."""
+        """into [n, out] += linear(x [n, in]) * gate, run by run."""
         matrix = self.encoding.w8a8_matrix(self.parts, self.shape)
         rows = x if isinstance(x, QuantisedRows) else self.ops.quantise(x, matrix.group)
-        self.ops.linear_gated_(into, rows, matrix, bias, gate, self.lora)
+        for run, gate in gates:
+            self.ops.linear_gated_(into[run], rows[run], matrix, bias, gate, self.lora)
 
     def of_rows(self, rows: slice) -> Multiplied:
         """As if it had only these outputs. Nothing is copied."""
@@ -188,15 +193,17 @@ class Params:
         name: str,
         x: Tensor | QuantisedRows,
         into: Tensor,
-        gate: Tensor,
+        gates: Iterable[Gated],
         gated_: Callable[[Tensor, Tensor, Tensor], None],
     ) -> None:
-        """into [n, out] += linear(name, x [n, in]) * gate [1 or n, out]; by `gated_` where that is not one operation."""
+        """into [n, out] += linear(name, x [n, in]) * gate, run by run; by `gated_` where that is not one operation."""
         value = self.tensors[f"{name}.weight"]
         if isinstance(value, Multiplied):
-            value.linear_gated_(x, self._bias(name, x.dtype), into, gate)
-        else:
-            gated_(into, self.linear(name, x), gate)
+            value.linear_gated_(x, self._bias(name, x.dtype), into, gates)
+            return
+        y = self.linear(name, x)
+        for run, gate in gates:
+            gated_(into[run], y[run], gate)
 
     def takes(self, *names: str) -> Multiplied | None:
         """A weight whose `quantise`d rows all these Linears take for their input; None if any of them wants numbers."""

@@ -41,9 +41,10 @@ def scaled_kernel(
 ):  # fmt: skip
     """A stretch of a row of whole-byte weights a program, times one scale a row or a scale a tile [ROWS, COLUMNS]."""
     row = tl.program_id(0) // chunks
-    c = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
-    inside = c < columns
-    at = row.to(tl.int64) * columns
+    start = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK  # a weight with one scale is a single row
+    c = tl.arange(0, BLOCK)
+    inside = c < tl.minimum(columns - start, BLOCK).to(tl.int32)
+    at = row.to(tl.int64) * columns + start
     stored = tl.load(weight + at + c, mask=inside, other=0).to(tl.int32)
     if FORMAT == "e4m3":
         value = e4m3(stored)
@@ -54,7 +55,7 @@ def scaled_kernel(
     if SCALES == "row":
         value = value * tl.load(scale + row * scale_row).to(tl.float32)
     elif SCALES == "tile":
-        tile = row // ROWS * scale_row + c // COLUMNS
+        tile = row // ROWS * scale_row + (start.to(tl.int32) + c) // COLUMNS
         value = value * tl.load(scale + tile, mask=inside, other=0).to(tl.float32)
     if FACTOR != 1:
         value = value * FACTOR
@@ -161,7 +162,7 @@ def levels_kernel(
     COLUMNS: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """bitsandbytes: two codes a byte, the first one high; a scale for COLUMNS weights, itself a code if NESTED."""
-    start = tl.program_id(0) * BLOCK
+    start = tl.program_id(0).to(tl.int64) * BLOCK
     pair = start // 2 + tl.arange(0, BLOCK // 2)
     inside = pair < count // 2
     stored = tl.load(weight + pair, mask=inside, other=0).to(tl.int32)
@@ -181,7 +182,7 @@ def halves_kernel(
     packed, scale, shift, out, count, half, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """quanto: of `count` weights the first `half` lie in low nibbles, the others in high ones."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     stored = tl.load(packed + c, mask=c < half, other=0).to(tl.int32)
     for high in tl.static_range(2):
         to = high * half + c

@@ -47,7 +47,7 @@ def fp8_linear_gated_(
     gate: Tensor,
     lora: LowRank | None = None,
 ) -> None:
-    """x [n, out] += fp8_linear(y [n, in]) * gate [1 or n, out] float32, in place."""
+    """x [n, out] += fp8_linear(y [n, in]) * gate [1, out] float32, in place."""
     x.copy_(gated(x, fp8_linear(y, weight, bias, lora), gate))
 
 

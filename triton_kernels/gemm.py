@@ -106,7 +106,7 @@ def int8_linear_gated_(
     gate: Tensor,
     lora: LowRank | None = None,
 ) -> None:
-    """x [n, out] += int8_linear(y [n, in]) * gate [1 or n, out] float32, in place."""
+    """x [n, out] += int8_linear(y [n, in]) * gate [1, out] float32, in place."""
     x.copy_(gated(x, int8_linear(y, weight, bias, lora), gate))
 
 

@@ -55,7 +55,7 @@ class W8A8Ops:
     linear_gated_: Callable[
         [Tensor, QuantisedRows, QuantisedMatrix, Tensor | None, Tensor, LowRank | None], None
     ]
-    """(x [n, out], y [n, in], weight, bias, gate [1 or n, out], LoRA): x += linear(y) * gate"""
+    """(x [n, out], y [n, in], weight, bias, gate [1, out], LoRA): x += linear(y) * gate"""
     multiple: int = 1
     """Rows and columns of a weight have to be multiples of it."""
 
@@ -168,8 +168,7 @@ def _fused_int8_linear_gated_(
     gate: Tensor,
     lora: LowRank | None = None,
 ) -> None:
-    # some chunk of TI2V, whose first latent frame has another time; or a residual too wide for the epilogue's registers
-    if gate.shape[0] > 1 or x.dtype != y.dtype:
+    if x.dtype != y.dtype:  # a residual too wide for the epilogue's registers
         m.gated_(x, _fused_int8_linear(y, weight, bias, lora), gate)
     else:
         rows = y.values, y.scale

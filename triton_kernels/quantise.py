@@ -12,7 +12,7 @@ row, in one pass.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -45,6 +45,10 @@ class QuantisedRows:
     """Columns that were rotated together, or 0."""
     dtype: torch.dtype
     """What they were quantised from, and the type of what is made of them."""
+
+    def __getitem__(self, some: slice) -> QuantisedRows:
+        """Some of the rows; nothing is copied."""
+        return replace(self, values=self.values[some], scale=self.scale[some])
 
 
 def quantise(x: Tensor, group: int, form: Form = "int8") -> QuantisedRows:

@@ -9,7 +9,7 @@ stream only K and V of all tokens exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from lowvram.models.rows import Rows
 from lowvram.models.self_attention import CHUNK, SelfAttention, Workspace, chunks, modulated
 from lowvram.models.token_order import TokenOrder
 from lowvram.quant.face_spec import FACE_SCOPE
-from lowvram.quant.linear import Params
+from lowvram.quant.linear import Gated, Params
 from lowvram.quant.spec import DitSpec
 from lowvram.triton_kernels.attention import attention
 from lowvram.triton_kernels.modulate import gated as _gated
@@ -71,6 +71,14 @@ class Time:
     def row(self, token: int) -> int:
         """The row of a token."""
         return min(token // self.tokens_per_row, self.head.shape[-2] - 1)
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Tokens start..stop in runs that share a row."""
+        while start < stop:
+            last = self.row(start) == self.head.shape[-2] - 1
+            end = stop if last else min(stop, (self.row(start) + 1) * self.tokens_per_row)
+            yield start, end
+            start = end
 
     def rows(self, values: Tensor, start: int, stop: int, step: int = 1) -> Tensor:
         """What tokens start, start + step.. take of values [..., rows, dim]: [..., 1, dim] if they share a row."""
@@ -275,6 +283,11 @@ class _Modulation:
         """Part `index` (0..5) of tokens start, start + step..: [..., 1, dim] if they share a row, else one each."""
         return self._time.rows(self._values[..., index, :], start, stop, step)
 
+    def gates(self, index: int, start: int, stop: int) -> Iterator[Gated]:
+        """Part `index` of tokens start..stop by runs that share a row, counted from the first of these tokens."""
+        for i, j in self._time.runs(start, stop):
+            yield slice(i - start, j - start), self(index, i, j)
+
 
 # ---- blocks
 
@@ -322,10 +335,10 @@ def block_(
         c = x[i:j]
         if finite is not None:
             _watch(finite[0], y)
-        p.linear_gated_("self_attn.o", y, c, mod(2, i, j), ops.gated_)
+        p.linear_gated_("self_attn.o", y, c, mod.gates(2, i, j), ops.gated_)
         c += _cross(p, c, kv)
         h = modulated(p, ops, ("ffn.0",), c, mod(3, i, j), mod(4, i, j), work.dtype)
-        p.linear_gated_("ffn.2", _activated(p, ops, p.linear("ffn.0", h)), c, mod(5, i, j), ops.gated_)
+        p.linear_gated_("ffn.2", _activated(p, ops, p.linear("ffn.0", h)), c, mod.gates(5, i, j), ops.gated_)
         if finite is not None:
             _watch(finite[1], c)
         if not isinstance(x, Tensor):  # what was worked on is a copy

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 from lowvram.quant import fused
 from lowvram.quant.encodings.base import Encoding
@@ -14,6 +19,7 @@ from lowvram.quant.encodings.kquants import BLOCK_SIZES, Blocks
 from lowvram.quant.encodings.mxfp8 import Mxfp8
 from lowvram.quant.encodings.nf4 import Bnb4
 from lowvram.quant.encodings.nvfp4 import Nvfp4
+from lowvram.triton_kernels import dequant_triton, ggml_triton
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -56,6 +62,63 @@ def test_every_encoding_becomes_the_numbers_of_torch(
 ) -> None:
     assert fused.has_kernel(encoding) and encoding.fits(shape)
     assert fused.try_encoding(encoding, shape, CPU, (dtype,)) == ""
+
+
+HUGE = 2**31 + 2048
+"""More weights than 32 bits count."""
+
+
+def ending(n: int, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers of which only the last, which are all the same, are ever in memory."""
+    x = torch.zeros(n, dtype=dtype)
+    x[-4096:] = value
+    return x
+
+
+def _scaled(out: Tensor) -> None:
+    weight = ending(HUGE, 0x38, torch.uint8).view(1, -1)
+    dequant_triton.scaled(out.view(1, -1), weight, torch.tensor([3.0]), "e4m3", "row", [1, 1], 1.0)
+
+
+def _levels(out: Tensor) -> None:
+    codes = torch.arange(16.0)
+    absmax = ending(HUGE // 64, 3)
+    dequant_triton.levels(out, ending(HUGE // 2, 0x11, torch.uint8), absmax, codes, codes, codes, 64, 0, 0.0)
+
+
+def _halves(out: Tensor) -> None:
+    scale, shift = ending(HUGE // 128, 3), ending(HUGE // 128, 0)
+    dequant_triton.halves(out, ending(HUGE // 2, 0x11, torch.uint8), scale, shift, 128)
+
+
+def _blocks(out: Tensor) -> None:
+    weight = torch.zeros(HUGE // 32, 34, dtype=torch.uint8)
+    weight[-128:] = torch.tensor([0, 0x42, *[1] * 32], dtype=torch.uint8)  # a scale of 3
+    ggml_triton.blocks(out.view(-1, 32), weight, "Q8_0")
+
+
+@pytest.mark.parametrize("launch", [_scaled, _levels, _halves, _blocks])
+def test_the_end_of_a_weight_that_32_bits_cannot_index(
+    launch: Callable[[Tensor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last program alone, on tensors of which only their end is in memory."""
+    run = GridExecutor.__call__
+
+    def last(self: GridExecutor, *given: object, **named: object) -> None:
+        index = torch.tensor([self.grid[0] - 1], dtype=torch.int32).numpy()
+        monkeypatch.setattr(
+            InterpreterBuilder, "create_get_program_id", lambda self, axis: TensorHandle(index, tl.int32)
+        )
+        self.grid = (1,)
+        run(self, *given, **named)
+
+    monkeypatch.setattr(GridExecutor, "__call__", last)
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", lambda self, given, named: (given, named))
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda self, *given: None)
+    out = torch.empty(HUGE, dtype=torch.bfloat16)
+    out[-1024:] = 7
+    launch(out)
+    assert (out[-1024:] == 3).all()
 
 
 @pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2"])

@@ -57,9 +57,12 @@ def test_a_linear_with_a_lora_takes_quantised_rows_and_its_slices_are_the_whole(
     assert (y - exact).norm() < 0.02 * exact.norm() < (y - without).norm()
     for some in (slice(0, 128), slice(384, 512)):
         assert torch.equal(ready.slices(("q",), X.dtype, some).linear("q", rows), y[:, some])
-    into = torch.ones(3, OUT)
-    ready.linear_gated_("q", rows, into, torch.full((1, OUT), 2.0), TORCH.gated_)
-    assert torch.equal(into, 1 + 2 * y)
+    gates = [(slice(0, 1), torch.full((1, OUT), 2.0)), (slice(1, 3), torch.full((1, OUT), -3.0))]
+    for some, x in ((ready, rows), (ready, X), (plain, X)):
+        into = torch.ones(3, OUT)
+        some.linear_gated_("q", x, into, gates, TORCH.gated_)
+        want = 1 + some.linear("q", x) * torch.tensor([[2.0], [-3.0], [-3.0]])
+        assert torch.allclose(into, want, rtol=1e-5, atol=1e-4)
 
 
 def test_unpacking_needs_nothing_for_what_is_stored_in_the_dtype() -> None:

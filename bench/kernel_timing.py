@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ SDPA = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFIC
 def timings() -> Iterator[dict[str, object]]:
     """One object a kernel, tile and length: milliseconds, median of REPEATS after one for the compiler."""
     device = torch.device("cuda", 0)
-    arch, card = arch_of(device), torch.cuda.get_device_name(device)
+    arch = arch_of(device)
     for n in TOKENS:
         q, k, v = (torch.randn(HEADS, n, 128, device=device, dtype=torch.bfloat16) for _ in "qkv")
         runs: dict[str, Callable[[], object]] = {}
@@ -35,7 +36,7 @@ def timings() -> Iterator[dict[str, object]]:
             if mode.package in dispatch.installed() and mode.package:
                 runs[mode.name] = partial(backends.attention_by, q, k, v, mode.package)
         for name, run in runs.items():
-            yield {"card": card, "arch": arch, "kernel": name, "tokens": n} | _timed(run, n)
+            yield {"kernel": name, "tokens": n} | _timed(run, n)
         rows = *quantise_rows(q), *quantise_rows(k, centre_of(k[:, ::64]))
         out = q.new_empty(n, HEADS * 128)
         for mode in MODES.values():
@@ -47,7 +48,7 @@ def timings() -> Iterator[dict[str, object]]:
                 run = partial(
                     attention_triton.attend, out, *rows, *values, v_format=mode.v_format, half=half, tile=tile
                 )
-                facts = {"card": card, "arch": arch, "kernel": mode.name, "tokens": n, "tile": str(tile)}
+                facts = {"kernel": mode.name, "tokens": n, "tile": list(astuple(tile))}
                 yield facts | _timed(run, n)
 
 

@@ -6,6 +6,8 @@
     python bench/kernels.py nano [--json]             each mode of both end to end on the embedded model: PSNR and score
     python bench/kernels.py sparse [--json]           what the order of tokens is worth to attention to some tiles of keys
     python bench/kernels.py tune [--json]             on a card: time of every tile, of torch's and of others' kernels
+        [--table [FILE]]                              and what was fastest into the table that dispatch reads
+        [--rows FILE]                                 the same from what was printed with --json on a card before
 
 Exits with 1 if a build spills, takes too much shared memory or lacks an instruction, or an error is out of bounds.
 """
@@ -16,8 +18,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 Row = dict[str, object]
+TABLE = Path(__file__).parents[1] / "triton_kernels" / "tuned.json"
 
 
 def main() -> None:
@@ -35,6 +39,8 @@ def main() -> None:
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="only what the test suite looks at")
+    parser.add_argument("--table", nargs="?", const=TABLE, type=Path, metavar="FILE")
+    parser.add_argument("--rows", type=Path, metavar="FILE")
     args = parser.parse_args()
     right = True
     for row in verbs[args.verb](args):
@@ -77,19 +83,40 @@ def sparse(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def tune(args: argparse.Namespace) -> Iterator[Row]:
+    rows = []
+    for row in _timed() if args.rows is None else _printed(args.rows):
+        rows.append(row)
+        yield row
+    if args.table is not None:
+        from kernel_tuning import tuned
+
+        from lowvram.offload.io import write_atomic
+        from lowvram.triton_kernels.tuned import read, written
+
+        table = read(args.table.read_text(encoding="utf-8")) if args.table.exists() else {}
+        write_atomic(args.table, written(table | tuned(rows)).encode())
+
+
+def _printed(path: Path) -> Iterator[Row]:
+    return (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def _timed() -> Iterator[Row]:
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here: tiles are timed on a card")
     import kernel_timing
+    import triton
 
     from lowvram.bench import products
     from lowvram.triton_kernels.tiles import arch_of
 
     device = torch.device("cuda", 0)
-    facts = {"card": torch.cuda.get_device_name(device), "arch": arch_of(device)}
+    software = f"torch {torch.__version__}, triton {triton.__version__}"
+    facts = {"card": torch.cuda.get_device_name(device), "arch": arch_of(device), "software": software}
     yield from (facts | row for row in products.timings("cuda"))
-    yield from kernel_timing.timings()
+    yield from (facts | row for row in kernel_timing.timings())
 
 
 if __name__ == "__main__":

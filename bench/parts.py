@@ -217,7 +217,7 @@ def multiplication(setup: Setup) -> Found:
     size = (64, products.SMALL) if setup.dry else (products.TOKENS, products.SHAPES)
     facts: Facts = {}
     for row in products.timings(setup.kind, *size):
-        what = f"{row['kernel']}, {row['out']}x{row['in']}"
+        what = f"{row['kernel']}{row.get('tile', '')}, {row['out']}x{row['in']}"
         facts[f"{what}: ms"] = str(row["refused"]) if "refused" in row else float(str(row["ms"]))
         yield Verdict("passed", facts)
 

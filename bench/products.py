@@ -6,6 +6,7 @@ What int8 costs is the product and the rows that it takes. The decoding that it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from functools import partial
 
 import torch
@@ -34,8 +35,9 @@ def timings(kind: str, tokens: int = TOKENS, shapes: tuple[tuple[int, int], ...]
     On a CPU only what torch does is timed.
     """
     for out, width in shapes:
-        for name, run, work in _runs(kind, tokens, out, width):
+        for name, tile, run, work in _runs(kind, tokens, out, width):
             row: Row = {"kernel": name, "tokens": tokens, "out": out, "in": width, "ok": True}
+            row |= {"tile": list(astuple(tile))} if tile else {}
             try:
                 seconds = seconds_of(run, kind)
             except Exception as problem:  # noqa: BLE001  a compiler, or a card that has not the memory
@@ -45,44 +47,45 @@ def timings(kind: str, tokens: int = TOKENS, shapes: tuple[tuple[int, int], ...]
             yield row | ({"tops": round(work / seconds / 1e12, 3)} if work else {})
 
 
-def _runs(kind: str, tokens: int, out: int, width: int) -> Iterator[tuple[str, Callable[[], object], int]]:
-    """Name, call, and operations of a product."""
+Run = tuple[str, GemmTile | None, Callable[[], object], int]
+"""Name, tile if several are tried, call, and operations of a product."""
+
+
+def _runs(kind: str, tokens: int, out: int, width: int) -> Iterator[Run]:
     card, work = kind == "cuda", 2 * tokens * out * width
     dtype = torch.bfloat16 if card else torch.float32
     x = torch.randn(tokens, width, device=kind, dtype=dtype)
     bias, gate = x.new_zeros(out), torch.ones(1, out, device=kind)
     exact = "bf16 cuBLAS" if card else "float32"
-    yield exact, partial(functional.linear, x, x.new_empty(out, width).normal_(), bias), work
+    yield exact, None, partial(functional.linear, x, x.new_empty(out, width).normal_(), bias), work
     shift = torch.zeros(1, width, device=kind)
     for by, ops in (("torch", TORCH.int8), ("kernel", FUSED.int8))[: 1 + card]:
-        yield f"quantise, {by}", partial(ops.quantise, x, 256), 0
-        yield f"gelu and quantise, {by}", partial(ops.gelu, x, 256), 0
+        yield f"quantise, {by}", None, partial(ops.quantise, x, 256), 0
+        yield f"gelu and quantise, {by}", None, partial(ops.gelu, x, 256), 0
         if width <= 5120:
-            yield f"modulate and quantise, {by}", partial(ops.modulate, x, shift, shift, 256), 0
+            yield f"modulate and quantise, {by}", None, partial(ops.modulate, x, shift, shift, 256), 0
     rows = (FUSED if card else TORCH).int8.quantise(x, 256)
     if not card or tiles.arch_of(bias.device) in PRODUCTS["fp8"].archs:
         yield from _fp8_runs(x, (FUSED if card else TORCH).fp8, out, bias, gate)
     del x
     values = torch.randint(-127, 128, (out, width), device=kind, dtype=torch.int8)
     matrix = QuantisedMatrix(values, torch.ones(out, device=kind), 256)
-    yield "_int_mm alone", partial(torch._int_mm, rows.values, values.mT), work
-    yield "_int_mm and epilogue", partial(int8_linear, rows, matrix, bias), work
+    yield "_int_mm alone", None, partial(torch._int_mm, rows.values, values.mT), work
+    yield "_int_mm and epilogue", None, partial(int8_linear, rows, matrix, bias), work
     for tile in GEMM_CANDIDATES if card else ():
         for gated in (None, gate):
-            name = f"int8_linear{'_gated_' if gated is not None else ''} {tile}"
-            yield name, partial(_kernel, rows, matrix, bias, gated, tile), work
+            name = "int8_linear" if gated is None else "int8_linear_gated_"
+            yield name, tile, partial(_kernel, rows, matrix, bias, gated, tile), work
 
 
-def _fp8_runs(
-    x: Tensor, ops: W8A8Ops, out: int, bias: Tensor, gate: Tensor
-) -> Iterator[tuple[str, Callable[[], object], int]]:
-    yield "quantise, fp8", partial(ops.quantise, x, 0), 0
-    yield "gelu and quantise, fp8", partial(ops.gelu, x, 0), 0
+def _fp8_runs(x: Tensor, ops: W8A8Ops, out: int, bias: Tensor, gate: Tensor) -> Iterator[Run]:
+    yield "quantise, fp8", None, partial(ops.quantise, x, 0), 0
+    yield "gelu and quantise, fp8", None, partial(ops.gelu, x, 0), 0
     rows, work = ops.quantise(x, 0), 2 * x.numel() * out
     few = ops.quantise(torch.randn(out, x.shape[1], device=x.device).to(x.dtype), 0)
     matrix, into = QuantisedMatrix(few.values, few.scale, 0), x.new_zeros(x.shape[0], out)
-    yield "fp8_linear", partial(ops.linear, rows, matrix, bias, None), work
-    yield "fp8_linear_gated_", partial(ops.linear_gated_, into, rows, matrix, bias, gate, None), work
+    yield "fp8_linear", None, partial(ops.linear, rows, matrix, bias, None), work
+    yield "fp8_linear_gated_", None, partial(ops.linear_gated_, into, rows, matrix, bias, gate, None), work
 
 
 def _kernel(

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowvram.errors import UsageError
 from lowvram.triton_kernels import backends
 from lowvram.triton_kernels.attention import attend_, attend_reference, attention, sdpa_backend
-from lowvram.triton_kernels.gemm import LowRank, QuantisedMatrix, low_rank
+from lowvram.triton_kernels.gemm import QuantisedMatrix, low_rank
 from lowvram.triton_kernels.modes import (
     ARCHS,
     AUTO,
@@ -308,10 +308,9 @@ def try_w8a8(form: str, device: torch.device, ops: Ops = FUSED) -> str:
         for group in GROUPS if form == "int8" else (0,):
             rows = reference.quantise(w, group)
             weight = QuantisedMatrix(rows.values, rows.scale, group)
-            lora = low_rank([reference.quantise(x[:40], group)], [up], [0.5])
-            want = _w8a8_results(reference, x, shift, gate, bias, weight, lora)
-            a, b, c, d = (t.to(device) for t in (x, shift, gate, bias))
-            got = _w8a8_results(ops.w8a8(form), a, b, c, d, weight.to(device), lora.to(device))
+            want = _w8a8_results(reference, x, shift, gate, bias, up, weight)
+            a, b, c, d, e = (t.to(device) for t in (x, shift, gate, bias, up))
+            got = _w8a8_results(ops.w8a8(form), a, b, c, d, e, weight.to(device))
             for name, right in want.items():
                 wrong = _far(got[name].cpu(), right, _SAME, "torch")
                 if wrong:
@@ -322,15 +321,16 @@ def try_w8a8(form: str, device: torch.device, ops: Ops = FUSED) -> str:
 
 
 def _w8a8_results(
-    ops: W8A8Ops, x: Tensor, shift: Tensor, gate: Tensor, bias: Tensor, weight: QuantisedMatrix, lora: LowRank
+    ops: W8A8Ops, x: Tensor, shift: Tensor, gate: Tensor, bias: Tensor, up: Tensor, weight: QuantisedMatrix
 ) -> dict[str, Tensor]:
-    """What every operation makes of x [n, in]."""
+    """What every operation makes of x [n, in], whose first rows are the down of a LoRA too."""
     made = {
         "quantise": ops.quantise(x, weight.group),
         "modulate and quantise": ops.modulate(x, shift, shift, weight.group),
         "gelu and quantise": ops.gelu(x.clone(), weight.group),
     }
     results = {name: rows.values.float() * rows.scale.unsqueeze(-1) for name, rows in made.items()}
+    lora = low_rank([made["quantise"][: up.shape[1]]], [up], [0.5])
     for name, branch in (("", None), (" with a LoRA", lora)):
         added = x[:, : gate.shape[1]].clone()
         ops.linear_gated_(added, made["quantise"], weight, bias, gate, branch)

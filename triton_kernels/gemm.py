@@ -54,9 +54,6 @@ class LowRank:
     up: Tensor
     """[out, rank] in the dtype of the activations, contiguous but for the distance of its rows"""
 
-    def to(self, device: torch.device) -> LowRank:
-        return LowRank(self.down.to(device), self.up.to(device))
-
 
 def low_rank(downs: Sequence[QuantisedRows], ups: Sequence[Tensor], strengths: Sequence[float]) -> LowRank:
     """One of several: down [rank, in] quantised by its rows, up [out, rank], of each."""

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lowvram.triton_kernels.tuned import TUNED, Tuned
+
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 """Architectures the kernels are built and tested for."""
 
@@ -82,8 +84,11 @@ class Product:
     """Where it runs. Its arithmetic is also there on a CPU, in torch."""
     gain: Mapping[str, float]
     """Rate over that of bf16 by architecture: a forecast."""
-    measured: frozenset[str] = frozenset()
-    """Architectures where `bench/kernels.py tune` has found it the faster: `auto` takes it there."""
+
+    @property
+    def measured(self) -> frozenset[str]:
+        """Architectures where `bench/kernels.py tune` has found it faster than bf16: `auto` takes it there."""
+        return frozenset(arch for arch, tuned in TUNED.items() if self.form in tuned.products)
 
 
 _FP8_ARCHS = ("sm_89", "sm_90", "sm_120")
@@ -129,9 +134,9 @@ MATMULS: Mapping[str, str] = {
     **{name: product.what for name, product in PRODUCTS.items()},
 }
 EXACT = Matmul()
-INT8_GEMM: Mapping[str, str] = {}
-"""What multiplies int8 on an architecture, "triton" or "torch" (`torch._int_mm`): the faster of a measurement. Nobody has
-measured yet, and then it is our kernel, whose sums do not leave the registers."""
+INT8_GEMM: Mapping[str, str] = {arch: tuned.int8_by for arch, tuned in TUNED.items()}
+"""What multiplies int8 on an architecture, "triton" or "torch" (`torch._int_mm`): the faster of a measurement. Where nobody
+has measured it is our kernel, whose sums do not leave the registers."""
 
 SDPA = Choice()
 _GEFORCE_R1 = dict.fromkeys(("sm_86", "sm_89", "sm_120"), 1.17)
@@ -153,14 +158,24 @@ MODES: Mapping[str, Mode] = {
     )
 }  # fmt: skip
 
-AUTO: Mapping[str, tuple[str, ...]] = {
-    "sm_86": ("int8-fp16", "int8", "sdpa"),
-    "sm_89": ("int8-fp16", "int8", "sdpa"),
-    "sm_120": ("int8-fp16", "int8", "sdpa"),
-}
-"""What `auto` tries, by architecture; sdpa elsewhere: where fp32 accumulation runs at full rate it is the best."""
+_CAREFULLY_FAST = ("int8-fp16", "int8", "flash", "sdpa")
+"""What `auto` may take: exact, or of errors that are promised."""
 
-MEASURED: frozenset[tuple[str, str]] = frozenset()
+
+def auto_modes(tuned: Mapping[str, Tuned]) -> dict[str, tuple[str, ...]]:
+    """What `auto` tries, by architecture: what was timed there, the fastest first, and a forecast for GeForce."""
+    forecast = dict.fromkeys(("sm_86", "sm_89", "sm_120"), ("int8-fp16", "int8", "sdpa"))
+    return forecast | {
+        arch: tuple(name for name in row.modes if name in _CAREFULLY_FAST) for arch, row in tuned.items()
+    }
+
+
+AUTO: Mapping[str, tuple[str, ...]] = auto_modes(TUNED)
+"""sdpa where there is nothing: where fp32 accumulation runs at full rate it is the best."""
+
+MEASURED: frozenset[tuple[str, str]] = frozenset(
+    (name, arch) for arch, row in TUNED.items() for name in row.modes
+)
 """(mode, architecture) that somebody has timed against sdpa with `bench/kernels.py`."""
 
 CAREFUL = "int8"

@@ -1,7 +1,6 @@
-"""Tile sizes of the kernels by architecture: data, changed by hand from what `bench/kernels.py tune` measured.
+"""Tile sizes of the kernels by architecture: what `tuned.json` has, and defaults for what nobody has timed.
 
 Every row builds for its architecture without spills and inside its shared memory; `bench/kernels.py aot` proves it.
-Rows that nobody has timed say so.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lowvram.triton_kernels.modes import ARCHS
+from lowvram.triton_kernels.modes import ARCHS, PRODUCTS
+from lowvram.triton_kernels.tuned import TUNED, Tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,6 @@ class Tile:
     warps: int
     stages: int
     """key tiles in flight between memory and use"""
-    measured: bool = False
-    """Whether it was the fastest of CANDIDATES in a run on a card of this architecture."""
 
 
 CANDIDATES: tuple[Tile, ...] = (
@@ -37,12 +35,17 @@ CANDIDATES: tuple[Tile, ...] = (
 )
 """What the tuning command tries. 64x64 with four warps lets two programs share a processor."""
 
-ATTENTION: Mapping[str, Mapping[str, Tile]] = {
-    "bf16": dict.fromkeys(ARCHS, Tile(128, 64, 8, 3)),
-    "fp16": dict.fromkeys(ARCHS, Tile(128, 64, 8, 3)),
-    "fp8": dict.fromkeys(("sm_89", "sm_90", "sm_120"), Tile(128, 64, 8, 3)),
-}
-"""By format of V, then by architecture."""
+
+def attention_tiles(tuned: Mapping[str, Tuned]) -> dict[str, dict[str, Tile]]:
+    """By format of V, then by architecture: the tile of a tuning run, or the first candidate."""
+    found: dict[str, dict[str, Tile]] = {}
+    for v_format, archs in (("bf16", ARCHS), ("fp16", ARCHS), ("fp8", PRODUCTS["fp8"].archs)):
+        tiles = {arch: tuned[arch].attention.get(v_format) if arch in tuned else None for arch in archs}
+        found[v_format] = {arch: Tile(*tile) if tile else CANDIDATES[0] for arch, tile in tiles.items()}
+    return found
+
+
+ATTENTION: Mapping[str, Mapping[str, Tile]] = attention_tiles(TUNED)
 
 HALF: Mapping[str, Mapping[str, bool]] = {
     "bf16": {},
@@ -64,8 +67,6 @@ class GemmTile:
     """columns of both at a time"""
     warps: int
     stages: int
-    measured: bool = False
-    """Whether it was the fastest of GEMM_CANDIDATES in a run on a card of this architecture."""
 
 
 GEMM_CANDIDATES: tuple[GemmTile, ...] = (
@@ -75,8 +76,13 @@ GEMM_CANDIDATES: tuple[GemmTile, ...] = (
     GemmTile(256, 128, 64, 8, 4),
 )
 
-GEMM: Mapping[str, GemmTile] = dict.fromkeys(ARCHS, GemmTile(128, 256, 128, 8, 3))
-"""By architecture."""
+
+def gemm_tiles(tuned: Mapping[str, Tuned]) -> dict[str, GemmTile]:
+    """By architecture: the tile of a tuning run, or the first candidate."""
+    return {arch: GemmTile(*tuned[arch].gemm) if arch in tuned else GEMM_CANDIDATES[0] for arch in ARCHS}
+
+
+GEMM: Mapping[str, GemmTile] = gemm_tiles(TUNED)
 NARROW = GemmTile(128, 64, 128, 4, 3)
 """For weights of few rows, such as those of a LoRA: wider tiles would multiply mostly nothing."""
 

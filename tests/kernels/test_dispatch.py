@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowvram.errors import UsageError
 from lowvram.quant.encodings.registry import encoding_by_name
-from lowvram.triton_kernels import attention, dispatch
+from lowvram.triton_kernels import attention, dispatch, modes
 from lowvram.triton_kernels import ops as operations
 from lowvram.triton_kernels.dispatch import (
     PACKAGES,
@@ -33,6 +33,7 @@ from lowvram.triton_kernels.modes import (
 )
 from lowvram.triton_kernels.ops import FUSED, TORCH, ops_for
 from lowvram.triton_kernels.tiles import ATTENTION, GEMM, HALF
+from lowvram.triton_kernels.tuned import Tuned
 
 ALL = frozenset(PACKAGES)
 CPU = torch.device("cpu")
@@ -139,7 +140,6 @@ def test_the_tables_of_multiplication_name_what_there_is() -> None:
         assert product.form == form and set(product.gain) == set(product.archs) <= set(ARCHS)
         assert product.measured <= set(product.archs)
         assert encoding_by_name(product.to).w8a8 == form
-    assert all(tile.measured == (arch in PRODUCTS["int8"].measured) for arch, tile in GEMM.items())
     assert "sm_86" not in PRODUCTS["fp8"].archs
 
 
@@ -155,8 +155,8 @@ def test_auto_multiplies_exactly_until_somebody_has_timed_a_form(form: str) -> N
 
 @pytest.mark.parametrize("form", PRODUCTS)
 def test_auto_takes_a_form_where_it_was_measured(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = replace(PRODUCTS[form], measured=frozenset({"sm_89"}))
-    monkeypatch.setattr(dispatch, "PRODUCTS", {**PRODUCTS, form: timed})
+    timed = Tuned("a card", "", {}, (128, 128, 64, 4, 4), "triton", (), (form,))
+    monkeypatch.setattr(modes, "TUNED", {"sm_89": timed})
     found = choose_matmul("auto", "sm_89", fits(form))
     assert found.mode == form and "chosen for sm_89" in found.why
     assert choose_matmul("auto", "sm_89", fits()) == EXACT

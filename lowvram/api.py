@@ -297,16 +297,18 @@ class Video:
     samples: list[Sample] = field(default_factory=list)
 
     def frames(self) -> Iterator[NDArray[np.uint8]]:
-        """Frames [H, W, 3] uint8 RGB in order, decoded as they are taken."""
-        with self.pipeline.runtime.device() as device:
-            run = Run(
-                device,
-                self.plan,
-                self.listener,
-                self.clock,
+        """Frames [H, W, 3] uint8 RGB in order, decoded as they are taken. What is kept of them is no part of the budget."""
+        return self._frames(alone=False)
+
+    def _frames(self, *, alone: bool) -> Iterator[NDArray[np.uint8]]:
+        runtime = self.pipeline.runtime
+        with runtime.device() as device:
+            run = replace(
+                runtime.begin(device, self.plan, self.listener, self.clock),
                 reports=self.reports,
                 notes=self.notes,
                 samples=self.samples,
+                alone=alone,
             )
             for chunk in decode.decode(run, self.pipeline.model, self.job, self.latent):
                 yield from chunk
@@ -320,7 +322,7 @@ class Video:
         with VideoWriter(
             target, self.job.width, self.job.height, self.job.fps, facts, overwrite=overwrite
         ) as writer:
-            write_behind(writer, (frame[None] for frame in self.frames()))
+            write_behind(writer, (frame[None] for frame in self._frames(alone=True)))
         return Report(tuple(self.reports), tuple(self.notes), tuple(self.samples))
 
 

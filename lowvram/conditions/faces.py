@@ -113,11 +113,13 @@ def hear(run: Run, model: Model, faces: Iterable[Tensor], frames: int, passes: i
         )
         tokens: list[Tensor] = []
         for (_, n), views in stream:
+            run.check_ram()
             p = run.params(groups[n], views)
             if n == 0:
                 basis = animate.directions(p)
                 vectors = torch.empty(frames, basis.shape[0], device=device)
                 for i, face in enumerate(faces):
+                    run.check_ram()
                     vectors[i] = animate.motion_vectors(p, face[None].to(device), basis)[0]
                     run.step("faces")
                 tokens.append(animate.face_tokens(p, vectors).to(dtype))

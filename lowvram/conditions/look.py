@@ -108,6 +108,7 @@ def look(run: Run, model: Model, pictures: Iterable[Tensor]) -> Tensor:
             )
         )
         for (_, n), views in stream:
+            run.check_ram()
             p = run.params(groups[n], views)
             for i, x in enumerate(rows):
                 rows[i] = clip.layer(p, spec, x) if n else clip.embed(p, spec, x, dtype)

@@ -66,10 +66,15 @@ def _decode(
             visits = -(-latent.shape[1] // tiling.visit)
             with Shelf(device, memories, dtype, visits, kept=tiling.kept, norm=norm) as shelf:
                 pieces = vae_clip.decode(spec, w, latent[None], tiling, shelf, device.torch_device, dtype)
-                yield from _frames(_converted(pieces, convert, outbox, first), shape, tiling.count)
+                frames = _frames(_converted(pieces, convert, outbox, first), shape, tiling.count)
+                for number, frame in enumerate(frames, first):
+                    if number:
+                        run.check_ram()
+                    yield frame
+                    del frame  # or it would live through the making of the next
 
-        def tell(given: int, smaller: Tiling) -> None:
-            run.tell(f"decode: memory ran out after {given} frames; it went on in {smaller.words}")
+        def tell(given: int, smaller: Tiling, why: str) -> None:
+            run.tell(f"decode: {why} after {given} frames; it went on in {smaller.words}")
 
         for frame in in_tiles(device, ways, run.plan.stage("decode").tiling or Tiling(), attempt, tell):
             run.step("decode")

@@ -261,6 +261,7 @@ def _prepare(
     with run.stage("prepare") as (_, traffic):
         for number, (name, transformer) in enumerate(model.transformers.items()):
             with run.carried(f"{name} outer", transformer.groups()["outer"], traffic) as views:
+                run.check_ram()
                 for now in outer_phases(job, transformers, number):
                     outer = run.params(transformer.groups(now.strengths)["outer"], views)
                     image = None

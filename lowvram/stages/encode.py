@@ -61,10 +61,14 @@ def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, t
                 latents = vae_clip.encode(
                     spec, w, clip, ways.plane, tiling, shelf, device.torch_device, dtype
                 )
-                yield from (z.to("cpu") for z in islice(latents, first, None))
+                for n, z in enumerate(islice(latents, first, None), first):
+                    if n:
+                        run.check_ram()
+                    yield z.to("cpu")
+                    del z
 
-        def tell(given: int, smaller: Tiling) -> None:
-            run.tell(f"encode: memory ran out after {given} latents; it went on in {smaller.words}")
+        def tell(given: int, smaller: Tiling, why: str) -> None:
+            run.tell(f"encode: {why} after {given} latents; it went on in {smaller.words}")
 
         for n, z in enumerate(in_tiles(device, ways, plan.tiling, attempt, tell)):
             latent[:, n] = z[0, :, 0]

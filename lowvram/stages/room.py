@@ -1,4 +1,4 @@
-"""Whether the memory that a plan counts on is still there: asked between steps, before anything fails."""
+"""Whether the memory that a plan counts on is still there: asked while a stage is under way, before anything fails."""
 
 from __future__ import annotations
 
@@ -16,29 +16,33 @@ _TOLERATED = 64
 class SqueezedError(OutOfMemoryError):
     """There is less memory than the plan of a stage counts on, found before the stage ran out of it.
 
-    ram    bytes of RAM that a plan may take from now on; None if that is not what is short
+    excess   bytes of RAM that the process holds above its cap; 0 if it is VRAM that is short
     """
 
-    def __init__(self, found: str, *, where: str, expected: str, advice: str, ram: int | None = None) -> None:
-        self.ram = ram
+    def __init__(self, found: str, *, where: str, expected: str, advice: str, excess: int = 0) -> None:
+        self.excess = excess
         super().__init__(found, where=where, expected=expected, advice=advice)
 
 
-def check_room(device: Device, planned: StagePlan, rss: int, began: int) -> None:
-    """SqueezedError if the device no longer has room for `planned`, or if this process holds more RAM than its cap.
-
-    rss, began    bytes that this process holds now, and held when the job began: what a program around this one had
-                  before is not the job's
-    """
-    vram, cap = device.memory_left(), device.ram.cap
+def check_vram(device: Device, planned: StagePlan) -> None:
+    """SqueezedError if the device no longer has room for `planned`."""
+    vram = device.memory_left()
     if vram < planned.vram - planned.vram // _TOLERATED:
         raise SqueezedError(
             f"other programs take VRAM: {format_bytes(vram)} are left",
             where=f"stage {planned.name}",
             expected=f"the {format_bytes(planned.vram)} that were planned",
             advice="close other programs that use the GPU, then continue with `lowvram resume last`",
-            ram=None,
         )
+
+
+def check_ram(device: Device, planned: StagePlan, rss: int, began: int) -> None:
+    """SqueezedError if this process holds more RAM than its cap in the stage `planned`.
+
+    rss, began    bytes that this process holds now, and held when the job began: what a program around this one had
+                  before is not the job's
+    """
+    cap = device.ram.cap
     if cap is None:
         return
     cap += max(0, began - PROGRAM_RAM)
@@ -50,5 +54,5 @@ def check_room(device: Device, planned: StagePlan, rss: int, began: int) -> None
             where=f"stage {planned.name}",
             expected=f"at most {format_bytes(cap)}",
             advice="give a larger --ram, then continue with `lowvram resume last`; if that is not it, report this",
-            ram=planned.ram - (rss - cap),
+            excess=rss - cap,
         )

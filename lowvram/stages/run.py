@@ -27,7 +27,7 @@ from lowvram.quant import fused
 from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.linear import Params
 from lowvram.report import BlockReport, Sample, StageReport
-from lowvram.stages.room import check_room
+from lowvram.stages.room import check_ram, check_vram
 from lowvram.stages.weights import to_params
 
 
@@ -121,6 +121,10 @@ class Run:
     """Bytes of RAM that this process holds, without what is kept."""
     began: int = field(default_factory=resident_set)
     """`rss` when the job began."""
+    under_way: StagePlan | None = None
+    """The stage that is in the middle of its work."""
+    alone: bool = True
+    """Whether what the process takes meanwhile is the job's: not where others keep the frames that it gives them."""
 
     @property
     def decoder(self) -> Decoder | None:
@@ -143,7 +147,13 @@ class Run:
 
     def check_room(self, stage: str) -> None:
         """SqueezedError if the memory that `stage` counts on is no longer there."""
-        check_room(self.device, self.plan.stage(stage), self.rss(), self.began)
+        check_vram(self.device, self.plan.stage(stage))
+        self.check_ram()
+
+    def check_ram(self) -> None:
+        """SqueezedError if the process holds more RAM than its cap, in the middle of a stage."""
+        if self.alone and self.under_way is not None:
+            check_ram(self.device, self.under_way, self.rss(), self.began)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[tuple[ExitStack, Traffic]]:
@@ -163,6 +173,7 @@ class Run:
                 if not _streamed(claim):
                     stack.enter_context(self.device.ram.claim(claim, nbytes))
             self._sample(name)
+            self.under_way = planned
             try:
                 yield stack, traffic
                 self._sample(name)
@@ -173,6 +184,8 @@ class Run:
                     case "device":
                         raise lost(error, f"stage {name}") from error
                 raise
+            finally:
+                self.under_way = None
         moved = traffic.total
         self.reports.append(
             StageReport(

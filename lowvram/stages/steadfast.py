@@ -76,7 +76,7 @@ def _smaller(run: Run, model: Model, job: Job, step: int, lack: OutOfMemoryError
     was = run.plan.stage("denoise")
     vram, ram = run.device.memory_left(), run.plan.budget.ram
     if isinstance(lack, SqueezedError):
-        what, ram = f"before step {step + 1}, {lack.found}", ram if lack.ram is None else lack.ram
+        what, ram = f"before step {step + 1}, {lack.found}", was.ram - lack.excess if lack.excess else ram
     else:
         what, vram = f"memory ran out in step {step + 1}", min(vram, was.vram * 7 // 8)
     try:

@@ -82,6 +82,7 @@ def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
             )
         )
         for (_, n), views in stream:
+            run.check_ram()
             p = run.params(groups[f"blocks.{n}"], views)
             rows = [umt5.layer(p, model.spec.text, x, b) for x, b in zip(rows, buckets, strict=True)]
             run.step("text")

@@ -14,6 +14,7 @@ from lowvram.models.vae_history import Memory, pack, packed_size
 from lowvram.models.vae_layers import History, Norm
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.device import Device, exhausted
+from lowvram.stages.room import SqueezedError
 from lowvram.tiling import Coding, Codings
 from lowvram.triton_kernels.vae_norm import rms_silu
 
@@ -84,15 +85,16 @@ def in_tiles(
     ways: Codings,
     tiling: Tiling,
     attempt: Callable[[Tiling, int], Iterator[Result]],
-    tell: Callable[[int, Tiling], None],
+    tell: Callable[[int, Tiling, str], None],
 ) -> Iterator[Result]:
     """The results of `attempt(tiling, 0)`. If memory runs out, those of `attempt(smaller, n)` after the first n.
 
     attempt  gives the results from the nth on; histories begin with the clip, so what was given is computed again
-    tell     is told n and the smaller tiling
+    tell     is told n, the smaller tiling, and what happened
 
     Each time the tiling takes at most half of what the one before took on the device, or the least there is. What it
-    needs more on the host is claimed. OutOfMemoryError if there is no smaller one.
+    needs more on the host is claimed. If the process was found to hold more RAM than its cap, the tiling takes as much
+    less there, and on the device no more than the first. OutOfMemoryError if there is no smaller one.
     """
     given, planned = 0, None
     with ExitStack() as more:
@@ -109,11 +111,17 @@ def in_tiles(
             planned = planned or last
             more.close()
             room = ENDLESS if device.ram.room is None else device.ram.room
-            smaller = ways.choose(last.vram // 2, room + planned.resting, lambda coding: coding.work)
-            if smaller.vram >= last.vram:
+            if isinstance(problem, SqueezedError):
+                vram, ram = planned.vram, min(room + planned.resting, last.ram - problem.excess)
+                smaller = ways.choose(vram, ram, lambda coding: coding.work)
+                enough = smaller.vram <= vram and smaller.ram <= ram
+            else:
+                smaller = ways.choose(last.vram // 2, room + planned.resting, lambda coding: coding.work)
+                enough = smaller.vram < last.vram
+            if not enough:
                 raise _told(problem, device, last) from None
             tiling = smaller.tiling
-            tell(given, tiling)
+            tell(given, tiling, problem.found if isinstance(problem, SqueezedError) else "memory ran out")
             more.enter_context(device.ram.claim("smaller tiles", max(0, smaller.resting - planned.resting)))
 
 

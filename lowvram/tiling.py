@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from math import ceil, log
-from typing import Any, NamedTuple, Protocol, TypeVar
+from math import ceil
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +24,22 @@ from lowvram.models.vae_attention import QUERIES
 from lowvram.models.vae_clip import FRAMES, Half, decoder, encoder
 from lowvram.models.vae_history import Memory, packed, packed_size, tile_memories
 from lowvram.models.vae_middle import keys_on_device, most_strips
-from lowvram.models.vae_tiles import Tile, Tiling, band_edges, long_axis, make_bands, make_tile, split
+from lowvram.models.vae_tiles import (
+    Span,
+    Tile,
+    Tiling,
+    band_edges,
+    field_of,
+    joined,
+    long_axis,
+    make_bands,
+    make_tile,
+    split,
+)
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import Rounding
 from lowvram.quant.spec import VaeSpec, numel
+from lowvram.tiling_search import Columns, Search, Seconds
 from lowvram.vae_footprint import Ends
 
 VISIT = 16
@@ -122,7 +134,6 @@ class Coding:
 
 
 _T = TypeVar("_T")
-Seconds = Callable[[Coding], float]
 
 
 def _cells(half: Half, spec: VaeSpec, size: int, count: int, banded: bool) -> NDArray[np.int64]:
@@ -131,9 +142,18 @@ def _cells(half: Half, spec: VaeSpec, size: int, count: int, banded: bool) -> ND
     if banded:
         bands = make_bands(half.tiled, (given, given), 3, count, half.cells)
         return np.array([[m.shape[1] for m in tile_memories(band, shapes)] for band in bands])
-    spans = [span.scaled(half.made) for span in split(size, count)]
-    tiles = [make_tile(half.tiled, (given, given), span, span) for span in spans]
-    return np.array([[m.shape[1] for m in tile_memories(tile, shapes)] for tile in tiles])
+    around = max(-field_of(half.tiled, Span(0, half.made)).start // half.cells, 0) + 2
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    found = []
+    for span in split(size, count):
+        # tiles of a size differ only by the ends of the plane, where they are near enough to see them
+        what = span.size, min(span.start, around), min(size - span.stop, around)
+        if what not in alike:
+            cells = span.scaled(half.made)
+            tile = make_tile(half.tiled, (given, given), cells, cells)
+            alike[what] = [m.shape[1] for m in tile_memories(tile, shapes)]
+        found.append(alike[what])
+    return np.array(found)
 
 
 class Measured(Protocol):
@@ -169,6 +189,7 @@ class Codings(ABC):
     _overlaps: dict[_Grid, tuple[float, float]] = field(default_factory=dict, init=False)
     _middles: dict[int, _Middle] = field(default_factory=dict, init=False)
     """By number of strips."""
+    _rows: dict[int, Coding] = field(default_factory=dict, init=False)
 
     @property
     @abstractmethod
@@ -176,7 +197,7 @@ class Codings(ABC):
 
     @abstractmethod
     def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
-        """Transient bytes of one visit of a tile; `before` a band, the first and the one that hands on to it."""
+        """Transient bytes of one visit of a tile; `before` a band, one that hands on to it."""
 
     @abstractmethod
     def borders(self, band: Tile) -> int:
@@ -205,57 +226,38 @@ class Codings(ABC):
 
         If nothing fits: the least VRAM inside `ram`, or else the least RAM inside `vram`, or else the least VRAM.
         """
-        by_size, by_ram = (lambda d, n: (n, seconds(d))), (lambda d, n: (d.ram, seconds(d)))
+        best = Search(self).best
         found = (
-            self._best(
-                lambda d, n: n <= vram and d.ram <= ram and not self._late(d.tiling), lambda d, n: seconds(d)
-            )
-            or self._best(lambda d, n: n <= vram and d.ram <= ram, lambda d, n: seconds(d))
-            or self._best(lambda d, n: d.ram <= ram, by_size, CAREFUL)
-            or self._best(lambda d, n: n <= vram, by_ram, CAREFUL)
-            or self._best(lambda d, n: True, by_size, CAREFUL)
+            best(lambda c, n: (n <= vram) & (c.ram <= ram) & ~c.late, seconds)
+            or best(lambda c, n: (n <= vram) & (c.ram <= ram), seconds)
+            or best(lambda c, n: c.ram <= ram, seconds, lambda c, n: n, CAREFUL)
+            or best(lambda c, n: n <= vram, seconds, lambda c, n: c.ram, CAREFUL)
+            or best(lambda c, n: n > 0, seconds, lambda c, n: n, CAREFUL)
         )
         assert found is not None
         return found
 
-    def _best(
-        self, fits: Callable[[Coding, int], bool], key: Callable[[Coding, int], Any], doubt: float = 1.0
-    ) -> Coding | None:
-        """The first by `key` of those that fit; both are told a way and its VRAM.
-
-        Guesses, times `doubt`, lead to it; what is returned is exact.
-        """
-        while pool := [(d, n) for d, n in self._guessed(doubt) if fits(d, n)]:
-            best, _ = min(pool, key=lambda way: key(*way))
-            if best.tiling.grid in self._known:
-                return best
-            self._settle(best.tiling)
-        return None
-
-    def _guessed(self, doubt: float) -> Iterator[tuple[Coding, int]]:
-        """Every way and its VRAM: as far as it is known, else with scratch in proportion to history, as of the tiling
-        of its kind with the nearest history that is known."""
-        guesses: dict[_Grid, int] = {}
-        for way, histories in zip(self._ways, self._histories, strict=True):
-            grid = way.tiling.grid
-            if grid in self._known:
-                yield way, way.vram
-                continue
-            if grid not in guesses:
-                alike = (k for known, k in self._known.items() if known[2] == grid[2])
-                nearest = min(
-                    alike, key=lambda k: abs(log(k[0] / histories.largest)), default=(1, 1, 0)
-                )  # fmt: skip
-                guesses[grid] = int(doubt * histories.largest * nearest[2] / nearest[0])
-            yield way, way.slab + self._scratch(way.tiling, guesses[grid], self._guessed_borders(grid))
-
     def exactly(self, tiling: Tiling) -> Coding:
         """What a given tiling takes."""
-        if tiling.grid not in self._known:
-            self._settle(tiling)
-        return self._coding(tiling, *self._known[tiling.grid])
+        return self._coding(tiling, *self._settled(tiling))
 
-    def _settle(self, tiling: Tiling) -> None:
+    def row(self, number: int) -> Coding:
+        """What way `number` of the columns takes, exactly."""
+        if number not in self._rows:
+            self._rows[number] = self.exactly(self._ways[number].tiling)
+        return self._rows[number]
+
+    def settled(self, number: int) -> tuple[int, int, int]:
+        """Of the grid of way `number`: history and scratch of the largest tile, what bands hand on for every latent."""
+        largest, _, scratch, handed = self._settled(self._ways[number].tiling)
+        return largest, scratch, handed
+
+    def _settled(self, tiling: Tiling) -> tuple[int, int, int, int]:
+        if tiling.grid not in self._known:
+            self._known[tiling.grid] = self._settle(tiling)
+        return self._known[tiling.grid]
+
+    def _settle(self, tiling: Tiling) -> tuple[int, int, int, int]:
         down, across = self._axes(tiling.grid)
         frames = np.array([m.frames for m in self._whole_memories])
         row_bytes = np.array([m.shape[0] * self.dtype.itemsize for m in self._whole_memories])
@@ -268,7 +270,7 @@ class Codings(ABC):
         if tiling.banded:
             line, band = (row, column)[:: 1 if self._long else -1]
             bands = tiling.lines(half.tiled, plane, cells)[line]
-            tile, before = bands[band], tuple({n: bands[n] for n in (0, band - 1) if 0 <= n < band}.values())
+            tile, before = bands[band], [joined(bands[:band])] if band else []
             handed = self.measured(partial(self.borders, bands[0]), "borders", *self._of_half, repr(bands[0]))
         else:
             rows, columns = tiling.spans(half.tiled, plane)
@@ -276,10 +278,7 @@ class Codings(ABC):
         scratch = self.measured(
             partial(self.tile_scratch, tile, before), "tile", *self._of_half, tile.window, repr(tile)
         ) + self.under_way(tile)
-        self._known[tiling.grid] = known = int(sizes.max()), int(sizes.sum()), scratch, handed
-        self._ways = [
-            self._coding(way.tiling, *known) if way.tiling.grid == tiling.grid else way for way in self._ways
-        ]
+        return int(sizes.max()), int(sizes.sum()), scratch, handed
 
     def _coding(
         self, tiling: Tiling, largest: int, total: int, tile_scratch: int = 0, handed: int = 0
@@ -335,6 +334,27 @@ class Codings(ABC):
         return not tiling.kept and tiling.visit == self.latent[1] > VISIT
 
     # ---- what is known in closed form
+
+    @cached_property
+    def columns(self) -> Columns:
+        """Every way as far as it is known in closed form."""
+        ways, first = self._ways, dict[_Grid, _Histories]()
+        for each in self._histories:
+            first.setdefault(each.tiling.grid, each)
+        numbers = {grid: n for n, grid in enumerate(first)}
+        return Columns(
+            grid=np.array([numbers[way.tiling.grid] for way in ways]),
+            late=np.array([self._late(way.tiling) for way in ways]),
+            least=np.array([way.scratch for way in ways]),
+            visit=np.array([way.tiling.visit for way in ways]),
+            slab=np.array([way.slab for way in ways]),
+            ram=np.array([way.ram for way in ways]),
+            moved=np.array([way.moved for way in ways]),
+            work=np.array([way.work for way in ways]),
+            largest=np.array([each.largest for each in first.values()]),
+            banded=np.array([banded for _, _, banded in first]),
+            handed=np.array([self._guessed_borders(grid) for grid in first]),
+        )
 
     @cached_property
     def _ways(self) -> list[Coding]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowvram.errors import FileError, InternalError
 from lowvram.quant.encodings.base import TORCH_DTYPES
-from lowvram.quant.refs import Shape, TensorRef, stored_bytes
+from lowvram.quant.refs import Part, Shape, TensorRef, stored_bytes
 
 ALIGNMENT = 256
 """Bytes every part starts at a multiple of: what cudaMalloc itself promises, enough for any vector load."""
@@ -73,18 +73,17 @@ def build_layout(refs: Iterable[TensorRef]) -> BlockLayout:
     seen: set[tuple[str, str]] = set()
     end = 0
     for part, name in parts:
-        where = f"{part.file}, {name} {part.role}"
         if part.dtype not in TORCH_DTYPES:
             raise FileError(
                 f"stored as {part.dtype}",
-                where=where,
+                where=_where(part, name),
                 expected="one of " + ", ".join(TORCH_DTYPES),
                 advice="use a file in another format",
             )
         if part.nbytes != stored_bytes(part.dtype, part.shape):
-            raise InternalError("size and shape disagree", where=where, advice="report this")
+            raise InternalError("size and shape disagree", where=_where(part, name), advice="report this")
         if (name, part.role) in seen:
-            raise InternalError("appears twice in one block", where=where, advice="report this")
+            raise InternalError("appears twice in one block", where=_where(part, name), advice="report this")
         seen.add((name, part.role))
         start = _aligned(end)
         end = start + part.nbytes
@@ -94,6 +93,10 @@ def build_layout(refs: Iterable[TensorRef]) -> BlockLayout:
             )
         )
     return BlockLayout(tuple(entries), _aligned(end))
+
+
+def _where(part: Part, name: str) -> str:
+    return f"{part.file}, {name} {part.role}"
 
 
 def read_runs(layout: BlockLayout) -> tuple[ReadRun, ...]:

@@ -27,7 +27,7 @@ from lowvram.media.picture import read_picture
 from lowvram.media.resize import letterbox, to_tensor
 from lowvram.model import Model
 from lowvram.offload.budget import Budget
-from lowvram.planning.encode import plan_encode
+from lowvram.planning.encode import planned
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
@@ -185,9 +185,7 @@ def _plan_encode(facts: Facts, budget: Budget, made: Mapping[str, int]) -> Stage
     device = resting(facts)
     host = facts.host({**made, "pictures": picture_ram(facts), "driving frames": frames})
     vram, ram = budget.vram - sum(device.values()), budget.ram - sum(host.values())
-    plan = plan_encode(
-        facts.model, (job.frames, job.height, job.width), vram, ram, facts.machine, measured=facts.measured
-    )
+    plan = planned(facts, job.frames, vram, ram)
     latents = facts.spec.latent_shape(job.width, job.height, job.frames)[1]
     return StagePlan(
         "encode",

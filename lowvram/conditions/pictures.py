@@ -24,7 +24,7 @@ from lowvram.media.picture import Picture, read_picture
 from lowvram.media.resize import to_frame, to_tensor
 from lowvram.model import Model
 from lowvram.offload.budget import Budget
-from lowvram.planning.encode import plan_encode
+from lowvram.planning.encode import planned
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import CLIP_TOKENS, ModelSpec, numel
@@ -69,9 +69,8 @@ def given_mask(frames: int, *, last: bool) -> Tensor:
 def plan_frames(facts: Facts, budget: Budget, frames: int, made: Mapping[str, int]) -> StagePlan:
     """The stage "encode": the VAE's encoder on the first `frames` frames of the given clip. made: see `held`."""
     device, host = resting(facts), facts.host({**made, "pictures": picture_ram(facts)})
-    shape = (frames, facts.job.height, facts.job.width)
     vram, ram = budget.vram - sum(device.values()), budget.ram - sum(host.values())
-    plan = plan_encode(facts.model, shape, vram, ram, facts.machine, measured=facts.measured)
+    plan = planned(facts, frames, vram, ram)
     return StagePlan(
         "encode",
         facts.spec.latent_shape(facts.job.width, facts.job.height, frames)[1],

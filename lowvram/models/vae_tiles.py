@@ -8,10 +8,11 @@ cuts as at borders, but a cut lies where they cannot reach what is kept.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate, count, pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -173,11 +174,14 @@ def long_axis(plane: tuple[int, int]) -> int:
 
 def lag(layers: Sequence[Layer]) -> int:
     """Input cells that must be known before the first output cell can be made."""
-    for stop in count(1):
-        cells = reduce(lambda cells, layer: made(layer, cells, _EVERYTHING), layers, stop)
-        if cells:
-            return stop
-    raise AssertionError
+
+    def enough(stop: int) -> bool:
+        return reduce(lambda cells, layer: made(layer, cells, _EVERYTHING), layers, stop) > 0
+
+    high = 1
+    while not enough(high):
+        high *= 2
+    return bisect_left(range(high + 1), True, key=enough)
 
 
 def band_edges(layers: Sequence[Layer], size: int, bands: int, cell: int) -> list[int]:
@@ -268,6 +272,23 @@ def make_bands(
             spans, window = spans[::-1], window[::-1]
         tiles.append(Tile(*spans, window, whole.layers, given))
     return tiles
+
+
+def joined(bands: Sequence[Tile]) -> Tile:
+    """One band in place of several side by side. What a band hands on depends only on where it ends."""
+    first, last = bands[0], bands[-1]
+    assert first.flow is not None and last.flow is not None
+    return Tile(
+        _hull(first.rows, last.rows),
+        _hull(first.columns, last.columns),
+        (_hull(first.window[0], last.window[0]), _hull(first.window[1], last.window[1])),
+        first.layers,
+        first.flow._replace(stop=last.flow.stop),
+    )
+
+
+def _hull(first: Span, last: Span) -> Span:
+    return Span(first.start, last.stop)
 
 
 @dataclass(frozen=True, slots=True)

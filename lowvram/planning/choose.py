@@ -81,6 +81,11 @@ def choose(
     )
 
 
+def fits(facts: Facts, budget: Budget) -> bool:
+    """Whether there is a plan."""
+    return all(stage.inside(budget) for stage in _least(facts, budget))
+
+
 def _planned(planners: Iterable[Planner], facts: Facts, budget: Budget) -> Iterator[StagePlan]:
     return (stage for plan in planners for stage in plan(facts, budget))
 

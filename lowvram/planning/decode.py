@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lowvram.media.video import AHEAD
 from lowvram.model import Group, Model
 from lowvram.models import vae
@@ -11,7 +13,8 @@ from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
 from lowvram.stages.condition import held_claims
-from lowvram.tiling import Coding, Decodings
+from lowvram.tiling import Decodings
+from lowvram.tiling_search import Cost
 
 WRITER_FRAMES = 16 + AHEAD
 """Frames the video encoder may hold, and those that wait for it."""
@@ -22,28 +25,42 @@ def decoder_group(model: Model) -> Group:
     return Group(tuple(ref for name, ref in model.vae.items() if name.startswith(vae.DECODER)), {})
 
 
+def _weights(model: Model) -> tuple[Group, int]:
+    """That half, and the bytes of its slab."""
+    group = decoder_group(model)
+    return group, build_layout(group.refs).nbytes
+
+
+def _ways(facts: Facts) -> Decodings:
+    """The ways to decode the video."""
+    job, (group, _) = facts.job, facts.of_model(_weights)
+    latent = facts.spec.latent_shape(job.width, job.height, job.frames)
+    return Decodings(
+        facts.spec.vae, group, latent, _frame(facts), facts.dtype, facts.footprint, facts.measured
+    )
+
+
+def _frame(facts: Facts) -> int:
+    """Bytes of a frame. Those of a driven video leave the decoder as float32: the next segment goes on from the last."""
+    return 3 * facts.job.width * facts.job.height * (4 if facts.spec.variant == "animate" else 1)
+
+
 def plan_decode(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     """The fastest tiling that fits; the smallest, too large for the budget, if none does."""
-    job, machine, spec = facts.job, facts.machine, facts.spec.vae
-    group = decoder_group(facts.model)
-    latent = facts.spec.latent_shape(job.width, job.height, job.frames)
-    # frames of a driven video leave the decoder as float32: the next segment goes on from the last of them, and from
-    # what the condition says of the picture
-    driven = facts.spec.variant == "animate"
-    frame = 3 * job.width * job.height * (4 if driven else 1)
-    nbytes = build_layout(group.refs).nbytes
+    job, machine, spec = facts.job, facts.machine, facts.spec
+    ways, frame, (_, nbytes) = facts.once(_ways), _frame(facts), facts.of_model(_weights)
     device = facts.context | {"vae weights": facts.footprint(nbytes)}
     host = facts.host(
         {"ring 0": nbytes, "frames": WRITER_FRAMES * frame, "ram outgoing": 2 * frame}
-        | (held_claims(facts) if driven else {})
+        # the next segment of a driven video takes over what the condition says of the picture
+        | (facts.once(held_claims) if spec.variant == "animate" else {})
     )
     # 2.1: 31 TFLOP per latent at 1280x720 (wan-models 6.6); other widths and sizes in proportion
-    flops = 31.1e12 * numel(latent[1:]) / (90 * 160) * (spec.decoder_base / 96) ** 2
+    flops = 31.1e12 * numel(ways.latent[1:]) / (90 * 160) * (spec.vae.decoder_base / 96) ** 2
 
-    def seconds(coding: Coding) -> float:
+    def seconds(coding: Cost) -> Any:
         return coding.work * flops / machine.matmul + 2 * coding.moved / machine.link
 
-    ways = Decodings(spec, group, latent, frame, facts.dtype, facts.footprint, facts.measured)
     found = ways.choose(budget.vram - sum(device.values()), budget.ram - sum(host.values()), seconds)
     host["frames"] += found.frames
     return (

@@ -1,9 +1,10 @@
 """Any job, any budget: the plan is inside both caps, or the refusal names the true minimum and settings that fit.
 
-    LOWVRAM_PLANS=10000 python -m pytest -q -n 2 tests/lowvram/test_plan_property.py
+    LOWVRAM_PLANS=100000 LOWVRAM_BUDGETS=1 python -m pytest -q -n 2 tests/lowvram/test_plan_property.py
 
-plans ten thousand jobs; the gate plans a few. What the networks allocate is imagined here, as a round number a token or
-a cell: the promise holds whatever it is, and running them on meta tensors would take most of the time.
+plans a hundred thousand jobs that have nothing in common; the gate plans ten thousand, under so many budgets each of the
+clips that it draws. What is drawn: see `clips` and `budgets`. What the networks allocate is imagined here, as a round
+number a token or a cell: the promise holds whatever it is, and running them on meta tensors would take most of the time.
 """
 
 from __future__ import annotations
@@ -12,75 +13,57 @@ import os
 import random
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lowvram.errors import BudgetError
-from lowvram.job import Job, make_job
-from lowvram.machine import Machine, machine_profile
+from lowvram.job import make_job
+from lowvram.machine import machine_names, machine_profile
 from lowvram.media.picture import Picture
-from lowvram.model import Model, imagined_model
+from lowvram.model import Group, Model, imagined_model
+from lowvram.models.tae import TaeSpec
 from lowvram.offload.budget import Budget
-from lowvram.planning.choose import choose
-from lowvram.planning.facts import gather
+from lowvram.planning.choose import choose, fits
+from lowvram.planning.facts import Facts, gather
+from lowvram.planning.once import Once
 from lowvram.planning.plan import Plan
-from lowvram.quant.spec import CLIP_TOKENS, numel
+from lowvram.preview import Decoder
+from lowvram.quant.encodings.plain import Plain
+from lowvram.quant.refs import Part, TensorRef
+from lowvram.quant.spec import CLIP_TOKENS, VaeSpec, numel
 from lowvram.sampling.presets import load_models
+from lowvram.triton_kernels.modes import EXACT, SDPA, Choice, Matmul
 
-PLANS = int(os.environ.get("LOWVRAM_PLANS", "24"))
+PLANS = int(os.environ.get("LOWVRAM_PLANS", "10000"))
+BUDGETS = int(os.environ.get("LOWVRAM_BUDGETS", "50"))
+"""Of each clip."""
 PARTS = 2
 """Processes that can share the work."""
-GB = 10**9
-SPACE: dict[str, list[Any]] = {
-    "sizes": [(832, 480), (480, 832), (1280, 704), (640, 640), (320, 192), (64, 64), (1920, 1088)],
-    "weights": ["bf16", "fp8", "int8", "nf4"],
-    "machines": ["rtx3060", "rtx4060ti16", "rtx4090", "rtx5090", "h100"],
-}
+MODELS = load_models()
+WEIGHTS = ("bf16", "fp8", "int8", "nf4", "q4_k", "q8_0")
+SIZES = (
+    (832, 480),
+    (480, 832),
+    (1280, 704),
+    (704, 1280),
+    (640, 640),
+    (320, 192),
+    (64, 64),
+    (1920, 1088),
+    (960, 544),
+)
+FRAMES = (1, 5, 17, 49, 81, 121, 241)
+MACHINES = {name: machine_profile(name) for name in machine_names()}
 
 
 @dataclass(frozen=True)
-class Case:
-    """One job and what it may take."""
+class Clip:
+    """A job and its machine."""
 
-    job: Job
-    model: Model
-    machine: Machine
-    budget: Budget
-    weights: str
-
-
-def cases(seed: int) -> Iterator[Case]:
-    rng = random.Random(seed)
-    while True:
-        name = rng.choice(MODELS)
-        spec = load_models()[name]
-        weights = rng.choice(SPACE["weights"])
-        width, height = rng.choice(SPACE["sizes"])
-        steps = rng.choice([1, 4, 20, 50])
-        guidance = rng.choice([(1.0, 1.0), (4.0, 3.0), (1.0, 3.5)])
-        taken = rng.choice([(640, 480), (6000, 4000)])
-        picture = Picture(path="a.png", sha256="0" * 64, width=taken[0], height=taken[1])
-        frames = rng.choice([1, 5, 17, 49, 81, 121, 241])
-        both = spec.variant == "i2v" and spec.dit.image_tokens != CLIP_TOKENS and frames > 1
-        shown = spec.variant == "i2v" or (spec.variant == "ti2v" and rng.random() < 0.5)
-        job = make_job(
-            spec,
-            model=name,
-            files={},
-            width=width,
-            height=height,
-            frames=frames,
-            image=picture if shown else None,
-            last_image=picture if both and rng.random() < 0.5 else None,
-            steps=steps,
-            guidance=guidance,
-            solver=rng.choice(["unipc", "dpm++", "euler"]),
-        )
-        machine = machine_profile(rng.choice(SPACE["machines"]))
-        machine = replace(machine, link=machine.link * rng.choice([0.1, 1, 1]), disk=rng.choice([1e8, 3e9]))
-        sizes = [int(GB * 10 ** rng.uniform(-1.5, 2)) for _ in range(2)]
-        yield Case(job, imagined_model(name, spec, weights), machine, Budget(*sizes), weights)
+    facts: Facts
+    told: str
 
 
 class Imagined(dict[Hashable, Any]):
@@ -102,87 +85,183 @@ class Imagined(dict[Hashable, Any]):
                 return int((6 if group else 8) * n * width + 10_000 * words)
             case ("unpacked", kind, dtype, *_):
                 return int(dtype.itemsize * sum(numel(shape) for _, shape, _ in kind))
-            case ("face", _, tokens, slots, dtype, chunk):
+            case ("face", _, tokens, slots, dtype, chunk, *_):
                 return int(dtype.itemsize * (20_000 * slots + 9000 * min(tokens, chunk)))
             case ("faces", _, _, frames, dtype):
                 return int(600_000_000 + 120_000 * frames * dtype.itemsize)
             case ("clip", spec, _, dtype):
                 return int(9 * spec.tokens * spec.dim * dtype.itemsize)
-            case ("embed", _, grid, _):
+            case ("embed", _, grid, *_):
                 return int(40_000 * numel(grid[1:]))
             case ("head", _, grid, *_):
                 return 900 * numel(grid)
+            case ("preview", _, latent, dtype):
+                return int(9000 * numel(latent[2:]) * dtype.itemsize)
             case ("tile", _, spec, _, _, window, _):
                 return int(40 * spec.decoder_base * 64 * numel([span.size for span in window]))
             case ("borders", _, spec, *_):
                 return 30_000 * spec.decoder_base
             case ("middle", _, spec, _, _, plane):
                 return int(90 * spec.decoder_base * numel(plane))
+            case ("strips", count, _, spec, _, _, plane):
+                return tuple(n * spec.decoder_base * numel(plane) // count for n in (60, 40, 5))
         raise AssertionError(what)
 
 
-MODELS = list(load_models())
-KNOWN = Imagined()
+def clips(seed: int) -> Iterator[Clip]:
+    """Every kind of model and how it is stored, size, length, number of steps and guidance, solver, pictures, attention and
+    matmul, with and without text features that are kept and a decoder for previews, on every card of the table, with
+    links and disks of several speeds."""
+    rng, known = random.Random(seed), Imagined()
+    models: dict[tuple[str, str], Once[Model]] = {}
+    while True:
+        name, weights = rng.choice(list(MODELS)), rng.choice(WEIGHTS)
+        spec = MODELS[name]
+        if (name, weights) not in models:
+            models[name, weights] = Once(imagined_model(name, spec, weights))
+        width, height = rng.choice(SIZES)
+        taken = rng.choice([(640, 480), (6000, 4000)])
+        picture = Picture(path="a.png", sha256="0" * 64, width=taken[0], height=taken[1])
+        frames = rng.choice(FRAMES)
+        both = spec.variant == "i2v" and spec.dit.image_tokens != CLIP_TOKENS and frames > 1
+        shown = spec.variant == "i2v" or (spec.variant == "ti2v" and rng.random() < 0.5)
+        quantised = not spec.dit.face_blocks and rng.random() < 0.2
+        job = make_job(
+            spec,
+            model=name,
+            files={},
+            width=width,
+            height=height,
+            frames=frames,
+            image=picture if shown else None,
+            last_image=picture if both and rng.random() < 0.5 else None,
+            steps=rng.choice([1, 4, 20, 50]),
+            guidance=rng.choice([(1.0, 1.0), (4.0, 3.0), (1.0, 3.5)]),
+            solver=rng.choice(["unipc", "dpm++", "euler"]),
+            attention=Choice("int8-fp16", "sdpa") if quantised else SDPA,
+            matmul=Matmul("int8") if weights == "int8" and rng.random() < 0.5 else EXACT,
+        )
+        machine = MACHINES[rng.choice(list(MACHINES))]
+        machine = replace(machine, link=machine.link * rng.choice([0.1, 1, 1]), disk=rng.choice([1e8, 3e9]))
+        of_model = models[name, weights]
+        facts = gather(
+            job,
+            of_model.subject,
+            machine,
+            known,
+            of_model=of_model,
+            text_cached=rng.random() < 0.2,
+            preview=preview(spec.vae) if rng.random() < 0.2 and "nano" not in name else None,
+        )
+        yield Clip(facts, _told(facts, weights))
 
 
-def plan(case: Case, budget: Budget, **changes: Any) -> Plan:
-    job, model = replace(case.job, **{k: v for k, v in changes.items() if k != "weights"}), case.model
-    if "weights" in changes:
-        other = imagined_model(case.job.model, model.spec, changes["weights"])
-        model = replace(model, transformers=other.transformers)
-    return choose(gather(job, model, case.machine, KNOWN), budget)
+def _told(facts: Facts, weights: str) -> str:
+    job, machine = facts.job, facts.machine
+    return (
+        f"{job.model} {weights} {job.width}x{job.height}x{job.frames}, {len(job.schedule)} steps of "
+        f"{job.schedule.guidance[0]}, {job.schedule.solver}, {job.attention.mode}, {len(job.pictures)} pictures, preview "
+        f"{facts.preview is not None}, on {machine.name} link {machine.link:.3g} disk {machine.disk:.3g}"
+    )
 
 
-def check_fits(case: Case, budget: Budget, **changes: Any) -> None:
-    found = plan(case, budget, **changes)
+def preview(vae: VaeSpec) -> Decoder:
+    """A small decoder, as `lowvram.preview.open_decoder` finds it in a file."""
+    spec, refs = TaeSpec(vae.z, vae.patch), []
+    for name, shape in spec.shapes().items():
+        part = Part("weight", Path("taew.safetensors"), 0, 2 * numel(shape), "F16", shape)
+        refs.append(TensorRef(name, shape, Plain("F16"), (part,)))
+    return Decoder(spec, Group(tuple(refs), {}))
+
+
+def budgets(rng: random.Random) -> Iterator[Budget]:
+    """From 10 MB, in which nothing fits, to 300 GB, each cap apart; is sent what a plan took, for others about it."""
+    took: Plan | None = None
+    while True:
+        sizes = [int(10 ** rng.uniform(7, 11.5)) for _ in range(2)]
+        if took is not None and rng.random() < 0.4:
+            sizes = [peak + rng.choice([-1, 0, 0, 1]) for peak in (took.vram, took.ram)]
+        took = (yield Budget(*sizes)) or took
+
+
+def check_plan(facts: Facts, budget: Budget) -> Plan:
+    found = choose(facts, budget)
     for stage in found.stages:
         assert 0 < stage.vram == sum(stage.claims.values()) <= budget.vram
         assert 0 < stage.ram == sum(stage.ram_claims.values()) <= budget.ram
         assert min(stage.claims.values()) >= 0 and min(stage.ram_claims.values()) >= 0
         assert stage.seconds >= 0 and stage.h2d >= stage.disk_read >= 0
-    depth = case.model.spec.dit.layers * len(case.model.transformers)
+    depth = facts.spec.dit.layers * len(facts.model.transformers)
     assert sum(found.blocks().values()) == depth
     assert found.choices and found.advice
+    return found
 
 
-def check_refused(case: Case, refused: BudgetError) -> None:
-    budget = case.budget
+def check_refusal(facts: Facts, budget: Budget, refused: BudgetError) -> None:
     assert refused.minimum_vram is not None or refused.minimum_ram is not None
     least = Budget(refused.minimum_vram or budget.vram, refused.minimum_ram or budget.ram)
     assert least.vram >= budget.vram and least.ram >= budget.ram and least != budget
-    check_fits(case, least)
+    check_plan(facts, least)
     for name in ("vram", "ram"):
         if getattr(refused, f"minimum_{name}") is not None:
-            with pytest.raises(BudgetError):
-                plan(case, replace(least, **{name: getattr(least, name) - 1}))
+            assert not fits(facts, replace(least, **{name: getattr(least, name) - 1}))
     for flag, value in refused.nearest.items():
-        if flag == "size":
-            width, height = map(int, value.split("x"))
-            check_fits(case, budget, width=width, height=height)
-        else:
-            check_fits(case, budget, **{flag: int(value) if flag == "frames" else value})
+        check_plan(changed(facts, flag, value), budget)
     if "frames" in refused.nearest:
-        with pytest.raises(BudgetError):
-            plan(case, budget, frames=int(refused.nearest["frames"]) + 4)
+        assert not fits(changed(facts, "frames", str(int(refused.nearest["frames"]) + 4)), budget)
     assert len(str(refused).splitlines()) <= 3
 
 
-@pytest.mark.parametrize("seed", range(4, 4 + PARTS))
-def test_a_plan_is_inside_both_caps_or_names_the_true_minimum(seed: int) -> None:
-    refusals = 0
-    for number, case in zip(range(PLANS // PARTS), cases(seed), strict=False):
-        job = case.job
-        label = (
-            f"{number}: {job.model} {case.weights} {job.width}x{job.height}x{job.frames} "
-            f"{len(job.schedule)} steps {job.schedule.guidance[0]} {job.schedule.solver} on "
-            f"{case.machine.name} link {case.machine.link:.3g} disk {case.machine.disk:.3g} in {case.budget}"
-        )
-        try:
+def changed(facts: Facts, flag: str, value: str) -> Facts:
+    """The same job with what a refusal proposes."""
+    job, model = facts.job, facts.model
+    match flag:
+        case "frames":
+            job = replace(job, frames=int(value))
+        case "size":
+            width, height = map(int, value.split("x"))
+            job = replace(job, width=width, height=height)
+        case "attention":
+            job = replace(job, attention=Choice(value))
+        case "weights":
+            imagined = imagined_model(job.model, model.spec, value)
+            model = replace(model, transformers=imagined.transformers)
+        case _:
+            raise AssertionError(flag)
+    return gather(
+        job,
+        model,
+        facts.machine,
+        facts.known,
+        of_model=facts.of_model if model is facts.model else None,
+        text_cached=facts.text_cached,
+        preview=facts.preview,
+    )
+
+
+def check(facts: Facts, budget: Budget) -> Plan | None:
+    """The plan, or None if there is none, as there should be."""
+    try:
+        return check_plan(facts, budget)
+    except BudgetError as refused:
+        check_refusal(facts, budget, refused)
+        return None
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_plan_is_inside_both_caps_or_names_the_true_minimum(part: int) -> None:
+    refusals, jobs = 0, PLANS // PARTS
+    for clip in clips(part):
+        asked = budgets(random.Random(f"{part} {jobs}"))
+        budget = next(asked)
+        for _ in range(min(BUDGETS, jobs)):
             try:
-                check_fits(case, case.budget)
-            except BudgetError as refused:
-                refusals += 1
-                check_refused(case, refused)
-        except Exception as problem:
-            raise AssertionError(label) from problem
+                found = check(clip.facts, budget)
+            except Exception as problem:
+                raise AssertionError(f"{clip.told} in {budget}") from problem
+            refusals += found is None
+            jobs -= 1
+            budget = asked.send(found)
+        if not jobs:
+            break
     assert 0 < refusals < PLANS // PARTS

@@ -96,6 +96,12 @@ def _of_preset(
         complaints.append(
             (f"made for {bases}, not for {names[0]}", where, "a preset of this model", _others(names))
         )
+    guided = max(job.schedule.guidance)
+    if guided > GUIDED and preset.guidance == 1.0:
+        complaints.append(
+            (f"guidance {guided:g} on a transformer that has it distilled in", where, "guidance 1",
+             "leave --guidance out")
+        )  # fmt: skip
     complaints += [
         (
             f"{each.name} was made for {each.preset}",

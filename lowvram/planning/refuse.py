@@ -40,12 +40,11 @@ def refusal(facts: Facts, budget: Budget, least: Least) -> BudgetError:
         flags.append(f"--ram {_up(need.ram)}")
     settings = nearest(facts, budget, least)
     instead = " or ".join(f"--{name} {value}" for name, value in settings.items())
+    smaller = "no smaller video fits" if job.driving is None else "shorter segments do not fit either"
     return BudgetError(
         f"{job.width}x{job.height}, {job.frames} frames needs " + " and ".join(found),
         expected=f"{' and '.join(flags)} or more",
-        advice=f"raise the budget, or take {instead}"
-        if instead
-        else "raise the budget: no smaller video fits",
+        advice=f"raise the budget, or take {instead}" if instead else f"raise the budget: {smaller}",
         minimum_vram=need.vram if need.vram > budget.vram else None,
         minimum_ram=need.ram if need.ram > budget.ram else None,
         nearest=settings,
@@ -65,21 +64,26 @@ def minimum(facts: Facts, budget: Budget, least: Least) -> Budget:
 
 
 def nearest(facts: Facts, budget: Budget, least: Least) -> dict[str, str]:
-    """By flag without its dashes: the value nearest to what was asked with which the job fits."""
+    """By flag without its dashes: the value nearest to what was asked with which the job fits.
+
+    A driven job has the size of its videos, and is as long: its segments may be shorter.
+    """
     found: dict[str, str] = {}
 
     def fits(other: Facts) -> bool:
         return all(stage.inside(budget) for stage in least(other, budget))
 
     job = facts.job
-    low, high = -1, (job.frames - 1) // 4  # fits at low, unless that is -1; not at high
+    carried = 0 if job.driving is None else job.driving.carried
+    none = (carried - 1) // 4  # not tried: what is carried over makes no segment
+    low, high = none, (job.frames - 1) // 4  # fits at low, unless that is none; not at high
     while high - low > 1:
         middle = (low + high) // 2
         shorter = facts.sized(job.width, job.height, 1 + 4 * middle)
         low, high = (middle, high) if fits(shorter) else (low, middle)
-    if low >= 0:
-        found["frames"] = str(1 + 4 * low)
-    for width, height in _smaller(facts):
+    if low > none:
+        found["frames" if job.driving is None else "segment"] = str(1 + 4 * low)
+    for width, height in _smaller(facts) if job.driving is None else ():
         if fits(facts.sized(width, height, job.frames)):
             found["size"] = f"{width}x{height}"
             break

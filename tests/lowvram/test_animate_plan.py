@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from lowvram.api import plan_without_files
+from lowvram.driving import Driving
+from lowvram.errors import BudgetError
+from lowvram.job import make_job
+from lowvram.machine import machine_profile
+from lowvram.media.clip import Clip
+from lowvram.media.picture import Picture
+from lowvram.model import imagined_model
+from lowvram.offload.budget import Budget
+from lowvram.planning.choose import choose
+from lowvram.planning.facts import gather
 from lowvram.planning.plan import Plan
+from lowvram.sampling.presets import model_preset
 
 
 def plan(vram: str) -> Plan:
@@ -37,6 +48,25 @@ def test_the_weights_that_make_keys_and_values_are_not_there_in_the_steps(comfor
     latents = 4 * 90 * 160 * (20 * 21 + 16 * 20)
     keys = 2 * 8 * 2 * 21 * 5 * 5120
     assert latents + keys <= condition <= 1.03 * (latents + keys)
+
+
+@pytest.mark.parametrize("carried", [1, 5])
+def test_what_does_not_fit_is_told_with_the_flags_of_animate(carried: int) -> None:
+    """The size is that of the driving videos, and so is the length: segments may be shorter, but not as short as what
+    they carry over."""
+    clip = Clip(path="/p", sha256="", width=512, height=512, frames=300, rate=(30, 1))
+    picture = Picture(path="/r", sha256="", width=512, height=512)
+    driving = Driving(mode="animate", pose=clip, face=clip, picture=picture, carried=carried)
+    spec = model_preset("nano-animate")
+    job = make_job(spec, model="", files={}, driving=driving, width=512, height=512, frames=13)
+    facts = gather(job, imagined_model("", spec, "fp8"), machine_profile("rtx4090"))
+    with pytest.raises(BudgetError, match="shorter segments do not fit either") as refused:
+        choose(facts, Budget(1, 32 * 10**9))
+    least = refused.value.minimum_vram
+    assert least is not None
+    with pytest.raises(BudgetError, match="raise the budget, or take --segment 9") as refused:
+        choose(facts, Budget(least - 1, 32 * 10**9))
+    assert refused.value.nearest == {"segment": "9"}
 
 
 def test_eight_gigabytes_are_enough_for_every_stage() -> None:

@@ -94,6 +94,7 @@ def test_sets_that_go_together_pass(settings: dict[str, Any]) -> None:
             {"preset": "lightning-4", "loras": (HIGH, LOW), "guidance": (1.0, 3.0)},
             "guidance 3 on a transformer",
         ),
+        ({"preset": "lightning-4", "loras": (MINE,), "guidance": (4.0, 1.0)}, "guidance 4 on a transformer"),
         ({"preset": "lightning-4"}, "no LoRA on the high and the low-noise expert"),
         ({"preset": "lightning-4", "loras": (HIGH,)}, "no LoRA on the low-noise expert"),
         ({"preset": "fastwan-5b-3"}, "made for wan2.2-ti2v-5b, not for wan2.2-t2v-a14b"),

@@ -83,7 +83,7 @@ class Stopwatch:
     tracker: Tracker | None = None
     """Counts tensors where no allocator does."""
     waiting: int = 0
-    """Bytes that it counts and that are the host's: noise or latent, before and after it is denoised."""
+    """Bytes that it counts and that are the host's: the noise that a job begins with, then the latent it ends with."""
     peaks: dict[str, int] = field(default_factory=dict)
     """By stage, what it counted."""
     at: list[float] = field(default_factory=list)
@@ -107,8 +107,7 @@ class Stopwatch:
     def end(self) -> None:
         self._look()
         if self.tracker is not None:
-            self.peaks[self.stage] = self.tracker.peak().peak_bytes
-            self.peaks[self.stage] -= self.waiting if self.stage != "denoise" else 0
+            self.peaks[self.stage] = self.tracker.peak().peak_bytes - self.waiting
 
     def note(self, text: str) -> None:
         return

@@ -177,8 +177,9 @@ def kernels(setup: Setup) -> Found:
             facts[f"{product.form} multiplication"] = (
                 why or dispatch.try_w8a8(product.form, device) or "right"
             )
+            yield _all_true(facts)
         facts["fused operations"] = dispatch.ops_obstacle(device, arch) or "right"
-    return _all_true(facts)
+        yield _all_true(facts)
 
 
 def _no_logits(setup: Setup, dtype: torch.dtype) -> Fact:

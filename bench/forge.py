@@ -262,7 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         others = dict(text.split("=") for text in options.store)
     except ValueError:
         raise UsageError(
-            "a part and its encoding go together", where="--store", expected="PART=ENCODING, such as vae=fp32"
+            "a part without its encoding",
+            where="--store",
+            expected="PART=ENCODING, such as vae=fp32",
+            advice="give both",
         ) from None
     for part in options.part or shapes_of(spec):
         began = time.perf_counter()

@@ -34,7 +34,7 @@ from lowvram.offload.budget import format_bytes
 from lowvram.offload.io import FileReader
 from lowvram.offload.slab import as_bytes, build_layout, carve, read_runs
 from lowvram.quant.identify import identify_path
-from lowvram.quant.spec import HEAD_DIM, ModelSpec
+from lowvram.quant.spec import HEAD_DIM, DitSpec, ModelSpec
 from lowvram.sampling.presets import model_preset
 from lowvram.stages.weights import to_params
 
@@ -73,7 +73,7 @@ def one_block(path: Path) -> str:
     """Open a forged transformer as any other, read its last block, run it on a few tokens; what was seen."""
     found = identify_path(path, FileReader, "dit")
     spec = found.spec
-    assert isinstance(spec, dit.DitSpec)
+    assert isinstance(spec, DitSpec)
     prefix = f"blocks.{spec.layers - 1}."
     group = Group(
         tuple(replace(r, name=n.removeprefix(prefix)) for n, r in found.refs.items() if n.startswith(prefix)),

@@ -17,8 +17,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lowvram.bench.peers.environments import PINNED
-
 NEEDED = (
     "av", "msgspec", "platformdirs", "psutil", "numpy", "pillow", "safetensors", "sentencepiece", "pyyaml", "rich",
     "markdown-it-py", "mdurl", "pygments", "typer", "shellingham", "annotated-doc", "typing-extensions",
@@ -58,6 +56,9 @@ def main() -> None:
     asked = parser.parse_args()
     wanted = [*NEEDED, *(COMPARED if asked.compared else ())]
     if asked.peers:
+        # A folder of the repository, and no part of the package.
+        from lowvram.bench.peers.environments import PINNED
+
         wanted += [package for packages in PINNED.values() for package in packages]
     packages = [name for name in wanted if name.split("==")[0] not in asked.there]
     subprocess.run(command(asked.folder, asked.python, packages), check=True)

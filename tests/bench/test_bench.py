@@ -66,7 +66,7 @@ def test_the_dry_benchmark_leaves_a_valid_file_and_goes_on_where_it_was(
     tight = results.measurements[1]
     assert tight.blocks["disk"] > 0 and tight.placement == "disk cold"
     for m in results.measurements:
-        assert m.vram_allocated <= m.vram_predicted  # what the host has is not counted
+        assert (m.vram_allocated or 10**12) <= m.vram_predicted  # what the host has is not counted
         assert all((s.vram_measured or 0) <= s.vram_predicted for s in m.stages)
         assert m.seconds > 0 and m.rss > 10**7 and m.stages and m.vram_allocated
     assert len(tight.steps) == 2 and tight.handover is not None and tight.fraction is not None
@@ -212,7 +212,7 @@ def test_what_a_child_said_before_it_was_stopped_is_kept(monkeypatch: pytest.Mon
                 raise subprocess.TimeoutExpired("hangs", timeout)
             return "one\ntwo\nthr", ""
 
-    monkeypatch.setattr(child.subprocess, "Popen", Hangs)
+    monkeypatch.setattr("lowvram.bench.child.subprocess.Popen", Hangs)
     monkeypatch.setattr(child, "_kill", lambda hangs, apart: setattr(hangs, "killed", True))
     outcome = child.run_module("hangs", [], 9.0)
     assert (outcome.result, outcome.so_far, outcome.timed_out) == ("", "two", True)
@@ -223,7 +223,7 @@ def test_a_trial_that_crashes_leaves_the_other_one_of_its_part(
     here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tax is of two jobs: one that breaks down does not take the other's figures with it."""
-    run_module, asked = parts.run_module, []
+    run_module, asked = getattr(parts, "run_module"), []  # noqa: B009  its own name for it, replaced by `here`
 
     def second_crashes(module: str, arguments: list[str], *rest: Any, **more: Any) -> Outcome:
         asked.append(module)

@@ -39,7 +39,7 @@ from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.kept import KeptBytes
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
-from lowvram.preview import Decoder, Preview
+from lowvram.preview import Decoder, Preview, open_decoder
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.report import Report, Sample
 from lowvram.sampling.presets import few_step, model_preset
@@ -335,10 +335,15 @@ def plan_without_files(
     ram: str | int | None,
     prompt: str = "",
     force: bool = False,
+    preview_decoder: Path | None = None,
     **settings: Any,
 ) -> Plan:
-    """A plan for a known model whose files are not here, on a machine that may not be here either."""
+    """A plan for a known model whose files are not here, on a machine that may not be here either.
+
+    preview_decoder: the file of a small decoder that makes previews, which is here.
+    """
     spec = model_preset(name)
+    preview = None if preview_decoder is None else open_decoder(preview_decoder, spec.vae)
     encoding_by_name(weights or DEFAULT_WEIGHTS)
     where = machine_profile(machine) if machine else this_machine()
     asked = settings.pop("attention", None) or "auto"
@@ -353,7 +358,7 @@ def plan_without_files(
     job = make_job(spec, model=name, files={}, prompt=prompt, **_with_pictures(settings))
     if not force:
         fewstep.check(job, spec)
-    return make_plan(job, model, _budget(vram, ram, where), where)
+    return make_plan(job, model, _budget(vram, ram, where), where, preview=preview)
 
 
 def _with_pictures(settings: dict[str, Any]) -> dict[str, Any]:

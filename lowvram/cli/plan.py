@@ -27,6 +27,7 @@ def plan(
     weights: Annotated[
         str | None, typer.Option("--weights", help="Encoding of weights that are not here, such as fp8.")
     ] = None,
+    preview_decoder: o.PreviewDecoder = None,
     as_json: o.Json = False,
 ) -> None:
     """Forecast peak memory, bytes moved and time of a job."""
@@ -35,6 +36,7 @@ def plan(
     from lowvram.cli.console import emit, emit_json
     from lowvram.cli.models import announce, tell_files, tell_preset
     from lowvram.discovery import is_here
+    from lowvram.preview import open_decoder
 
     imagined, look, folders = machine or weights, announce(as_json), flags.models_dir or ()
     if imagined:
@@ -47,6 +49,7 @@ def plan(
             vram=flags.vram,
             ram=flags.ram,
             prompt=prompt,
+            preview_decoder=preview_decoder,
             **settings,
         )
     else:
@@ -61,7 +64,8 @@ def plan(
         tell_files(pipe, as_json)
         job = pipe.job(prompt, **settings)
         tell_preset(pipe, flags, job, as_json)
-        found = pipe.plan_job(job)
+        decoder = None if preview_decoder is None else open_decoder(preview_decoder, pipe.model.spec.vae)
+        found = pipe.plan_job(job, decoder)
     if as_json:
         emit_json(found.to_json())
     else:

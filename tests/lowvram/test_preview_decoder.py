@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,19 @@ def test_the_command_shows_every_frame(
     with Image.open(preview_path(target)) as file:
         frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(file)]
     assert len(frames) == 9 and frames[0].shape == (256, 256, 3) and frames[0].std() > 1
+
+
+def test_plan_counts_the_decoder_too(cli: Callable[..., Any], files: dict[str, Path]) -> None:
+    asked = ("plan", "--model", "wan2.1-t2v-1.3b", "--machine", "rtx4090", "--json")
+    file = "--preview-decoder", files["taew2_1"]
+    plain, found = (json.loads(cli(*asked, *more).out)["stages"] for more in ((), file))
+    weights = found[-2]["claims"]["preview weights"]
+    assert found[-2]["name"] == "denoise" and "preview weights" not in plain[-2]["claims"]
+    assert weights >= 2 * sum(math.prod(shape) for shape in SPECS["taew2_1"].shapes().values())
+    wrong = cli(*asked, "--preview-decoder", files["taew2_2"])
+    assert wrong.code == 3 and str(files["taew2_2"]) in wrong.err
+    here = json.loads(cli("plan", PROMPT, "--json", *file).out)
+    assert "preview weights" in here["stages"][-2]["claims"]
 
 
 def test_another_file_is_refused(cli: Callable[..., Any], files: dict[str, Path], tmp_path: Path) -> None:

@@ -8,19 +8,14 @@ from dataclasses import astuple
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lowvram.bench.attending import BACKENDS, HEADS, TOKENS, by_backend
 from lowvram.triton_kernels import attention_triton, backends, dispatch
-from lowvram.triton_kernels.attention import attention
 from lowvram.triton_kernels.modes import MODES
 from lowvram.triton_kernels.norm_rope import centre_of, quantise_rows, quantise_values
 from lowvram.triton_kernels.tiles import CANDIDATES, arch_of
 
-HEADS = 40
-TOKENS = (32_760, 75_600, 111_600)
 REPEATS = 5
-SDPA = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 def timings() -> Iterator[dict[str, object]]:
@@ -30,8 +25,8 @@ def timings() -> Iterator[dict[str, object]]:
     for n in TOKENS:
         q, k, v = (torch.randn(HEADS, n, 128, device=device, dtype=torch.bfloat16) for _ in "qkv")
         runs: dict[str, Callable[[], object]] = {}
-        for backend in SDPA:
-            runs[f"sdpa {backend.name.lower()}"] = _with_backend(backend, q, k, v)
+        for backend in BACKENDS:
+            runs[f"sdpa {backend.name.lower()}"] = partial(by_backend, backend, q, k, v)
         for mode in MODES.values():
             if mode.package in dispatch.installed() and mode.package:
                 runs[mode.name] = partial(backends.attention_by, q, k, v, mode.package)
@@ -50,14 +45,6 @@ def timings() -> Iterator[dict[str, object]]:
                 )
                 facts = {"kernel": mode.name, "tokens": n, "tile": list(astuple(tile))}
                 yield facts | _timed(run, n)
-
-
-def _with_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with sdpa_kernel(backend):
-            return attention(q, k, v)
-
-    return run
 
 
 def _timed(run: Callable[[], object], n: int) -> dict[str, object]:

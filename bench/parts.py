@@ -6,6 +6,7 @@ that a hang or a crash costs the step in which it happens and nothing before.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -211,6 +212,27 @@ def speed(setup: Setup) -> Found:
         yield Verdict("passed", facts)
 
 
+def attending(setup: Setup) -> Found:
+    """Attention in every mode at 480p and 720p, against torch's backends and what else is installed: time and error."""
+    if setup.dry:
+        if "triton" not in dispatch.installed():
+            yield Verdict("not possible here", {}, "triton is not installed")
+            return
+        os.environ["TRITON_INTERPRET"] = "1"
+        from lowvram.bench import interpreter
+
+        interpreter.mend()
+    from lowvram.bench import attending
+
+    heads = 2 if setup.dry else attending.HEADS
+    facts: Facts = {}
+    wrong: list[str] = []
+    for n in (300,) if setup.dry else attending.TOKENS:
+        found, bad = attending.compare(setup.kind, n, heads)
+        facts, wrong = facts | found, wrong + bad
+        yield Verdict("failed" if wrong else "passed", facts, "; ".join(wrong))
+
+
 def multiplication(setup: Setup) -> Found:
     """The Linears of a 14B model at 720p and 121 frames: int8 by our kernel and by torch, against cuBLAS."""
     from lowvram.bench import products
@@ -350,6 +372,7 @@ PARTS: Mapping[str, tuple[float, Callable[[Setup], Found]]] = {
     "tax": (300, tax),
     "decoding": (120, decoding_rates),
     "speed": (120, speed),
+    "attention": (240, attending),
     "multiplication": (120, multiplication),
     "vae": (240, vae),
     "handover": (300, lambda s: real(s, "handover", 16, long=False)),

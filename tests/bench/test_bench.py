@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from lowvram.bench import acceptance, child, gpu, measure, parts, ready, suite
+from lowvram.bench import acceptance, attending, child, gpu, measure, parts, ready, suite
 from lowvram.bench.cases import GB, Case, Trial, chosen, dry_jobs, dry_trials, full_trials
 from lowvram.bench.child import Outcome
 from lowvram.bench.project import project
@@ -22,6 +22,7 @@ from lowvram.cli.main import _run
 from lowvram.errors import FileError, UsageError
 from lowvram.sampling.presets import model_preset
 from lowvram.survey import identify
+from lowvram.triton_kernels.attention import attention
 
 
 @pytest.fixture(autouse=True)
@@ -156,17 +157,41 @@ def test_the_acceptance_run_goes_through_its_parts_and_goes_on(
     here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--dry", "--output", str(tmp_path), "--folder", str(tmp_path)]
-    quick = ("smoke", "kernels", "ceilings", "decoding", "speed", "multiplication", "vae")
+    quick = ("smoke", "kernels", "ceilings", "decoding", "speed", "attention", "multiplication", "vae")
     assert gpu.main([*command, *(word for name in quick for word in ("--only", name))]) == 0
     (path,) = tmp_path.glob("dry-*.json")
     results = load(path)
     assert [p.name for p in results.parts] == list(quick)
-    assert all(p.outcome == "passed" for p in results.parts)
+    assert all(p.outcome == "passed" or p.why == "triton is not installed" for p in results.parts)
     assert results.ceilings is not None and results.measurements[0].vram_allocated
     assert not list(tmp_path.glob("lowvram-bench*"))
     capsys.readouterr()
     assert gpu.main([*command, "--minutes", "0.3"]) == 0  # no time: what is done stays, the rest waits
     assert load(path).parts == results.parts and "no time left" in capsys.readouterr().out
+
+
+def test_attention_that_is_wrong_refuses_or_is_not_finite_is_told_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses() -> torch.Tensor:
+        raise RuntimeError("not for this card\nand more")
+
+    def runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[attending.Run]:
+        y = attention(q, k, v)
+        half = torch.zeros(2, 3, 2, dtype=torch.int32)  # two of three tiles of keys, by number
+        half[..., 1] = 2
+        return [
+            attending.Run("right", lambda: y, 0.01),
+            attending.Run("all instead of two tiles", lambda: y, 0.01, half),
+            attending.Run("not a number", lambda: y * torch.nan, 0.01),
+            attending.Run("refused", refuses, 0.01),
+        ]
+
+    monkeypatch.setattr(attending, "_runs", runs)
+    facts, wrong = attending.compare("cpu", 192, 2)
+    assert [w.partition(",")[0] for w in wrong] == ["all instead of two tiles", "not a number"]
+    assert facts["refused, 192 tokens"] == "not for this card"
+    assert facts["right, 192 tokens: error"] < 0.01  # type: ignore[operator]
 
 
 def test_a_part_that_fails_says_why_and_the_run_goes_on(

@@ -56,6 +56,11 @@ def plan_steps(
     return choose(gather(job, model, machine, preview=preview), budget, before=(plan_prepare,), after=())
 
 
+def plan_segment(job: Job, model: Model, budget: Budget, machine: Machine) -> Plan:
+    """As `make_plan`, of what is done for every segment of a driven video: all but the text."""
+    return choose(gather(job, model, machine), budget, before=(plan_condition, plan_prepare))
+
+
 def choose(
     facts: Facts, budget: Budget, *, before: Sequence[Planner] = BEFORE, after: Sequence[Planner] = AFTER
 ) -> Plan:

@@ -24,7 +24,7 @@ from lowvram.model import Model
 from lowvram.stages.decode import decode_floats
 from lowvram.stages.denoise import State
 from lowvram.stages.run import Run
-from lowvram.stages.steadfast import denoise_steadfastly
+from lowvram.stages.steadfast import denoise_steadfastly, for_segment
 
 Frame = NDArray[np.uint8]
 """[H, W, 3] RGB."""
@@ -86,14 +86,15 @@ def segments(
     with Sources(driving) as sources:
         for number in range(stand.segment, driving.segments(job.frames)):
             noise, part = next(noises), _part(job, number)
+            now = for_segment(run, model, part, number)
             run.listener.note(f"segment {number + 1} of {driving.segments(job.frames)}")
             made = stand.made
             if made is None:
-                made = Animate(sources, number, stand.carried, before).run(run, model, part)
+                made = Animate(sources, number, stand.carried, before).run(now, model, part)
                 keeper.condition(number, made)
             on_device = [text.to(run.device.torch_device) for text in texts]
             latent = denoise_steadfastly(
-                run,
+                now,
                 model,
                 part,
                 on_device,
@@ -104,7 +105,7 @@ def segments(
             del on_device
             last: deque[Floats] = deque(maxlen=driving.carried)
             # the first latent frame is the reference picture's: it was denoised beside the video and is no part of it
-            yield number, _shown(run, model, part, latent[:, 1:], number, stand.carried, last)
+            yield number, _shown(now, model, part, latent[:, 1:], number, stand.carried, last)
             carried = torch.from_numpy(np.concatenate(list(last))).permute(0, 3, 1, 2).contiguous()
             keeper.begin(number + 1, carried)
             before, stand = Animate.of_picture(made), Stand(number + 1, carried)

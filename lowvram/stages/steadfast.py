@@ -12,9 +12,9 @@ from lowvram.errors import BudgetError, NonFiniteError, OutOfMemoryError
 from lowvram.job import Job
 from lowvram.model import Model
 from lowvram.offload.budget import Budget, format_bytes
-from lowvram.planning.choose import make_plan, plan_steps
+from lowvram.planning.choose import make_plan, plan_segment, plan_steps
 from lowvram.stages.denoise import State, denoise
-from lowvram.stages.room import SqueezedError
+from lowvram.stages.room import SqueezedError, check_vram
 from lowvram.stages.run import Run
 from lowvram.triton_kernels.modes import EXACT, SDPA
 
@@ -90,6 +90,26 @@ def _smaller(run: Run, model: Model, job: Job, step: int, lack: OutOfMemoryError
         f"instead of {format_bytes(was.vram)} and {format_bytes(was.ram)}"
     )
     return replace(run, plan=plan)
+
+
+def for_segment(run: Run, model: Model, job: Job, number: int) -> Run:
+    """The run with a plan for the VRAM that is free now, before segment `number` of a driven video, if that is less than
+    its plan counts on. SqueezedError if none fits: what was made before is kept."""
+    run.device.release_unused()
+    most = max((stage for stage in run.plan.stages if stage.name != "text"), key=lambda stage: stage.vram)
+    try:
+        check_vram(run.device, most)
+    except SqueezedError as lack:
+        left = Budget(max(1, run.device.memory_left()), run.plan.budget.ram)
+        try:
+            plan = plan_segment(job, model, left, run.plan.machine)
+        except BudgetError:
+            raise lack from None
+        run.tell(
+            f"before segment {number + 1}, {lack.found}: planned again, {format_bytes(plan.vram)} of VRAM"
+        )
+        return replace(run, plan=plan)
+    return run
 
 
 def _without_frames(problem: OutOfMemoryError) -> OutOfMemoryError:

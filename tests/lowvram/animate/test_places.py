@@ -15,14 +15,19 @@ from strict_device import StrictRuntime, metered
 from torch import Tensor
 from videos import frames_of
 
+from lowvram.animation import part_path
 from lowvram.api import Pipeline
 from lowvram.conditions import animate
+from lowvram.errors import BudgetError, OutOfMemoryError
 from lowvram.job import LoraChoice
 from lowvram.models.vae_tiles import Tiling
+from lowvram.offload.device import CpuDevice
 from lowvram.offload.placement import Placement
 from lowvram.planning.facts import gather
 from lowvram.planning.plan import Plan
-from lowvram.stages import encode, tiles
+from lowvram.stages import encode, steadfast, tiles
+from lowvram.stages.run import Silent
+from lowvram.stages.segments import Forgetful, Stand
 
 
 def test_streamed_equals_resident_bit_for_bit_with_the_relighting_lora(
@@ -121,3 +126,49 @@ def test_memory_that_runs_out_while_driving_videos_are_encoded_is_met_with_small
     assert len(tilings) == 6
     for made, expected in zip(latents[1:], whole, strict=True):
         assert float((made - expected).abs().max() / expected.abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_segments_are_planned_by_what_others_leave_between_them(
+    pipe: Pipeline,
+    plan: Plan,
+    drive: Callable[..., Path],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    enough: bool,
+) -> None:
+    needed = max(stage.vram for stage in plan.stages if stage.name != "text")
+    left, notes, begun = needed if enough else 1000, list[str](), list[int]()
+    denoise = plan.stage("denoise")
+    generous = replace(denoise, claims=denoise.claims | {"more than it needs": needed})
+    plan = replace(plan, stages=tuple(generous if stage is denoise else stage for stage in plan.stages))
+    whole = CpuDevice.memory_free
+    monkeypatch.setattr(
+        CpuDevice, "memory_free", lambda device: left - device.ledger.used if begun == [1] else whole(device)
+    )
+
+    class Told(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    class Begun(Forgetful):
+        def begin(self, segment: int, carried: Tensor) -> None:
+            begun.append(segment)
+
+    animation = replace(pipe.animate(drive(12), **settings), plan=plan, listener=Told())
+    if not enough:
+
+        def refused(*what: Any) -> Plan:
+            raise BudgetError("nothing fits", advice="")
+
+        monkeypatch.setattr(steadfast, "plan_segment", refused)
+        with pytest.raises(OutOfMemoryError, match="other programs take VRAM") as told:
+            animation.make(tmp_path / "out.mp4", tmp_path, Stand(), Begun())
+        assert told.value.exit_code == 5 and begun == [1]
+        assert part_path(tmp_path, 0).exists()
+        return
+    animation.make(tmp_path / "out.mp4", tmp_path, Stand(), Begun())
+    (note,) = [note for note in notes if "planned again" in note]
+    assert note.startswith("before segment 2, other programs take VRAM") and begun == [1, 2]
+    assert len(frames_of(tmp_path / "out.mp4")) == 12

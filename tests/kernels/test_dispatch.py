@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,3 +197,24 @@ def test_operations_of_8_bits_are_tried_one_by_one(form: str) -> None:
     assert try_w8a8(form, CPU, replace(TORCH, **{form: broken})).startswith("product is ")
     broken = replace(right, gelu=lambda x, group: right.quantise(x, group))
     assert try_w8a8(form, CPU, replace(TORCH, **{form: broken})).startswith("gelu and quantise is ")
+
+
+@pytest.mark.parametrize("name", [m.name for m in MODES.values() if m.package])
+@pytest.mark.parametrize("off", [1.0, 1.5])
+def test_attention_of_a_package_is_called_as_it_asks_and_tried(
+    name: str, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fakes with the layouts of the packages: sageattention and comfy-kitchen take heads first, flash-attn tokens first."""
+
+    def heads_first(q: Tensor, k: Tensor, v: Tensor, **how: object) -> Tensor:
+        assert q.dim() == 4 and how in ({}, {"tensor_layout": "HND", "is_causal": False})
+        return off * torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def tokens_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return heads_first(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    call = {"sage": "sageattn", "flash": "flash_attn_func", "kitchen": "int8_attention"}[name]
+    fake = SimpleNamespace(**{call: tokens_first if name == "flash" else heads_first})
+    monkeypatch.setitem(sys.modules, MODES[name].package, fake)
+    wrong = try_mode(MODES[name], CPU, "")
+    assert wrong == "" if off == 1.0 else "from exact attention" in wrong

@@ -316,6 +316,17 @@ def vae(setup: Setup) -> Found:
         yield from real(setup, "decode", 16, long=False)
 
 
+def beside_diffusers(setup: Setup) -> Found:
+    """A 720p latent of 81 and of 121 frames to frames, and diffusers' untiled and tiled decode of it."""
+    from lowvram.bench import autoencoders
+
+    try:
+        for facts in autoencoders.compare(setup.kind, small=setup.dry):
+            yield Verdict("passed", facts)
+    except ImportError as problem:
+        raise Unfit(str(problem)) from None
+
+
 def _trials(setup: Setup, trials: Sequence[Trial]) -> Found:
     """Each in a process of its own: one that fails, crashes or hangs takes nothing from the others."""
     facts: Facts = {}
@@ -375,6 +386,7 @@ PARTS: Mapping[str, tuple[float, Callable[[Setup], Found]]] = {
     "attention": (240, attending),
     "multiplication": (120, multiplication),
     "vae": (240, vae),
+    "vae beside diffusers": (420, beside_diffusers),
     "handover": (300, lambda s: real(s, "handover", 16, long=False)),
 }
 """By name, the most valuable first: the seconds that a part may take, and what it does."""

@@ -8,13 +8,15 @@ Peaks are of the whole stage: CUDA context (0.5 GB), bf16 weights of the half, h
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from lowvram.model import imagined_model
 from lowvram.offload.budget import format_bytes, segment_size
 from lowvram.sampling.presets import model_preset
-from lowvram.tiling import Coding, Codings, decodings, encodings
+from lowvram.tiling import Codings, decodings, encodings
+from lowvram.tiling_search import Cost, forecast
 
 GB = 10**9
 CONTEXT = GB // 2
@@ -38,9 +40,9 @@ HEAD = """| VAE | size | budget GB | tiles | peak VRAM | histories | scratch | R
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
-def seconds(coding: Coding) -> float:
+def seconds(cost: Cost) -> Any:
     """On a card that takes 8 s for whole frames."""
-    return 8 * coding.work + 2 * coding.moved / (20 * GB)
+    return forecast(cost, 8, 20 * GB)
 
 
 def rows(version: str, width: int, height: int, budgets: tuple[float, ...], ways: Codings) -> Iterator[str]:
@@ -59,7 +61,7 @@ def rows(version: str, width: int, height: int, budgets: tuple[float, ...], ways
         late = ", frames last" if not tiling.kept and not found.shelf else ""
         yield (
             f"| {version} | {width}x{height} | {limit} | {cut}{late} "
-            f"| {shown} | {found.work - 1:.0%} | {format_bytes(found.moved)} |"
+            f"| {shown} | {found.work - 1:.0%} | {format_bytes(found.moved + found.passed)} |"
         )
 
 

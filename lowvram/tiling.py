@@ -99,9 +99,15 @@ class Coding:
     frames: int
     """Frames on the host: until every tile has given its part, or of the latents that pass at once."""
     moved: int
-    """Histories copied to the device, and as many back; and what a middle block in strips is given and gives back."""
+    """Histories copied to the device, and as many back."""
     work: float
     """As a multiple of what the whole plane takes."""
+    passed: int = 0
+    """What a middle block in strips is given, and as much that it gives back."""
+
+    @property
+    def ahead(self) -> bool:
+        return self.tiling.ahead
 
     @property
     def vram(self) -> int:
@@ -285,15 +291,16 @@ class Codings(ABC):
     ) -> Coding:
         visits, middle = ceil(self.latent[1] / tiling.visit), self._middle(tiling.strips)
         everything = total + middle.total
-        away = not tiling.kept and visits > 1
+        away, largest = not tiling.kept and visits > 1, max(largest, middle.largest)
         return Coding(
             tiling,
-            slab=self.rounding(everything if tiling.kept else max(largest, middle.largest)),
+            slab=self.rounding(everything if tiling.kept else (1 + (tiling.ahead and away)) * largest),
             scratch=self._scratch(tiling, tile_scratch, handed),
             shelf=everything if away else 0,
             waiting=tiling.visit * (self._plane + middle.results) + middle.resting,
             frames=self.frame * self.frames_held(tiling),
-            moved=(everything * (visits - 1) if away else 0) + middle.moved * self.latent[1],
+            moved=everything * (visits - 1) if away else 0,
+            passed=middle.moved * self.latent[1],
             work=self._work(tiling.grid),
         )
 
@@ -350,6 +357,8 @@ class Codings(ABC):
             slab=np.array([way.slab for way in ways]),
             ram=np.array([way.ram for way in ways]),
             moved=np.array([way.moved for way in ways]),
+            passed=np.array([way.passed for way in ways]),
+            ahead=np.array([way.ahead for way in ways]),
             work=np.array([way.work for way in ways]),
             largest=np.array([each.largest for each in first.values()]),
             banded=np.array([banded for _, _, banded in first]),
@@ -372,9 +381,12 @@ class Codings(ABC):
             largest, total = int(sizes.max()), int(sizes.sum())
             found.append(_Histories(Tiling(*grid[:2], banded=banded), largest, total))
             found += [
-                _Histories(Tiling(*grid[:2], n, kept=False, banded=banded, strips=cut), largest, total)
+                _Histories(
+                    Tiling(*grid[:2], n, kept=False, banded=banded, strips=cut, ahead=ahead), largest, total
+                )
                 for n in (shorter if banded else visits)
                 for cut in strips
+                for ahead in ((False, True) if n < frames else (False,))
             ]
         return found
 
@@ -576,9 +588,11 @@ def encodings(
     return Encodings(model.spec.vae, group, latent, 12 * height * width, dtype, rounding, measured)
 
 
-def decodings(model: Model, shape: tuple[int, int, int], dtype: torch.dtype, rounding: Rounding) -> Decodings:
-    """The ways to decode a clip of `shape`: frames, rows and columns of pixels."""
+def decodings(
+    model: Model, shape: tuple[int, int, int], dtype: torch.dtype, rounding: Rounding, itemsize: int = 1
+) -> Decodings:
+    """The ways to decode a clip of `shape`: frames, rows and columns of pixels. itemsize: bytes of a colour as it leaves."""
     frames, height, width = shape
     latent = model.spec.latent_shape(width, height, frames)
     group = vae_group(model, DECODER)
-    return Decodings(model.spec.vae, group, latent, 3 * height * width, dtype, rounding)
+    return Decodings(model.spec.vae, group, latent, 3 * height * width * itemsize, dtype, rounding)

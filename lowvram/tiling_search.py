@@ -26,6 +26,8 @@ class Columns:
     slab: NDArray[np.int64]
     ram: NDArray[np.int64]
     moved: NDArray[np.int64]
+    passed: NDArray[np.int64]
+    ahead: NDArray[np.bool_]
     work: NDArray[np.float64]
     largest: NDArray[np.int64]
     """Histories of the largest tile of each grid, in closed form."""
@@ -47,7 +49,23 @@ class Cost(Protocol):
     def moved(self) -> Any: ...
 
     @property
+    def passed(self) -> Any: ...
+
+    @property
+    def ahead(self) -> Any: ...
+
+    @property
     def work(self) -> Any: ...
+
+
+def forecast(cost: Cost, whole: float, link: float) -> Any:
+    """Seconds, where the whole plane takes `whole` and `link` bytes pass between host and device in one.
+
+    Histories that move ahead do it beside the work.
+    """
+    computed, moving = cost.work * whole, 2 * cost.moved / link
+    worked = np.where(cost.ahead, np.maximum(computed, moving), computed + moving)
+    return worked + 2 * cost.passed / link
 
 
 Seconds = Callable[[Cost], Any]
@@ -99,7 +117,9 @@ class Search:
             if first is not None:
                 keys = first(columns, vram)[pool]
                 pool = pool[keys == keys.min()]
-            row = int(pool[np.asarray(seconds(columns))[pool].argmin()])
+            took = np.asarray(seconds(columns))[pool]
+            pool = pool[took == took.min()]
+            row = int(pool[columns.moved[pool].argmin()])  # moves may cost no time, but are better few
             if self.known[columns.grid[row]]:
                 return self.ways.row(row)
             self._settle(row)

@@ -97,6 +97,19 @@ class PackedHistory(History):
         oldest, *others = self.places[name]
         self.places[name] = (*others, oldest)
 
+    def shift(self, nbytes: int) -> None:
+        """Lie so much further in the same storage from now on; what is remembered has to be copied there."""
+        if nbytes == 0:
+            return
+        self.places = {
+            name: tuple(
+                v.as_strided(v.shape, v.stride(), v.storage_offset() + nbytes // v.element_size())
+                for v in places
+            )
+            for name, places in self.places.items()
+        }
+        self.frames = {name: self.places[name][-len(frames) :] for name, frames in self.frames.items()}
+
 
 def packed_size(found: Sequence[Memory], dtype: torch.dtype) -> int:
     """Bytes of a `PackedHistory`."""

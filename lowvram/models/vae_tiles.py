@@ -307,6 +307,8 @@ class Tiling:
     twice along it. Across it, tiles that overlap have bands each."""
     strips: int = 1
     """Bands along the longer axis in which the middle block's convolutions see its plane; 1 if whole."""
+    ahead: bool = False
+    """Whether the history of the next tile comes, and that of the last one goes, while a tile is computed; if not kept."""
 
     @property
     def first(self) -> int:

@@ -14,7 +14,7 @@ from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
 from lowvram.stages.condition import held_claims
 from lowvram.tiling import Decodings
-from lowvram.tiling_search import Cost
+from lowvram.tiling_search import Cost, forecast
 
 WRITER_FRAMES = 16 + AHEAD
 """Frames the video encoder may hold, and those that wait for it."""
@@ -59,7 +59,7 @@ def plan_decode(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     flops = 31.1e12 * numel(ways.latent[1:]) / (90 * 160) * (spec.vae.decoder_base / 96) ** 2
 
     def seconds(coding: Cost) -> Any:
-        return coding.work * flops / machine.matmul + 2 * coding.moved / machine.link
+        return forecast(coding, flops / machine.matmul, machine.link)
 
     found = ways.choose(budget.vram - sum(device.values()), budget.ram - sum(host.values()), seconds)
     host["frames"] += found.frames
@@ -70,8 +70,8 @@ def plan_decode(facts: Facts, budget: Budget) -> tuple[StagePlan]:
             device | {"vae histories": found.slab, "vae scratch": found.scratch},
             host | {k: n for k, n in (("vae middle", found.waiting), ("ram histories", found.shelf)) if n},
             nbytes,
-            nbytes + found.moved,
-            nbytes / machine.disk + seconds(found),
+            nbytes + found.moved + found.passed,
+            nbytes / machine.disk + float(seconds(found)),
             {"decode": found.explain()},
             found.tiling,
         ),

@@ -15,7 +15,7 @@ from lowvram.offload.budget import exact_size, segment_size
 from lowvram.offload.slab import build_layout
 from lowvram.quant.spec import numel
 from lowvram.tiling import Encodings, Measured, anew, encodings
-from lowvram.tiling_search import Cost
+from lowvram.tiling_search import Cost, forecast
 
 if TYPE_CHECKING:
     from lowvram.planning.facts import Facts
@@ -84,7 +84,7 @@ def plan_encode(
     flops = 18e12 * numel(latent[1:]) / (90 * 160) * (spec.base / 96) ** 2 * dtype.itemsize / native
 
     def seconds(coding: Cost) -> Any:
-        return coding.work * flops / machine.matmul + 2 * coding.moved / machine.link
+        return forecast(coding, flops / machine.matmul, machine.link)
 
     weights = ways.rounding(stored)
     found = ways.choose(vram - weights, ram - stored, seconds)
@@ -101,7 +101,7 @@ def plan_encode(
         {"vae weights": weights, "vae histories": found.slab, "vae scratch": found.scratch},
         {name: nbytes for name, nbytes in host.items() if nbytes},
         stored,
-        stored + found.moved,
-        stored / machine.disk + seconds(found),
+        stored + found.moved + found.passed,
+        stored / machine.disk + float(seconds(found)),
         found.explain(),
     )

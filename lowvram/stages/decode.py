@@ -53,7 +53,7 @@ def _decode(
 ) -> Iterator[NDArray[Any]]:
     spec, dtype, device = model.spec.vae, run.plan.dtype, run.device
     shape = (FRAMES * (latent.shape[1] - 1) + 1, job.height, job.width)
-    ways = decodings(model, shape, dtype, device.footprint)
+    ways = decodings(model, shape, dtype, device.footprint, itemsize)
     with run.stage("decode") as (stack, traffic):
         w = Dense(stack.enter_context(run.loaded("vae", ways.weights, traffic)), dtype)
 
@@ -64,7 +64,9 @@ def _decode(
         def attempt(tiling: Tiling, first: int) -> Iterator[NDArray[Any]]:
             memories = vae_clip.decoder(spec).memories(tiling, ways.plane, spec.shapes())
             visits = -(-latent.shape[1] // tiling.visit)
-            with Shelf(device, memories, dtype, visits, kept=tiling.kept, norm=norm) as shelf:
+            with Shelf(
+                device, memories, dtype, visits, kept=tiling.kept, ahead=tiling.ahead, norm=norm
+            ) as shelf:
                 pieces = vae_clip.decode(spec, w, latent[None], tiling, shelf, device.torch_device, dtype)
                 frames = _frames(_converted(pieces, convert, outbox, first), shape, tiling.count)
                 for number, frame in enumerate(frames, first):

@@ -54,7 +54,9 @@ def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, t
             memories = vae_clip.encoder(spec).memories(tiling, ways.plane, spec.shapes())
             visits = -(-latent.shape[1] // tiling.visit)
             with (
-                Shelf(device, memories, dtype, visits, kept=tiling.kept, norm=norm) as shelf,
+                Shelf(
+                    device, memories, dtype, visits, kept=tiling.kept, ahead=tiling.ahead, norm=norm
+                ) as shelf,
                 torch.inference_mode(),
             ):
                 clip = _checked(frames, plan.shape)

@@ -13,7 +13,7 @@ from lowvram.errors import OutOfMemoryError
 from lowvram.models.vae_history import Memory, pack, packed_size
 from lowvram.models.vae_layers import History, Norm
 from lowvram.models.vae_tiles import Tiling
-from lowvram.offload.device import Device, exhausted
+from lowvram.offload.device import Device, Event, exhausted
 from lowvram.stages.room import SqueezedError
 from lowvram.tiling import Coding, Codings
 from lowvram.triton_kernels.vae_norm import rms_silu
@@ -27,7 +27,8 @@ ENDLESS = 1 << 62
 class Shelf:
     """Where the histories of the middle block and of the tiles are between visits.
 
-    All on the device (`kept`), or there in turn: then they are on the host from the first to the last visit.
+    All on the device (`kept`), or there in turn: then they are on the host from the first to the last visit. `ahead`: there
+    are places for two on the device, and while one is computed with, the one before goes and the one after it comes.
     """
 
     def __init__(
@@ -38,44 +39,72 @@ class Shelf:
         visits: int,
         *,
         kept: bool,
+        ahead: bool = False,
         norm: Norm = rms_silu,
     ) -> None:
-        sizes = [packed_size(found, dtype) for found in memories]
-        starts = list(accumulate(sizes, initial=0))
-        slab = torch.empty(starts[-1] if kept else max(sizes), dtype=torch.uint8, device=device.torch_device)
-        offsets = starts if kept else [0] * len(sizes)
-        self._slabs = [slab[a : a + size] for a, size in zip(offsets, sizes, strict=False)]
-        self._histories = [pack(*of, dtype) for of in zip(memories, self._slabs, strict=True)]
+        self._sizes = [packed_size(found, dtype) for found in memories]
+        starts = list(accumulate(self._sizes, initial=0))
+        self._stride = max(self._sizes)
+        places = 1 + (ahead and not kept and visits > 1)
+        nbytes = starts[-1] if kept else places * self._stride
+        self._slab = torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
+        offsets = starts if kept else [0] * len(memories)
+        self._histories = [
+            pack(found, self._slab[a : a + size], dtype)
+            for found, a, size in zip(memories, offsets, self._sizes, strict=False)
+        ]
         for history in self._histories:
             history.norm = norm
-        self._device, self._visits, self._seen = device, visits, [0] * len(sizes)
+        self._device, self._visits, self._seen = device, visits, [0] * len(memories)
         self._host = None if kept or visits == 1 else device.host_alloc("ram histories", starts[-1])
-        self._homes = [slice(a, a + size) for a, size in zip(starts, sizes, strict=False)]
+        self._starts, self._at = starts, [0] * len(memories)
+        self._here: int | None = None  # whose history is on the device, or on its way there
+        self._place = 0  # where it is
+        self._copied: list[Event | None] = [None] * places  # the last copy to or from each place
+        self._used: list[Event | None] = [None] * places  # the last work with what is there
 
     @contextmanager
     def visit(self, number: int) -> Iterator[History]:
-        """The history of tile `number`, or of the middle block, 0, on the device."""
-        if self._seen[number]:
-            self._move(number, to_host=False)
+        """The history that has this number in `memories`, on the device."""
+        if self._host is None:
+            yield self._histories[number]
+            return
+        if self._here != number:
+            self._fetch(number)
+        place = self._place
+        if (copied := self._copied[place]) is not None:
+            self._device.wait(copied)
+        if len(self._copied) > 1:
+            self._fetch((number + 1) % len(self._histories))
         yield self._histories[number]
         self._seen[number] += 1
+        self._used[place] = self._device.record_compute()
         if self._seen[number] < self._visits:
-            self._move(number, to_host=True)
+            self._copied[place] = self._copy(number, place, to_host=True)
 
-    def _move(self, number: int, *, to_host: bool) -> None:
-        if self._host is None:
-            return
-        ends = self._host.tensor[self._homes[number]], self._slabs[number]
+    def _fetch(self, number: int) -> None:
+        """Give the history a place on the device; what it was before comes there."""
+        self._here, self._place = number, (self._place + 1) % len(self._copied)
+        self._histories[number].shift((self._place - self._at[number]) * self._stride)
+        self._at[number] = self._place
+        if 0 < self._seen[number] < self._visits:
+            self._copied[self._place] = self._copy(number, self._place, to_host=False)
+
+    def _copy(self, number: int, place: int, *, to_host: bool) -> Event:
+        assert self._host is not None
+        start, size = self._starts[number], self._sizes[number]
+        ends = self._host.tensor[start : start + size], self._slab[place * self._stride :][:size]
         target, source = ends if to_host else ends[::-1]
-        event = self._device.copy_async(target, source, after=self._device.record_compute())
-        self._device.wait(event)  # the next tile writes to the same place
+        # copies run one after the other: one that comes waits for the one that went from the same place
+        return self._device.copy_async(target, source, after=self._used[place])
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._device.synchronize()
-        self._histories, self._slabs = [], []
+        self._histories = []
+        del self._slab
         if self._host is not None:
             self._host.free()
 

@@ -157,7 +157,17 @@ def test_the_acceptance_run_goes_through_its_parts_and_goes_on(
     here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--dry", "--output", str(tmp_path), "--folder", str(tmp_path)]
-    quick = ("smoke", "kernels", "ceilings", "decoding", "speed", "attention", "multiplication", "vae")
+    quick = (
+        "smoke",
+        "kernels",
+        "ceilings",
+        "decoding",
+        "speed",
+        "attention",
+        "multiplication",
+        "vae",
+        "vae beside diffusers",
+    )
     assert gpu.main([*command, *(word for name in quick for word in ("--only", name))]) == 0
     (path,) = tmp_path.glob("dry-*.json")
     results = load(path)

@@ -85,12 +85,12 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> Scarce:
 
     monkeypatch.setattr(decode, "in_tiles", watched)
     monkeypatch.setattr(encode, "in_tiles", watched)
-    known: dict[tuple[int, int, int], Decodings] = {}  # what was measured of a clip is, when it comes again
+    known: dict[Any, Decodings] = {}  # what was measured of a clip is, when it comes again
 
-    def planned(model: Model, shape: tuple[int, int, int], dtype: torch.dtype, rounding: Any) -> Decodings:
-        if shape not in known:
-            known[shape] = decodings(model, shape, dtype, rounding)
-        return known[shape]
+    def planned(model: Model, *clip: Any) -> Decodings:
+        if clip not in known:
+            known[clip] = decodings(model, *clip)
+        return known[clip]
 
     monkeypatch.setattr(decode, "decodings", planned)
     return mode
@@ -135,6 +135,23 @@ def test_whatever_fails_while_decoding_every_frame_comes_once_and_is_the_same(
         assert run.device.ledger.used == run.device.ram.used == 0
 
 
+def test_frames_that_leave_as_floats_are_counted_as_floats(
+    pipe: Pipeline, job: Job, run: Run, scarce: Scarce, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory runs out, too: what waits for the tiles of a driven video is four bytes a colour."""
+    counted: list[int] = []
+
+    def seen(device: Any, ways: Codings, *rest: Any) -> Iterator[Any]:
+        counted.append(ways.frame)
+        return iter(())
+
+    monkeypatch.setattr(decode, "in_tiles", seen)
+    latent = torch.zeros(pipe.model.spec.latent_shape(job.width, job.height, job.frames))
+    assert not list(decode.decode(run, pipe.model, job, latent))
+    assert not list(decode.decode_floats(run, pipe.model, job, latent))
+    assert counted == [3 * 128 * 144, 4 * 3 * 128 * 144]
+
+
 def test_a_report_says_that_memory_ran_out_while_decoding(
     pipe: Pipeline, job: Job, run: Run, scarce: Scarce, tmp_path: Path
 ) -> None:
@@ -155,7 +172,7 @@ STARTS = {
     "whole": ((4, 32), Tiling()),
     "tiles": ((4, 32), Tiling(1, 2, visit=1, kept=False)),
     "bands": ((4, 32), Tiling(1, 2, visit=1, kept=False, banded=True)),
-    "strips": ((8, 16), Tiling(visit=1, kept=False, strips=2)),
+    "strips": ((8, 16), Tiling(visit=1, kept=False, strips=2, ahead=True)),
 }
 """A plane of latents, and how it is cut before memory runs out."""
 
@@ -188,7 +205,10 @@ def brought_through(version: str, half: str, start: str, scarce: Scarce, nth: in
         part = vae_clip.decoder(spec) if half == "decode" else vae_clip.encoder(spec)
         memories = part.memories(tiling, plane, spec.shapes())
         visits = -(-LATENTS // tiling.visit)
-        with scarce, Shelf(device, memories, torch.float32, visits, kept=tiling.kept) as shelf:
+        with (
+            scarce,
+            Shelf(device, memories, torch.float32, visits, kept=tiling.kept, ahead=tiling.ahead) as shelf,
+        ):
             cpu = device.torch_device
             if half == "encode":
                 latents = vae_clip.encode(spec, w, clip, plane, tiling, shelf, cpu, torch.float32)

@@ -65,7 +65,7 @@ def test_the_planned_peak_is_the_measured_one(version: str, tiling: Tiling) -> N
     with torch.no_grad(), track(rounding=allocated_size) as tracker:
         memories = vae_clip.encoder(spec).memories(tiling, plane, spec.shapes())
         visits = math.ceil(3 / tiling.visit)
-        shelf = Shelf(CpuDevice(), memories, torch.float32, visits, kept=tiling.kept)
+        shelf = Shelf(CpuDevice(), memories, torch.float32, visits, kept=tiling.kept, ahead=tiling.ahead)
         latents = vae_clip.encode(spec, w, frames, plane, tiling, shelf, torch.device("cpu"), torch.float32)
         made = 0
         while next(latents, None) is not None:  # and nothing of it is kept

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from lowvram.model import Group, Model, imagined_model
 from lowvram.models import vae_clip
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger, allocated_size, exact_size, segment_size
-from lowvram.offload.device import CpuDevice
+from lowvram.offload.device import CpuDevice, Event, Stall
 from lowvram.offload.estimate import track
 from lowvram.planning.decode import decoder_group
 from lowvram.quant.encodings.base import TORCH_DTYPES
@@ -29,7 +30,8 @@ from lowvram.stages.outbox import Outbox
 from lowvram.stages.run import Run
 from lowvram.stages.tiles import Shelf
 from lowvram.stages.weights import Dense, to_params
-from lowvram.tiling import VISIT, Coding, Decodings
+from lowvram.tiling import VISIT, Decodings
+from lowvram.tiling_search import Cost, forecast
 
 GB = 10**9
 SPECS = {
@@ -52,9 +54,9 @@ def weights_of(spec: VaeSpec) -> Group:
     return decoder_group(model)
 
 
-def by_work(coding: Coding) -> float:
+def by_work(cost: Cost) -> Any:
     """Seconds on a machine that decodes a whole plane in ten and moves 20 GB a second."""
-    return 10 * coding.work + 2 * coding.moved / (20 * GB)
+    return forecast(cost, 10, 20 * GB)
 
 
 def decodings(spec: VaeSpec, plane: tuple[int, int], frames: int = 31) -> Decodings:
@@ -83,7 +85,8 @@ def test_the_planned_peak_is_the_measured_one(version: str, tiling: Tiling) -> N
     planned = ways.exactly(tiling)
     with track(rounding=allocated_size) as tracker:
         memories = vae_clip.decoder(spec).memories(tiling, plane, spec.shapes())
-        shelf = Shelf(CpuDevice(), memories, torch.float32, math.ceil(2 / tiling.visit), kept=tiling.kept)
+        visits = math.ceil(2 / tiling.visit)
+        shelf = Shelf(CpuDevice(), memories, torch.float32, visits, kept=tiling.kept, ahead=tiling.ahead)
         pieces = vae_clip.decode(spec, w, latent, tiling, shelf, torch.device("cpu"), torch.float32)
         with Outbox(CpuDevice(), 3 * math.prod(plane) * spec.stride[1] ** 2) as outbox:
             assert sum(1 for _ in decode._converted(pieces, decode.to_pixels, outbox)) == 5 * tiling.count
@@ -180,6 +183,88 @@ def frames_of(tiny_model: Path, tiling: Tiling | None) -> tuple[np.ndarray, Ledg
     assert device.ledger.used == device.ram.used == 0
     assert clip.shape == (5, 144, 128, 3)
     return clip, device.ram
+
+
+class LateDevice(CpuDevice):
+    """Copies happen as late as they may: when somebody waits for them, or for one behind them."""
+
+    def __init__(self) -> None:
+        super().__init__(GB, ram=Ledger(2 * GB, "RAM"))
+        self.queue: list[tuple[Tensor, Tensor]] = []
+        self.copied = 0
+
+    def copy_async(self, dst: Tensor, src: Tensor, *, after: Event | None = None) -> Event:
+        self.queue.append((dst, src))
+        return Late(self, self.copied + len(self.queue))
+
+    def run_until(self, count: int) -> None:
+        while self.copied < count and self.queue:
+            dst, src = self.queue.pop(0)
+            dst.copy_(src)
+            self.copied += 1
+
+    def wait(self, event: Event) -> Stall:
+        event.synchronize()
+        return super().wait(event)
+
+    def synchronize(self) -> None:
+        self.run_until(self.copied + len(self.queue))
+
+
+@dataclass
+class Late:
+    device: LateDevice
+    count: int
+
+    def synchronize(self) -> None:
+        self.device.run_until(self.count)
+
+
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        Tiling(1, 3, visit=1, kept=False),
+        Tiling(2, 1, visit=2, kept=False, strips=2),
+        Tiling(2, 1, visit=1, kept=False, banded=True),
+    ],
+)
+def test_histories_that_move_beside_the_work_change_no_bit(tiling: Tiling) -> None:
+    """Whether copies run at once or as late as they may, in one place or in two."""
+    spec, plane = SPECS["2.1"], (16, 10)
+    generator = torch.Generator().manual_seed(3)
+    w = {
+        name: torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+        for name, shape in spec.shapes().items()
+    }
+    latent = torch.randn(1, spec.z, 4, *plane, generator=generator)
+    clips = []
+    for device in (CpuDevice(), LateDevice()):
+        for ahead in (False, True):
+            cut = replace(tiling, ahead=ahead)
+            memories, visits = (
+                vae_clip.decoder(spec).memories(cut, plane, spec.shapes()),
+                math.ceil(4 / cut.visit),
+            )
+            with (
+                torch.inference_mode(),
+                Shelf(device, memories, torch.float32, visits, kept=False, ahead=ahead) as shelf,
+            ):
+                cpu = torch.device("cpu")
+                pieces = vae_clip.decode(spec, w, latent, cut, shelf, cpu, torch.float32)
+                clips.append([piece.pixels for piece in pieces])
+    assert len(clips[0]) == 13 * tiling.count
+    for clip in clips[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(clip, clips[0], strict=True))
+
+
+def test_moves_are_hidden_where_there_is_room_for_two_histories() -> None:
+    """720p in 4 GB: bands whose histories come and go beside the work, at the forecast of whole frames."""
+    ways = decodings(VaeSpec(), (90, 160))
+    fixed = GB // 2 + sum(ref.nbytes for ref in ways.weights.refs)
+    found = ways.choose(4 * GB - fixed, 24 * GB, by_work)
+    assert found.tiling.ahead and found.vram + fixed <= 4 * GB and by_work(found) == 10
+    alone = ways.exactly(replace(found.tiling, ahead=False))
+    assert found.slab > 1.9 * alone.slab and by_work(alone) > 10
 
 
 def test_the_stage_gives_the_same_frames_in_tiles(tiny_model: Path) -> None:

@@ -64,14 +64,17 @@ def test_a_room_is_never_imported_under_its_bare_name() -> None:
 
 
 def test_every_file_that_is_read_at_run_time_is_shipped(project: dict[str, Any]) -> None:
-    (patterns,) = project["tool"]["setuptools"]["package-data"].values()
-    shipped = {path for pattern in patterns for path in (ROOT / "lowvram").glob(pattern) if path.is_file()}
+    data = project["tool"]["setuptools"]["package-data"]
+    shipped = {p for pattern in data["lowvram"] for p in (ROOT / "lowvram").glob(pattern) if p.is_file()}
     rooms = {ROOT / "lowvram" / room for room in ROOMS}
     present = {
         path
         for path in (ROOT / "lowvram").rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc") and not rooms.intersection(path.parents)
     }
+    assert data.keys() == {"lowvram", "lowvram.triton_kernels"}
+    assert data["lowvram.triton_kernels"] == ["tuned.json"]
+    assert (ROOT / "triton_kernels" / "tuned.json").is_file()
     assert {"models.toml", "fewstep.toml", "machines.toml", "py.typed"} <= {path.name for path in shipped}
     assert present == shipped
 

@@ -24,6 +24,6 @@ class Once(Generic[_S]):
         assert not kwargs
         what = make, *args
         if what not in self._made:
-            self._made[what] = make(self.subject, *args)
+            self._made[what] = make(self.subject, *args, **kwargs)
         found: _T = self._made[what]
         return found

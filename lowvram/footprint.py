@@ -5,7 +5,9 @@ Every function returns bytes above what its inputs take. Buffers that are alloca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,7 +20,7 @@ from lowvram.models import animate, clip, dit, umt5
 from lowvram.models.self_attention import CHUNK, Workspace
 from lowvram.models.token_order import DEPTH, compact_order
 from lowvram.offload.budget import allocated_size
-from lowvram.offload.estimate import peak_memory
+from lowvram.offload.estimate import Peak, peak_memory
 from lowvram.preview import Decoder, decoded
 from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
 from lowvram.quant.face_spec import FACE_PIXELS, FACE_SCOPE
@@ -30,6 +32,7 @@ from lowvram.triton_kernels.modes import EXACT, MODES, Matmul, Mode
 from lowvram.triton_kernels.ops import TORCH, Ops
 
 META = torch.device("meta")
+_HOLES: ContextVar[bool] = ContextVar("holes", default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +68,28 @@ def meta_params(group: Group, dtype: torch.dtype = torch.float32) -> Params:
             key = value.encoding, value.shape
             if key not in peaks:
                 decode = partial(value.encoding.decode, shape=value.shape, dtype=dtype)
-                peaks[key] = peak_memory(decode, value.parts, rounding=allocated_size).peak_bytes
+                peaks[key] = _needed(peak_memory(decode, value.parts, rounding=allocated_size))
             value = _Imitated(value.encoding, value.shape, value.parts, known=dtype, peak=peaks[key])
         tensors[name] = value
     return replace(params, tensors=tensors)
 
 
 def peak(run: Callable[[Tensor], object], x: Tensor) -> int:
-    return peak_memory(run, x, rounding=allocated_size).peak_bytes
+    return _needed(peak_memory(run, x, rounding=allocated_size))
+
+
+@contextmanager
+def with_holes() -> Iterator[None]:
+    """Inside, footprints are what torch's allocator needs on a card: what is live, and the holes it leaves between."""
+    token = _HOLES.set(True)
+    try:
+        yield
+    finally:
+        _HOLES.reset(token)
+
+
+def _needed(peak: Peak) -> int:
+    return peak.reach if _HOLES.get() else peak.peak_bytes
 
 
 def block_scratch(

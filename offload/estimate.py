@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lowvram.errors import OutOfMemoryError
+from lowvram.offload.allocator import Block, CachingAllocator
 from lowvram.offload.budget import exact_size, format_bytes
 
 Rounding = Callable[[int], int]
@@ -49,21 +50,28 @@ class Peak:
     """The most memory that was live at once."""
 
     peak_bytes: int
+    reach: int
+    """Bytes from the first to the last address that torch's allocator would have used for it: what was live, and the
+    holes between that nothing fitted into (`lowvram.offload.allocator`). Never less than `peak_bytes`."""
     live: tuple[Live, ...]
     """What made up the peak, largest first."""
 
 
 def peak_memory(
-    fn: Callable[..., object], *args: object, rounding: Rounding = exact_size, capacity: int | None = None
+    fn: Callable[..., object],
+    *args: object,
+    rounding: Rounding = exact_size,
+    capacity: int | None = None,
+    allocator: CachingAllocator | None = None,
 ) -> Peak:
     """Peak of `fn(*args)` on meta tensors, above what its arguments take.
 
     Tensors in `args` are replaced by meta tensors of the same sizes and strides; those that `fn` refers to otherwise
     (parameters) may be real, and what it makes without naming a device is a meta tensor. Raises OutOfMemoryError if more
-    than `capacity` bytes would be live; whatever `fn` raises; and torch's errors if it looks at values (`.item()`).
+    than `capacity` bytes would be live, or `allocator` finds no room; whatever `fn` raises; and torch's errors if it looks at values (`.item()`).
     """
     imagined = tree_map_only(Tensor, _imagined, args)
-    tracker = Tracker(rounding, capacity, "meta")
+    tracker = Tracker(rounding, capacity, "meta", allocator)
     with torch.device("meta"), _Watch(tracker, imagine=True):
         fn(*imagined)
     return tracker.peak()
@@ -92,13 +100,21 @@ def track(
 class Tracker:
     """Live storages and their peak."""
 
-    def __init__(self, rounding: Rounding, capacity: int | None, device: str) -> None:
+    def __init__(
+        self,
+        rounding: Rounding,
+        capacity: int | None,
+        device: str,
+        allocator: CachingAllocator | None = None,
+    ) -> None:
         self._rounding, self._capacity, self._device = rounding, capacity, device
         self._lock = threading.RLock()  # a finalizer may run inside any of our own statements
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], Live]] = {}
         self._live_bytes = 0
         self._peak_bytes = 0
         self._peak_live: tuple[Live, ...] | None = ()
+        self._allocator = allocator or CachingAllocator.endless()
+        self._blocks: dict[int, Block] = {}
 
     @property
     def live_bytes(self) -> int:
@@ -108,7 +124,7 @@ class Tracker:
     def peak(self) -> Peak:
         """The peak so far."""
         with self._lock:
-            return Peak(self._peak_bytes, self._at_peak())
+            return Peak(self._peak_bytes, max(self._peak_bytes, self._allocator.reach), self._at_peak())
 
     def restart(self) -> None:
         """Forget the peak so far: what lives now is where the next begins."""
@@ -135,11 +151,21 @@ class Tracker:
                 if known[1].nbytes != nbytes:  # resized in place, as `out=` does
                     self._leave_peak()
                     self._live[key] = (known[0], Live(nbytes, where))
+                    self._place(key, nbytes)
                     self._grow(nbytes - known[1].nbytes, where)
             elif key not in existing:
                 self._live[key] = (weakref.ref(storage), Live(nbytes, where))
                 weakref.finalize(storage, self._gone, key).atexit = False
+                self._place(key, nbytes)
                 self._grow(nbytes, where)
+
+    def _place(self, key: int, nbytes: int) -> None:
+        """Where the allocator puts a storage; if it had a place, that is given back afterwards."""
+        last = self._blocks.pop(key, None)
+        if nbytes:
+            self._blocks[key] = self._allocator.malloc(nbytes)
+        if last is not None:
+            self._allocator.free(last)
 
     def _grow(self, nbytes: int, where: str) -> None:
         self._live_bytes += nbytes
@@ -161,6 +187,7 @@ class Tracker:
         with self._lock:
             self._leave_peak()
             self._live_bytes -= self._live.pop(key)[1].nbytes
+            self._place(key, 0)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -133,6 +133,19 @@ class Delta:
     strength: float
 
 
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """x [..., in] @ weight [out, in] transposed, plus bias [out]: `functional.linear`, into `out` [..., out] unless a
+    gradient is wanted."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return functional.linear(x, weight, bias)
+    rows, columns = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    if bias is None:
+        torch.mm(rows, weight.t(), out=columns)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=columns)
+    return out
+
+
 _ALIGNMENT = 256
 """Bytes between the starts of unpacked weights: what matmul kernels read fastest from."""
 
@@ -181,7 +194,8 @@ class Params:
         if isinstance(value, Multiplied):
             return value.linear(x, bias)
         assert isinstance(x, Tensor)
-        y = functional.linear(x, self._weight(name, x.dtype), bias)
+        y = x.new_empty(*x.shape[:-1], value.shape[0])  # below the weight, which it outlives
+        y = _multiply(x, self._weight(name, x.dtype), bias, y)
         for branch in self.branches.get(name, ()):
             if branch.dora is None:
                 down = functional.linear(x, branch.down.flatten(1).to(x.dtype))

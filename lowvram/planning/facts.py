@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 
+from lowvram.footprint import with_holes
 from lowvram.job import Job
 from lowvram.machine import Machine
 from lowvram.model import Group, Model, kinds
+from lowvram.offload import allocator
 from lowvram.offload.budget import segment_size
 from lowvram.offload.placement import BlockId
 from lowvram.offload.slab import BlockLayout, build_layout
@@ -84,7 +87,8 @@ class Facts:
     def measured(self, measure: Callable[[], _T], *what: Hashable) -> _T:
         """A footprint, or what it is made of."""
         if what not in self.known:
-            self.known[what] = measure()
+            with with_holes() if self.machine.kind == "cuda" else nullcontext():
+                self.known[what] = measure()
         found: _T = self.known[what]
         return found
 
@@ -133,6 +137,8 @@ class Facts:
     def context(self) -> dict[str, int]:
         """The claims of the device's own needs, if it has any."""
         own = {"cuda context": self.machine.context, "library workspaces": self.machine.workspaces}
+        if self.machine.kind == "cuda":
+            own["allocator"] = allocator.ROOM
         return {name: nbytes for name, nbytes in own.items() if nbytes}
 
     def footprint(self, nbytes: int) -> int:

@@ -29,6 +29,7 @@ from lowvram.quant.linear import Params
 from lowvram.quant.spec import DitSpec
 from lowvram.sampling import guidance, solvers
 from lowvram.sampling.solvers import SolverState
+from lowvram.stages.moving import moved
 from lowvram.stages.run import Run, Traffic
 from lowvram.stages.weights import Dense
 from lowvram.triton_kernels.dispatch import half_of
@@ -105,12 +106,14 @@ def denoise(
     grid = (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
     tokens = grid[0] * grid[1] * grid[2]
     with run.stage("denoise") as (stack, traffic):
+        # What stays is allocated first, and what is large before what is small: the allocator leaves no holes.
+        works = _workspaces(run, stack, job, spec.dit, tokens, len(texts) if lean.together else 1)
+        stream = _open_stream(run, stack, traffic, layouts, job, model, state.step, stop)
+        shown = _preview_weights(run, stack)
         driving = _driving(condition, spec.dit, len(texts), device)
+        outside = moved(outside, device)
         order = _order(job, spec.dit, grid, device)
         rope = dit.rope_table(*grid, device=device, order=order)
-        works = _workspaces(run, stack, job, spec.dit, tokens, len(texts) if lean.together else 1)
-        shown = _preview_weights(run, stack)
-        stream = _open_stream(run, stack, traffic, layouts, job, model, state.step, stop)
         for i in range(state.step, stop):
             finite = torch.ones(spec.dit.layers, 2, dtype=torch.bool, device=device)
             work, first = works[job.attention.of_step(i, len(schedule)).name], works[job.attention.ends]
@@ -251,13 +254,14 @@ def _take(stream: BlockStream | None, n: int) -> Iterator[tuple[BlockId, Views]]
 def _prepare(
     run: Run, model: Model, job: Job, texts: list[Tensor], condition: Condition
 ) -> dict[int, _Outside]:
-    """Use what lies outside the blocks once, and keep only what every step needs of it, by step."""
+    """Use what lies outside the blocks once, and keep only what every step needs of it, by step, on the host."""
     spec, device = model.spec.dit, run.device.torch_device
     _, frames, h, w = model.spec.denoised_shape(job.width, job.height, job.frames)
     fixed = 0 if condition.fixed is None else condition.fixed.shape[1]
     transformers = tuple(model.transformers.values())
     wanted = [outer_phase(job, transformers, i) for i in range(len(job.schedule))]
     outside: dict[int, _Outside] = {}
+    host = torch.device("cpu")  # on the device, small tensors would stay where large ones were around them
     with run.stage("prepare") as (_, traffic):
         for number, (name, transformer) in enumerate(model.transformers.items()):
             with run.carried(f"{name} outer", transformer.groups()["outer"], traffic) as views:
@@ -277,7 +281,8 @@ def _prepare(
                         rows = torch.tensor(t, dtype=torch.float64, device=device)
                         times[i] = dit.embed_time(outer, spec, rows, h * w // 4 * (1 if fixed else frames))
                     ends = outer.copied(dit.ENDS)
-                    outside |= {i: _Outside(ends, contexts, time) for i, time in times.items()}
+                    made = {i: _Outside(ends, contexts, time) for i, time in times.items()}
+                    outside |= moved(made, host)
             run.step("prepare")
     return outside
 

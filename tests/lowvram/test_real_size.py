@@ -1,5 +1,5 @@
-"""The denoise stage itself, at the sizes of the real models, on tensors without memory: what it allocates and what the
-plan says that it takes are within 2 % of each other.
+"""The denoise stage itself, at the sizes of the real models, on tensors without memory and under torch's allocator in
+numbers: it finds room in what its plan says, and that is at most 3 % more than the allocator reserves for it, or the room set aside for the allocator.
 
 Blocks come from nowhere, two an expert, and the latent is not looked at; everything else is the code that runs on a card, in every
 attention mode.
@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from meta_device import META, MetaDevice
 
 from lowvram.job import Job, make_job
 from lowvram.machine import machine_profile
 from lowvram.model import Group, Model, imagined_model
+from lowvram.offload.allocator import ROOM, CachingAllocator
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.estimate import Peak, peak_memory
+from lowvram.offload.placement import BlockId
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
 from lowvram.planning.visits import visiting_order
@@ -33,16 +36,20 @@ from lowvram.stages.weights import Views
 from lowvram.triton_kernels.modes import Choice
 
 GB = 10**9
-META = torch.device("meta")
-MOVED = ("slot", "resident", "cuda context", "library workspaces")
-"""Claims of the block stream and of the device, which are not allocated here."""
+MOVED = ("slot", "resident", "allocator")
+"""Claims that no tensor of the stage takes."""
+OUTSIDE = ("cuda context", "library workspaces")
+"""Claims of what the limit of the allocator leaves out, or is not here."""
 
 
 class Nowhere(Run):
-    """A run whose weights have no bytes."""
+    """A run whose weights have no bytes, on the numbers of an allocator."""
+
+    allocator: ClassVar[CachingAllocator]
 
     @contextmanager
     def stage(self, name: str) -> Iterator[tuple[ExitStack, Traffic]]:
+        self.allocator.empty_cache()
         with ExitStack() as stack:
             yield stack, Traffic()
 
@@ -64,18 +71,27 @@ def imagined(group: Group) -> Views:
     }
 
 
-def peak(plan: Plan, job: Job, model: Model, patch: pytest.MonkeyPatch) -> Peak:
-    """Of preparation and denoise together, without weights. A step that nobody can look at is taken to be finite."""
+def peak(plan: Plan, job: Job, model: Model, patch: pytest.MonkeyPatch, allocator: CachingAllocator) -> Peak:
+    """Of preparation and denoise together, without weights, which are in the allocator alone. A step that nobody can look
+    at is taken to be finite."""
     blocks = {
         (expert, n): imagined(transformer.groups()[f"blocks.{n}"])
         for expert, transformer in model.transformers.items()
         for n in range(model.spec.dit.layers)
     }
     order = visiting_order(job, model.spec, plan.lean.together)
-    patch.setattr(denoise, "_open_stream", lambda *_: iter([(block, blocks[block]) for block in order]))
+    weights = [n for name, n in plan.stage("denoise").claims.items() if name.startswith(("slot", "resident"))]
+
+    def open_stream(*_: object) -> Iterator[tuple[BlockId, Views]]:
+        for nbytes in weights:
+            allocator.malloc(nbytes)
+        return iter([(block, blocks[block]) for block in order])
+
+    patch.setattr(denoise, "_open_stream", open_stream)
     patch.setattr(denoise, "_check_finite", lambda *_: None)
     spec, dtype = model.spec, plan.dtype
-    run = Nowhere(SimpleNamespace(torch_device=META), plan)  # type: ignore[arg-type]
+    patch.setattr(Nowhere, "allocator", allocator, raising=False)
+    run = Nowhere(MetaDevice(), plan)
     lengths = [spec.dit.text_len] * (1 + (max(job.schedule.guidance) > 1))
     shape = spec.denoised_shape(job.width, job.height, job.frames)
     state = denoise.State(torch.empty(shape, device=META), SolverState())
@@ -85,7 +101,7 @@ def peak(plan: Plan, job: Job, model: Model, patch: pytest.MonkeyPatch) -> Peak:
         texts = [torch.empty(n, spec.dit.text_dim, dtype=dtype) for n in lengths]
         denoise.denoise(run, model, job, texts, Condition(), state, lambda _: None)
 
-    return peak_memory(whole, rounding=allocated_size)
+    return peak_memory(whole, rounding=allocated_size, allocator=allocator)
 
 
 CASES = [
@@ -97,7 +113,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "size", "gigabytes", "mode"), CASES, ids=lambda v: str(v).replace(" ", ""))
-def test_the_plan_is_within_two_percent_of_the_stage_at_real_size(
+def test_a_stage_at_real_size_finds_room_in_its_plan_and_its_plan_is_hardly_more(
     name: str, size: tuple[int, int, int], gigabytes: float, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = model_preset(name)
@@ -115,7 +131,12 @@ def test_the_plan_is_within_two_percent_of_the_stage_at_real_size(
     )
     model, machine = imagined_model(name, spec, "fp8"), machine_profile("rtx4090")
     plan = make_plan(job, model, Budget(int(gigabytes * GB), 64 * GB), machine)
-    claims = plan.stage("denoise").claims
-    planned = sum(n for claim, n in claims.items() if not claim.startswith(MOVED))
-    found = peak(plan, job, model, monkeypatch)
-    assert found.peak_bytes <= planned <= 1.02 * found.peak_bytes, found.live[:12]
+    stage = plan.stage("denoise")
+    outside = sum(n for claim, n in stage.claims.items() if claim in OUTSIDE)
+    allocator = CachingAllocator(stage.vram - outside)
+    found = peak(plan, job, model, monkeypatch, allocator)
+    held = stage.vram - outside - sum(n for claim, n in stage.claims.items() if claim.startswith(MOVED))
+    assert found.peak_bytes <= held, found.live[:12]
+    taken = outside + allocator.peak
+    assert stage.vram <= max(1.03 * taken, taken + ROOM)  # two blocks of thirty are little beside the room
+    assert allocator.emptied <= 2  # the device waits for it

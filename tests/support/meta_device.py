@@ -1,0 +1,36 @@
+"""A device without memory, for stages at the sizes of the real models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowvram.offload.budget import Ledger, segment_size
+from lowvram.offload.device import Buffer, CpuDevice
+
+META = torch.device("meta")
+
+
+class MetaDevice(CpuDevice):
+    """Its buffers are meta tensors, and so are those of its host; nothing is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind, self.torch_device, self.ledger = "meta", META, Ledger(None, "VRAM")
+
+    def footprint(self, nbytes: int) -> int:
+        return segment_size(nbytes)
+
+    def _allocate(self, name: str, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=META)
+
+    def host_alloc(self, name: str, nbytes: int, *, pin: bool = True) -> Buffer:
+        return Buffer(name, _host(nbytes), lambda: None)
+
+
+def _host(nbytes: int) -> Tensor:
+    """Meta tensors are what is counted: this one was there before."""
+    return _EVERYTHING[:nbytes]
+
+
+_EVERYTHING = torch.empty(1 << 40, dtype=torch.uint8, device=META)

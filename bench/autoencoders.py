@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowvram.bench.results import Fact
+from lowvram.codings import Decodings
 from lowvram.model import imagined_model, vae_group
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
@@ -24,7 +25,6 @@ from lowvram.stages.decode import to_pixels
 from lowvram.stages.outbox import Outbox
 from lowvram.stages.tiles import Shelf
 from lowvram.survey import identify
-from lowvram.tiling import Decodings
 from lowvram.tiling_search import forecast
 from lowvram.triton_kernels.dispatch import ops_obstacle
 from lowvram.triton_kernels.ops import ops_for

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from lowvram.codings import decodings, encodings
 from lowvram.model import imagined_model
 from lowvram.offload.budget import format_bytes, segment_size
 from lowvram.sampling.presets import model_preset
-from lowvram.tiling import Codings, decodings, encodings
+from lowvram.tiling import Codings
 from lowvram.tiling_search import Cost, forecast
 
 GB = 10**9

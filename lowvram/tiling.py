@@ -18,25 +18,20 @@ import torch
 from numpy.typing import NDArray
 
 from lowvram import vae_footprint
-from lowvram.model import Group, Model, vae_group
-from lowvram.models.vae import DECODER, ENCODER
+from lowvram.coding import Coding
+from lowvram.model import Group
 from lowvram.models.vae_attention import QUERIES
-from lowvram.models.vae_clip import FRAMES, Half, decoder, encoder
+from lowvram.models.vae_clip import Half
 from lowvram.models.vae_history import Memory, packed, packed_size, tile_memories
 from lowvram.models.vae_middle import keys_on_device, most_strips
 from lowvram.models.vae_tiles import (
-    Span,
     Tile,
     Tiling,
     band_edges,
-    field_of,
     joined,
     long_axis,
-    make_bands,
     make_tile,
-    split,
 )
-from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import Rounding
 from lowvram.quant.spec import VaeSpec, numel
 from lowvram.tiling_search import Columns, Search, Seconds
@@ -83,83 +78,7 @@ class _Histories(NamedTuple):
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class Coding:
-    """A tiling, of either half, and what it takes, in bytes."""
-
-    tiling: Tiling
-    slab: int
-    """Histories on the device."""
-    scratch: int
-    """Whatever else comes and goes on the device."""
-    shelf: int
-    """Histories on the host."""
-    waiting: int
-    """Planes between tiles and middle block on the host, until every tile has seen them or given its part."""
-    frames: int
-    """Frames on the host: until every tile has given its part, or of the latents that pass at once."""
-    moved: int
-    """Histories copied to the device, and as many back."""
-    work: float
-    """As a multiple of what the whole plane takes."""
-    passed: int = 0
-    """What a middle block in strips is given, and as much that it gives back."""
-
-    @property
-    def ahead(self) -> bool:
-        return self.tiling.ahead
-
-    @property
-    def vram(self) -> int:
-        return self.slab + self.scratch
-
-    @property
-    def resting(self) -> int:
-        """What waits on the host beside the histories."""
-        return self.waiting + self.frames
-
-    @property
-    def ram(self) -> int:
-        return self.shelf + self.resting
-
-    def explain(self) -> str:
-        """The choice and its reason, in words."""
-        tiling, cut = self.tiling, self.tiling.words
-        if tiling.count == 1 and tiling.kept:
-            return f"{cut}, the fastest"
-        if tiling.count > 1:
-            work = "nothing computed twice" if self.work == 1 else f"{self.work - 1:.0%} more work"
-            cut = f"{cut}, {work} and the same pixels"
-        if tiling.kept:
-            return f"{cut}: whole frames do not fit"
-        if self.shelf:
-            return f"{cut}, histories moved to RAM and back every {tiling.visit} latents: they do not fit on the device"
-        return (
-            f"{cut}, one after the other: not all histories fit on the device, nor in RAM if the clip is long"
-        )
-
-
 _T = TypeVar("_T")
-
-
-def _cells(half: Half, spec: VaeSpec, size: int, count: int, banded: bool) -> NDArray[np.int64]:
-    """Cells [tile, memory] that each of `count` tiles, or bands, along an axis of `size` latents remembers."""
-    given, shapes = size * half.cells, spec.shapes()
-    if banded:
-        bands = make_bands(half.tiled, (given, given), 3, count, half.cells)
-        return np.array([[m.shape[1] for m in tile_memories(band, shapes)] for band in bands])
-    around = max(-field_of(half.tiled, Span(0, half.made)).start // half.cells, 0) + 2
-    alike: dict[tuple[int, int, int], list[int]] = {}
-    found = []
-    for span in split(size, count):
-        # tiles of a size differ only by the ends of the plane, where they are near enough to see them
-        what = span.size, min(span.start, around), min(size - span.stop, around)
-        if what not in alike:
-            cells = span.scaled(half.made)
-            tile = make_tile(half.tiled, (given, given), cells, cells)
-            alike[what] = [m.shape[1] for m in tile_memories(tile, shapes)]
-        found.append(alike[what])
-    return np.array(found)
 
 
 class Measured(Protocol):
@@ -191,7 +110,7 @@ class Codings(ABC):
     _known: dict[_Grid, tuple[int, int, int, int]] = field(default_factory=dict, init=False)
     """By grid of tiles: history of the largest, of all, scratch of the largest, what bands hand on for every latent."""
     _along_axis: dict[tuple[int, int, bool], NDArray[np.int64]] = field(default_factory=dict, init=False)
-    """See `_cells`; by size of the axis, tiles, and whether they are bands."""
+    """See `vae_footprint.remembered_cells`; by size of the axis, tiles, and whether they are bands."""
     _overlaps: dict[_Grid, tuple[float, float]] = field(default_factory=dict, init=False)
     _middles: dict[int, _Middle] = field(default_factory=dict, init=False)
     """By number of strips."""
@@ -429,11 +348,15 @@ class Codings(ABC):
         )
 
     def _along(self, axis: int, count: int, banded: bool = False) -> NDArray[np.int64]:
-        """See `_cells`; of the rows (0) or of the columns (1)."""
+        """See `vae_footprint.remembered_cells`; of the rows (0) or of the columns (1)."""
         what = self.plane[axis], count, banded
         if what not in self._along_axis:
             self._along_axis[what] = self.measured(
-                partial(_cells, self._half, self.spec, *what), "cells", type(self), self.spec, *what
+                partial(vae_footprint.remembered_cells, self._half, self.spec, *what),
+                "cells",
+                type(self),
+                self.spec,
+                *what,
             )
         return self._along_axis[what]
 
@@ -515,84 +438,3 @@ class Codings(ABC):
     def _of_half(self) -> tuple[Hashable, ...]:
         """What its footprints depend on beside the size."""
         return type(self), self.spec, self.dtype, self.weights.kind
-
-
-class Decodings(Codings):
-    """The ways to decode one clip; `frame` in bytes as it leaves."""
-
-    @property
-    def half(self) -> Half:
-        return decoder(self.spec)
-
-    def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
-        return vae_footprint.decode_scratch(self.spec, self.weights, tile, self.dtype, before)
-
-    def borders(self, band: Tile) -> int:
-        return vae_footprint.decode_borders(self.spec, self.weights, band, self.dtype)
-
-    def under_way(self, tile: Tile) -> int:
-        cells = numel(self.plane) * self._half.made**2
-        return allocated_size(self.frame * tile.rows.size * tile.columns.size // cells)
-
-    @property
-    def ends(self) -> Ends:
-        return vae_footprint.decoder_ends(self.spec)
-
-    @property
-    def result(self) -> int:
-        return 0
-
-    def frames_held(self, tiling: Tiling) -> int:
-        return FRAMES * tiling.visit if tiling.rows * tiling.columns > 1 else 1
-
-
-class Encodings(Codings):
-    """The ways to encode one clip; `frame` in bytes as it comes."""
-
-    @property
-    def half(self) -> Half:
-        return encoder(self.spec)
-
-    def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
-        return vae_footprint.encode_scratch(self.spec, self.weights, tile, self.dtype, before)
-
-    def borders(self, band: Tile) -> int:
-        return vae_footprint.encode_borders(self.spec, self.weights, band, self.dtype)
-
-    def under_way(self, tile: Tile) -> int:
-        return 0
-
-    @property
-    def ends(self) -> Ends:
-        return vae_footprint.encoder_ends(self.spec)
-
-    @property
-    def result(self) -> int:
-        return 2 * self.spec.z
-
-    def frames_held(self, tiling: Tiling) -> int:
-        return FRAMES * tiling.visit
-
-
-def encodings(
-    model: Model,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    rounding: Rounding,
-    measured: Measured = anew,
-) -> Encodings:
-    """The ways to encode a clip of `shape`: frames, rows and columns of pixels."""
-    frames, height, width = shape
-    latent = model.spec.latent_shape(width, height, frames)
-    group = vae_group(model, ENCODER)
-    return Encodings(model.spec.vae, group, latent, 12 * height * width, dtype, rounding, measured)
-
-
-def decodings(
-    model: Model, shape: tuple[int, int, int], dtype: torch.dtype, rounding: Rounding, itemsize: int = 1
-) -> Decodings:
-    """The ways to decode a clip of `shape`: frames, rows and columns of pixels. itemsize: bytes of a colour as it leaves."""
-    frames, height, width = shape
-    latent = model.spec.latent_shape(width, height, frames)
-    group = vae_group(model, DECODER)
-    return Decodings(model.spec.vae, group, latent, 3 * height * width * itemsize, dtype, rounding)

@@ -10,7 +10,9 @@ from functools import partial
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lowvram.footprint import META, meta_params, peak
@@ -18,10 +20,11 @@ from lowvram.model import Group
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_attention import KEYS, QUERIES, attend
 from lowvram.models.vae_bands import Borders
+from lowvram.models.vae_clip import Half
 from lowvram.models.vae_history import Memory, PackedHistory, memories, tile_memories
 from lowvram.models.vae_layers import History, Weights
 from lowvram.models.vae_middle import Middle, keys_on_device
-from lowvram.models.vae_tiles import Tile
+from lowvram.models.vae_tiles import Span, Tile, field_of, make_bands, make_tile, split
 from lowvram.offload.budget import allocated_size
 from lowvram.quant.spec import VaeSpec
 from lowvram.stages.weights import Dense
@@ -269,3 +272,23 @@ def _visited(spec: VaeSpec, tile: Tile, borders: Borders, dtype: torch.dtype) ->
         history = _under_way(tile_memories(tile, spec.shapes()), dtype)
     history.band = tile.band(borders)
     return history
+
+
+def remembered_cells(half: Half, spec: VaeSpec, size: int, count: int, banded: bool) -> NDArray[np.int64]:
+    """Cells [tile, memory] that each of `count` tiles, or bands, along an axis of `size` latents remembers."""
+    given, shapes = size * half.cells, spec.shapes()
+    if banded:
+        bands = make_bands(half.tiled, (given, given), 3, count, half.cells)
+        return np.array([[m.shape[1] for m in tile_memories(band, shapes)] for band in bands])
+    around = max(-field_of(half.tiled, Span(0, half.made)).start // half.cells, 0) + 2
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    found = []
+    for span in split(size, count):
+        # tiles of a size differ only by the ends of the plane, where they are near enough to see them
+        what = span.size, min(span.start, around), min(size - span.stop, around)
+        if what not in alike:
+            cells = span.scaled(half.made)
+            tile = make_tile(half.tiled, (given, given), cells, cells)
+            alike[what] = [m.shape[1] for m in tile_memories(tile, shapes)]
+        found.append(alike[what])
+    return np.array(found)

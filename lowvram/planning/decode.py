@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lowvram.codings import Decodings
 from lowvram.media.video import AHEAD
 from lowvram.model import Group, Model
 from lowvram.models import vae
@@ -13,7 +14,6 @@ from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.quant.spec import numel
 from lowvram.stages.condition import held_claims
-from lowvram.tiling import Decodings
 from lowvram.tiling_search import Cost, forecast
 
 WRITER_FRAMES = 16 + AHEAD

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowvram.codings import Encodings, encodings
 from lowvram.machine import Machine
 from lowvram.model import Model
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import exact_size, segment_size
 from lowvram.offload.slab import build_layout
 from lowvram.quant.spec import numel
-from lowvram.tiling import Encodings, Measured, anew, encodings
+from lowvram.tiling import Measured, anew
 from lowvram.tiling_search import Cost, forecast
 
 if TYPE_CHECKING:

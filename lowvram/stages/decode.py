@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowvram.codings import decodings
 from lowvram.job import Job
 from lowvram.model import Model
 from lowvram.models import vae, vae_clip
@@ -19,7 +20,6 @@ from lowvram.stages.outbox import Outbox, Sent
 from lowvram.stages.run import Run
 from lowvram.stages.tiles import Shelf, in_tiles
 from lowvram.stages.weights import Dense
-from lowvram.tiling import decodings
 from lowvram.triton_kernels.ops import ops_for
 
 Pixels = NDArray[np.uint8]

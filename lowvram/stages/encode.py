@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from lowvram.codings import encodings
 from lowvram.errors import InternalError
 from lowvram.model import Model
 from lowvram.models import vae_clip
@@ -17,7 +18,6 @@ from lowvram.planning.encode import EncodePlan
 from lowvram.stages.run import Run, Traffic
 from lowvram.stages.tiles import Shelf, in_tiles
 from lowvram.stages.weights import Dense
-from lowvram.tiling import encodings
 from lowvram.triton_kernels.ops import ops_for
 
 

@@ -9,13 +9,14 @@ from typing import Self, TypeVar
 
 import torch
 
+from lowvram.coding import Coding
 from lowvram.errors import OutOfMemoryError
 from lowvram.models.vae_history import Memory, pack, packed_size
 from lowvram.models.vae_layers import History, Norm
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.device import Device, Event, exhausted
 from lowvram.stages.room import SqueezedError
-from lowvram.tiling import Coding, Codings
+from lowvram.tiling import Codings
 from lowvram.triton_kernels.vae_norm import rms_silu
 
 Result = TypeVar("Result")

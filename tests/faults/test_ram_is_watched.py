@@ -11,6 +11,7 @@ import pytest
 from lowvram import api
 from lowvram.api import Pipeline, Runtime
 from lowvram.cli.main import _run
+from lowvram.coding import Coding
 from lowvram.conditions.contract import Condition
 from lowvram.job import Job
 from lowvram.models.vae_tiles import Tiling
@@ -21,7 +22,6 @@ from lowvram.stages import denoise, text
 from lowvram.stages.room import SqueezedError
 from lowvram.stages.run import Run
 from lowvram.stages.tiles import in_tiles
-from lowvram.tiling import Coding
 
 GB = 10**9
 EXCESS = 1000

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram import Runtime
 from lowvram.api import Pipeline, Video
+from lowvram.codings import Decodings, Encodings, decodings
 from lowvram.conditions.pictures import GivenClip
 from lowvram.errors import OutOfMemoryError
 from lowvram.job import Job
@@ -41,7 +42,7 @@ from lowvram.stages import decode, encode, tiles
 from lowvram.stages.outbox import Outbox
 from lowvram.stages.run import Run, Traffic
 from lowvram.stages.tiles import Shelf
-from lowvram.tiling import Codings, Decodings, Encodings, decodings
+from lowvram.tiling import Codings
 
 GB = 10**9
 STRIDE = int(os.environ.get("LOWVRAM_FAULTS") == "all")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from meta_device import META, MetaDevice
 
+from lowvram.codings import decodings
 from lowvram.footprint import meta_params
 from lowvram.job import make_job
 from lowvram.machine import machine_profile
@@ -21,7 +22,6 @@ from lowvram.sampling.presets import model_preset
 from lowvram.stages.decode import to_pixels
 from lowvram.stages.tiles import Shelf
 from lowvram.stages.weights import Dense
-from lowvram.tiling import decodings
 
 GB = 10**9
 FRAMES = 9

@@ -13,6 +13,7 @@ from tilings import TILINGS
 from torch import Tensor
 
 from lowvram import Runtime
+from lowvram.codings import Encodings, encodings
 from lowvram.errors import InternalError
 from lowvram.machine import machine_profile
 from lowvram.model import Model, imagined_model, vae_group
@@ -29,7 +30,6 @@ from lowvram.stages.encode import encode
 from lowvram.stages.run import Run, Traffic
 from lowvram.stages.tiles import Shelf
 from lowvram.stages.weights import Dense, to_params
-from lowvram.tiling import Encodings, encodings
 
 GB = 10**9
 SPECS = {

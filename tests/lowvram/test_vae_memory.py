@@ -15,6 +15,7 @@ from tilings import TILINGS
 from torch import Tensor
 
 from lowvram import Runtime
+from lowvram.codings import Decodings
 from lowvram.model import Group, Model, imagined_model
 from lowvram.models import vae_clip
 from lowvram.models.vae_tiles import Tiling
@@ -30,7 +31,7 @@ from lowvram.stages.outbox import Outbox
 from lowvram.stages.run import Run
 from lowvram.stages.tiles import Shelf
 from lowvram.stages.weights import Dense, to_params
-from lowvram.tiling import VISIT, Decodings
+from lowvram.tiling import VISIT
 from lowvram.tiling_search import Cost, forecast
 
 GB = 10**9

@@ -21,6 +21,7 @@ from lowvram.library.naming import expert_of
 from lowvram.library.parts import FLAGS, PARTS
 from lowvram.library.places import Place, given_places, machine_drives, usual_places
 from lowvram.library.scan import Library, scan
+from lowvram.library.walk import INDEX_SUFFIX
 from lowvram.offload.io import FileReader
 from lowvram.quant.spec import ModelSpec
 from lowvram.sampling.presets import few_step, load_models, preset_of_file, unknown_name
@@ -331,8 +332,9 @@ def _check_experts(paths: Mapping[str, str], given: Mapping[str, str], force: bo
 
 
 def _same_numbers(first: Path, second: Path) -> bool:
-    """Whether two files are copies, from samples of their bytes. Holes and zeros prove nothing."""
-    if not (first.is_file() and second.is_file()):
+    """Whether two files are copies, from samples of their bytes. Holes and zeros prove nothing, and neither does an index:
+    it names the tensors, which both experts have."""
+    if not (first.is_file() and second.is_file()) or first.name.endswith(INDEX_SUFFIX):
         return False
     with FileReader(first) as one, FileReader(second) as two:
         if one.size != two.size:

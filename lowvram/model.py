@@ -13,7 +13,7 @@ import torch
 from lowvram.discovery import default_spec
 from lowvram.errors import FileError, UsageError
 from lowvram.fewstep import acts_on
-from lowvram.job import Job, LoraChoice
+from lowvram.job import LoraChoice
 from lowvram.library.naming import expert_of, family_of
 from lowvram.library.parts import FLAGS, PART_NAMES
 from lowvram.offload.io import FileReader
@@ -344,11 +344,6 @@ def _ratios(matched: LoraSet) -> dict[str, float]:
                 )
             ratios[pair.target] = ratio
     return ratios
-
-
-def open_job_model(job: Job) -> Model:
-    """The model of a job, its LoRAs included."""
-    return with_loras(open_model(job.model, job.files), job.loras)
 
 
 def imagined_model(name: str, spec: ModelSpec, weights: str) -> Model:

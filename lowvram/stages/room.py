@@ -1,12 +1,19 @@
-"""Whether the memory that a plan counts on is still there: asked while a stage is under way, before anything fails."""
+"""Whether the memory that a plan counts on is still there: asked while a stage is under way, before anything fails.
+
+And how to get back what an attempt that failed still holds.
+"""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 from lowvram.errors import OutOfMemoryError
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.device import Device
 from lowvram.planning.facts import PROGRAM_RAM
 from lowvram.planning.plan import StagePlan
+
+E = TypeVar("E", bound=BaseException)
 
 _TOLERATED = 64
 """A plan goes on with a 64th less than it counted on: other programs' memory is never quite still, and a plan is up to
@@ -56,3 +63,12 @@ def check_ram(device: Device, planned: StagePlan, rss: int, began: int) -> None:
             advice="give a larger --ram, then continue with `lowvram resume last`; if that is not it, report this",
             excess=rss - cap,
         )
+
+
+def without_frames(error: E) -> E:
+    """The error without traceback and causes, for work that is tried again: their frames hold the tensors of what failed.
+
+    Call it inside the handler and go on outside: as long as the handler runs, the interpreter holds them too.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

@@ -14,7 +14,7 @@ from lowvram.model import Model
 from lowvram.offload.budget import Budget, format_bytes
 from lowvram.planning.choose import make_plan, plan_segment, plan_steps
 from lowvram.stages.denoise import State, denoise
-from lowvram.stages.room import SqueezedError, check_vram
+from lowvram.stages.room import SqueezedError, check_vram, without_frames
 from lowvram.stages.run import Run
 from lowvram.triton_kernels.modes import EXACT, SDPA
 
@@ -30,11 +30,11 @@ def denoise_steadfastly(
 ) -> Tensor:
     """The finished latent, as `denoise` gives it.
 
-    A step that ends in NaN with 8-bit attention or multiplication is done once more without either: the step alone, since the next is a
-    function of its state again, and a job that is killed and resumed makes the same.
+    A step that ends in NaN with 8-bit attention or multiplication is done once more without either. The steps after it
+    use them again: each follows from the state before it alone, so a job that is killed and resumed makes the same.
 
     When memory runs out (another program took it, or a plan was wrong), everything is freed and the step begins anew
-    by a plan for what is left. If that step runs out of memory again, or nothing smaller fits, the error is told.
+    by a plan for what is left. If that step runs out of memory again, or nothing smaller fits, the error is raised.
     Memory that is found to be short between two steps (`lowvram.stages.room`) is met in the same way.
     """
     last, failed = state, -1
@@ -47,26 +47,33 @@ def denoise_steadfastly(
     while True:
         try:
             return denoise(run, model, job, texts, made, last, remember)
-        except NonFiniteError as problem:
+        except NonFiniteError as error:
             if job.attention.mode == "sdpa" and job.matmul.exact:
                 raise
-            safe = replace(job, attention=SDPA, matmul=EXACT)
-            try:
-                plan = make_plan(safe, model, run.plan.budget, run.plan.machine, preview=run.decoder)
-            except BudgetError:
-                raise problem from None
-            again = "sdpa" if job.matmul.exact else "sdpa and exact multiplication"
-            run.tell(f"{problem.where}: {problem.found}; the step was done again with {again}")
-            once = replace(run, plan=plan)
-            denoise(once, model, safe, texts, made, last, remember, stop=last.step + 1)
-            continue
-        except OutOfMemoryError as problem:
+            problem: NonFiniteError | OutOfMemoryError = without_frames(error)
+        except OutOfMemoryError as error:
             if last.step == failed:
                 raise
-            if not isinstance(problem, SqueezedError):
+            if not isinstance(error, SqueezedError):
                 failed = last.step
-            lack = _without_frames(problem)
-        run = _smaller(run, model, job, last.step, lack)
+            problem = without_frames(error)
+        if isinstance(problem, OutOfMemoryError):
+            run = _smaller(run, model, job, last.step, problem)
+            continue
+        safe = replace(job, attention=SDPA, matmul=EXACT)
+        once = _safe(run, model, safe, problem)
+        again = "sdpa" if job.matmul.exact else "sdpa and exact multiplication"
+        run.tell(f"{problem.where}: {problem.found}; the step was done again with {again}")
+        denoise(once, model, safe, texts, made, last, remember, stop=last.step + 1)
+
+
+def _safe(run: Run, model: Model, safe: Job, problem: NonFiniteError) -> Run:
+    """The run with a plan for a step of the job `safe`; `problem` if that does not fit the budget."""
+    try:
+        plan = make_plan(safe, model, run.plan.budget, run.plan.machine, preview=run.decoder)
+    except BudgetError:
+        raise problem from None
+    return replace(run, plan=plan)
 
 
 def _smaller(run: Run, model: Model, job: Job, step: int, lack: OutOfMemoryError) -> Run:
@@ -110,9 +117,3 @@ def for_segment(run: Run, model: Model, job: Job, number: int) -> Run:
         )
         return replace(run, plan=plan)
     return run
-
-
-def _without_frames(problem: OutOfMemoryError) -> OutOfMemoryError:
-    """The error without what led to it: tracebacks hold the tensors of the attempt."""
-    problem.__cause__ = problem.__context__ = None
-    return problem.with_traceback(None)

@@ -15,7 +15,7 @@ from lowvram.models.vae_history import Memory, pack, packed_size
 from lowvram.models.vae_layers import History, Norm
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.device import Device, Event, exhausted
-from lowvram.stages.room import SqueezedError
+from lowvram.stages.room import SqueezedError, without_frames
 from lowvram.tiling import Codings
 from lowvram.triton_kernels.vae_norm import rms_silu
 
@@ -136,7 +136,7 @@ def in_tiles(
                     given += 1
                 return
             except (torch.OutOfMemoryError, OutOfMemoryError) as error:
-                problem = error.with_traceback(None)  # its frames hold the tensors of the attempt
+                problem = without_frames(error)
             last = ways.exactly(tiling)
             planned = planned or last
             more.close()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from lowvram import api
 from lowvram.api import Pipeline, Runtime
 from lowvram.cli.main import _run
 from lowvram.coding import Coding
 from lowvram.conditions.contract import Condition
+from lowvram.errors import OutOfMemoryError
 from lowvram.job import Job
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Budget, Ledger
@@ -114,6 +118,30 @@ def test_tiles_go_on_with_as_much_less_ram_and_no_more_vram(excess: int, then: T
     else:
         assert list(results) == [0, 1, 2, 3, 4] and told == [(2, then, "too much")]
     assert device.ram.used == 0
+
+
+def test_smaller_tiles_have_the_memory_of_the_attempt_that_failed() -> None:
+    device, held = CpuDevice(GB, ram=Ledger(2 * GB, "RAM")), list[weakref.ref[Tensor]]()
+
+    def fail() -> None:
+        try:
+            raise torch.OutOfMemoryError("made to fail")
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError("a claim", advice="") from error  # as an allocation says it
+
+    def attempt(tiling: Tiling, first: int) -> Iterator[int]:
+        if tiling.rows == 2:
+            scratch = torch.empty(1)
+            held.append(weakref.ref(scratch))
+            fail()
+        assert held[0]() is None
+        yield first
+
+    class Halves(Ways):
+        def choose(self, vram: int, ram: int, seconds: Callable[[Coding], float]) -> Coding:
+            return CODINGS[2]
+
+    assert list(in_tiles(device, Halves(), Tiling(rows=2), attempt, lambda *what: None)) == [0]  # type: ignore[arg-type]
 
 
 def test_where_no_tiles_take_less_the_job_ends_and_can_be_resumed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,24 @@ def test_swapped_and_doubled_experts_are_refused(owned: Any, files: Any, sparse:
     two.write_bytes(one.read_bytes())
     with pytest.raises(UsageError, match="both experts hold the same numbers"):
         find("wan2.2-t2v-a14b", {"high": str(one), "low": str(two), "vae": str(one), "text": str(one)})
+
+
+def test_experts_in_shards_have_the_same_index_and_are_no_copies(
+    owned: Any, files: Any, sparse: Callable[..., Path]
+) -> None:
+    shapes = list(T2V.dit.shapes().items())
+    shards = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    parts = [dict(shapes[:600]), dict(shapes[600:])]
+    index = {"weight_map": {name: shard for shard, part in zip(shards, parts, strict=True) for name in part}}
+    indices = {}
+    for part in ("high", "low"):
+        folder = owned.home / "Wan2.2-T2V-A14B" / f"{part}_noise_model"
+        for shard, held in zip(shards, parts, strict=True):
+            sparse(folder / shard, files["bf16"](held))
+        indices[part] = folder / "diffusion_pytorch_model.safetensors.index.json"
+        indices[part].write_text(json.dumps(index))
+    found = find("wan2.2-t2v-a14b", {part: str(path) for part, path in indices.items()})
+    assert found.paths["high"] == str(indices["high"])
 
 
 def test_a_lacking_part_is_named_and_so_is_what_was_found_of_it(owned: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from lowvram.job import Job, describe
 from lowvram.models import self_attention
 from lowvram.offload.budget import allocated_size
 from lowvram.planning.plan import Plan
+from lowvram.stages import denoise
 from lowvram.stages.denoise import State
 from lowvram.state import Saved, list_jobs
 from lowvram.triton_kernels.keys import Keys, attend, stored_bytes
@@ -104,6 +107,26 @@ def test_a_step_that_ends_in_nan_is_done_again_by_torch(pipe: Any, monkeypatch: 
     pipe.run(by_torch, state=steps[0], save=second.append)
     assert torch.equal(second[0].x, steps[1].x)  # the step of sdpa, and
     assert torch.equal(pipe.run(job, state=steps[1]).latent, video.latent)  # int8 again after it
+
+
+def test_the_step_that_is_done_again_has_the_memory_of_the_one_that_failed(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made, alive = denoise._workspaces, list[weakref.ref[Tensor]](), list[int]()
+
+    def watched(*given: Any) -> Any:
+        alive.append(sum(each() is not None for each in made))
+        works = make(*given)
+        made.extend(weakref.ref(work.keys.k) for work in works.values())
+        return works
+
+    monkeypatch.setattr(denoise, "_workspaces", watched)
+    gc.disable()  # what a cycle holds would be held on a card too
+    try:
+        poisoned(pipe, monkeypatch, ("int8",))
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]  # two int8 attempts, and sdpa between them
 
 
 def test_nan_on_the_safe_path_too_names_step_block_and_operation(

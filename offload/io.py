@@ -25,6 +25,10 @@ _SYSCALL_BYTES = 1 << 30
 """The most asked of the system at once: Linux stops at 2^31 - 4096, Windows at 2^31 - 1."""
 _KERNEL_BYTES = 1 << 20
 _FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
+_NO_FOLDER_SYNC = frozenset(
+    {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
+)
+"""What file systems answer that open no folder, or sync none. The file is in its place all the same."""
 _LOCKED_BYTE = 1 << 30
 """Windows locks bytes, and what it locks nobody can read: one far behind the process number in a lock file."""
 _REPLACE_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -330,11 +334,15 @@ def replace_file(temporary: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable. Windows has no such call and needs none."""
+    """Make a rename durable, where the file system can: Windows and some network file systems cannot, and need not."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise

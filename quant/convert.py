@@ -19,7 +19,7 @@ from lowvram.errors import UsageError
 from lowvram.quant.encodings.base import CHUNK_ELEMENTS, TORCH_DTYPES, Encoding
 from lowvram.quant.encodings.kquants import Blocks
 from lowvram.quant.encodings.plain import Plain
-from lowvram.quant.encodings.registry import encoding_by_name, keeps_precision, planned_encoding
+from lowvram.quant.encodings.registry import encoding_by_name, planned_encoding
 from lowvram.quant.files.writing import Entry, Head, gguf_head, safetensors_head
 from lowvram.quant.identify import Checkpoint
 from lowvram.quant.names import DIT, TEXT, vae_renames
@@ -149,16 +149,17 @@ def index_of(files: Sequence[NewFile]) -> bytes:
 
 def _check(found: Checkpoint, to: str) -> None:
     chosen = encoding_by_name(to)
-    if found.spec is None:
+    if found.kind in ("lora", "clip"):
         _refuse(
             f"a {'LoRA' if found.kind == 'lora' else 'CLIP encoder'} is not quantised", "leave it as it is"
         )
     if isinstance(chosen, Blocks) and found.kind != "dit":
         kind = "text encoder" if found.kind == "text" else "VAE"
         _refuse(f"a {kind} is not written as GGUF", "choose fp8 or int8 for a text encoder, bf16 for a VAE")
-    if not isinstance(chosen, Plain) and all(keeps_precision(n, r.shape) for n, r in found.refs.items()):
+    made = [(ref.encoding, _encoding(ref, to)) for ref in found.refs.values()]
+    if not isinstance(chosen, Plain) and all(isinstance(new, Plain) for _, new in made):
         _refuse(f"nothing in this network may be stored as {to}", "choose bf16, fp16 or fp32")
-    if all(_encoding(ref, to) == ref.encoding for ref in found.refs.values()):
+    if all(old == new for old, new in made):
         _refuse(f"it is stored as {to} already", "choose another format with --to")
 
 

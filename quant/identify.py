@@ -184,7 +184,7 @@ def _namer(style: KeyStyle, names: Iterable[str], where: Path) -> Callable[[str]
 def _diffusers_vae(names: Iterable[str], where: Path) -> tuple[str, int]:
     """Version and residual blocks per encoder stage, from the number of modules diffusers lists."""
     modules = {tuple(name.split(".")[2:5]) for name in names if name.startswith("encoder.down_blocks.")}
-    last = {rest[2] for rest in modules if rest[:2] == ("3", "resnets")}
+    last = {rest[2] for rest in modules if rest[:2] == ("3", "resnets") and len(rest) == 3}
     if last:
         return "2.2", len(last)
     flat = len({rest[0] for rest in modules})
@@ -222,11 +222,11 @@ def _unfused(ref: TensorRef, where: Path) -> dict[str, TensorRef]:
     before, fused, parameter = ref.name.partition(f".{FUSED_QKV}.")
     if not fused:
         return {ref.name: ref}
-    rows, part = ref.shape[0] // 3, ref.parts[0]
-    if ref.shape[0] % 3 or not isinstance(ref.encoding, Plain):
+    if not ref.shape or ref.shape[0] % 3 or not isinstance(ref.encoding, Plain):
         _refuse(
             where, f"{ref.name} is {ref.encoding.name} {list(ref.shape)}", "three equal parts in bf16 or fp16"
         )
+    rows, part = ref.shape[0] // 3, ref.parts[0]
     found, shape = {}, (rows, *ref.shape[1:])
     for n, leaf in enumerate("qkv"):
         name, nbytes = f"{before}.attn.{leaf}.{parameter}", part.nbytes // 3
@@ -236,9 +236,9 @@ def _unfused(ref: TensorRef, where: Path) -> dict[str, TensorRef]:
 
 
 def _logical_shape(native: str, shape: Shape, width: int) -> Shape:
-    """CLIP's embeddings are also stored as a batch of one. A patch convolution [D, in, 1, 2, 2] is also stored as a matrix [D, in*4], and by writers that know four
-    dimensions as [D*in, 1, 2, 2] (checkpoint-formats 4.1, 6.5); a bias of the motion encoder, natively [1, C, 1, 1],
-    by diffusers as [C]."""
+    """The native shape of a tensor that other writers store in another: CLIP's embeddings as a batch of one; a patch
+    convolution [D, in, 1, 2, 2] as a matrix [D, in*4], or [D*in, 1, 2, 2] where four dimensions are the limit
+    (checkpoint-formats 4.1, 6.5); a bias of the motion encoder, [1, C, 1, 1], as [C]. `width`: D, or 0 if not known."""
     if ".net_app.convs." in native and native.endswith(".bias") and len(shape) == 1:
         return (1, shape[0], 1, 1)
     dims = {"class_embedding": 1, "position_embedding.weight": 2}.get(native)

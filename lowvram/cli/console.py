@@ -109,6 +109,9 @@ def explain(error: BaseException) -> tuple[int, tuple[str, ...]]:
         case MemoryError():
             code = OutOfMemoryError.exit_code
             lines = ["the system has no RAM left", "close other programs, or give a smaller --ram"]
+        case OSError() if error.filename and error.strerror:
+            code = StorageError.exit_code
+            lines = [f"{error.filename}: {error.strerror}", "check the path and its permissions"]
         case _:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             code, lines = BUG, [f"this is a bug in lowvram ({what}); run again with --debug and report it"]

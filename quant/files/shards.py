@@ -41,6 +41,14 @@ def open_checkpoint_files(path: Path, open_reader: OpenReader) -> list[Header]:
 
     No tensor is in two of them. FileError if a file is missing, damaged or not what the index says.
     """
+    try:
+        return _open(path, open_reader)
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise FileError(found, where=str(path), advice="check the path and its permissions") from error
+
+
+def _open(path: Path, open_reader: OpenReader) -> list[Header]:
     if path.is_dir():
         return _open_folder(path, open_reader)
     if not path.is_file():
@@ -74,7 +82,7 @@ def read_index(reader: Reader) -> dict[str, str]:
 def is_plain_file_name(name: str) -> bool:
     """Whether `name` names a file in its own folder on every system: no path, no drive, no device, no tricks."""
     return (
-        0 < len(name) <= 255
+        0 < len(name.encode("utf-8", "replace")) <= 255
         and name.isprintable()
         and not name.startswith(".")
         and not set(name) & set('<>:"/\\|?*')

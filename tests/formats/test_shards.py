@@ -101,6 +101,10 @@ def test_a_path_that_is_not_there_is_refused(tmp_path, refusal, name):
     assert "no such file" in refusal(tmp_path / name)
 
 
+def test_a_path_that_the_system_does_not_take_is_refused(tmp_path, refusal):
+    assert "too long" in refusal(tmp_path / ("x" * 300))
+
+
 def test_an_empty_folder_is_refused(tmp_path, refusal):
     assert "no .safetensors file" in refusal(tmp_path)
 
@@ -109,7 +113,7 @@ BAD_NAMES = [
     "../m.safetensors", "..", "a/../../m.safetensors", "/etc/m.safetensors", "C:\\m.safetensors", "C:m.safetensors",
     "..\\m.safetensors", "sub/m.safetensors", "\\\\host\\m.safetensors", "m.safetensors:stream", "nul.safetensors",
     "COM1.safetensors", ".m.safetensors", "m.safetensors ", "m.safetensors.", "m\x00.safetensors", "m\n.safetensors",
-    "", "m*.safetensors", "x" * 300 + ".safetensors", "m\u202e.safetensors",
+    "", "m*.safetensors", "x" * 300 + ".safetensors", "é" * 200 + ".safetensors", "m\u202e.safetensors",
 ]  # fmt: skip
 
 

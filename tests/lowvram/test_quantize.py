@@ -28,8 +28,8 @@ from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import encoding_by_name, keeps_precision, planned_encoding
 from lowvram.quant.identify import Checkpoint, identify_path
-from lowvram.quant.names import DIT, TEXT
-from lowvram.quant.spec import DitSpec, TextSpec
+from lowvram.quant.names import CLIP, DIT, TEXT
+from lowvram.quant.spec import ClipSpec, DitSpec, TextSpec
 
 SPEC = DitSpec(dim=256, ffn=512, layers=2, in_channels=16, out_channels=16, text_dim=256, freq_dim=64)
 FORMATS = ["bf16", "fp16", "fp32", "fp8", "fp8_row", "fp8_e4m3", "int8", "int8_tensor", "int8_convrot", "int4",
@@ -368,6 +368,22 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(
         plan_conversion(source, tmp_path / out, to)
     assert says in str(caught.value)
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("made", "to", "says"),
+    [
+        ({CLIP.from_native(n): s for n, s in ClipSpec(160, 320, 2, 1).shapes().items()}, "fp8", "a CLIP encoder is not quantised"),
+        (TextSpec(300, 64, 4, 16, 96, 2).shapes(), "int4", "nothing in this network may be stored as int4"),
+    ],
+    ids=["clip", "no matrix fits"],
+)  # fmt: skip
+def test_what_would_be_written_for_nobody_is_refused(
+    made: dict[str, tuple[int, ...]], to: str, says: str, tmp_path: Path
+) -> None:
+    save_file({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in made.items()}, tmp_path / "in.safetensors")
+    with pytest.raises(UsageError, match=says):
+        plan_conversion(tmp_path / "in.safetensors", tmp_path / "out.safetensors", to)
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 import threading
 from io import FileIO
@@ -236,6 +237,23 @@ def test_a_file_held_open_by_a_scanner_is_replaced_when_it_lets_go(
 
     monkeypatch.setattr(os, "replace", held)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+    write_atomic(tmp_path / "state", b"new")
+    assert (tmp_path / "state").read_bytes() == b"new"
+
+
+@posix
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_a_file_system_that_syncs_no_folders_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    real = getattr(os, call)
+
+    def unless_folder(what: Path | int, *more: int) -> object:
+        if stat.S_ISDIR(os.stat(what).st_mode):
+            raise OSError(errno.EINVAL, "not for folders")
+        return real(what, *more)
+
+    monkeypatch.setattr(os, call, unless_folder)
     write_atomic(tmp_path / "state", b"new")
     assert (tmp_path / "state").read_bytes() == b"new"
 

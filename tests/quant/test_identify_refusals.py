@@ -10,11 +10,14 @@ from headers import (
     NANO,
     NANO_VAE,
     TEXT_TINY,
+    authors_clip,
     fp8_scaled,
     plain,
+    renamed,
 )
 
-from lowvram.quant.spec import DitSpec
+from lowvram.quant.names import vae_renames
+from lowvram.quant.spec import ClipSpec, DitSpec
 
 FAMILIES = {
     "VACE": {
@@ -139,6 +142,16 @@ def test_half_a_vae_is_refused_by_name(refusal, half):
 def test_a_vae_of_odd_stages_is_refused(refusal):
     shapes = {n.replace("downsamples.6.", "downsamples.7."): s for n, s in NANO_VAE.shapes().items()}
     assert "encoder.downsamples.6 is missing" in refusal(plain(shapes))
+
+
+def test_a_diffusers_vae_whose_names_end_early_is_refused(refusal):
+    shapes = renamed(NANO_VAE.shapes(), vae_renames("2.1", NANO_VAE.res_blocks))
+    assert "'encoder.down_blocks.3.resnets'" in refusal(plain(shapes | {"encoder.down_blocks.3.resnets": ()}))
+
+
+def test_a_fused_projection_that_is_one_number_is_refused(refusal):
+    entries = authors_clip(ClipSpec(160, 320, 2)) | {"visual.transformer.1.attn.to_qkv.bias": ("F16", ())}
+    assert "blocks.1.attn.qkv.bias is fp16 []" in refusal(entries)
 
 
 def test_the_wrong_kind_of_file_is_named(refusal):

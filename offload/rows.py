@@ -37,14 +37,14 @@ class HostRows:
         window: int,
         kept: int = 0,
     ) -> None:
-        self._device, self._window = device, min(window, n)
-        self._home = device.host_alloc(name, n * width * dtype.itemsize)
-        self._matrix = self._home.tensor.view(dtype).view(n, width)
+        self._device, self._window, self._stride = device, min(window, n), kept
         self._places = [
             torch.empty(self._window, width, dtype=dtype, device=device.torch_device) for _ in range(WINDOWS)
         ]
-        self._stride = kept
         self._kept = self._places[0].new_empty(-(-n // kept) if kept else 0, width)
+        # Claimed last: nothing after it can fail and leave the claim behind.
+        self._home = device.host_alloc(name, n * width * dtype.itemsize)
+        self._matrix = self._home.tensor.view(dtype).view(n, width)
         self._written: list[Event | None] = [None] * WINDOWS  # copies home that are under way
         self._last = 0  # the place that was handed out or written last
         self._holds: Run | None = None  # what it holds

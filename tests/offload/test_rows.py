@@ -11,6 +11,7 @@ from strict_device import DEVICE, Strict, StrictDevice
 from lowvram.errors import DeviceLostError, OutOfMemoryError
 from lowvram.offload.budget import Ledger
 from lowvram.offload.device import CpuDevice
+from lowvram.offload.estimate import track
 from lowvram.offload.faults import FaultPlan, Faults
 from lowvram.offload.rows import HostRows
 
@@ -82,6 +83,13 @@ def test_a_slice_longer_than_the_window_is_refused() -> None:
 def test_no_room_and_failed_copies_leave_nothing_claimed() -> None:
     with pytest.raises(OutOfMemoryError):
         HostRows(CpuDevice(ram=Ledger(100, "RAM")), "x", 9, 3, torch.float32, 4)
+    device = CpuDevice()
+    with (
+        pytest.raises(OutOfMemoryError),
+        track(capacity=2 * 4 * 3 * 4 - 1),
+    ):  # one byte less than both windows
+        HostRows(device, "x", 9, 3, torch.float32, 4)
+    assert device.ram.used == 0
     device = CpuDevice(faults=Faults(FaultPlan("copy", 2)))
     rows = HostRows(device, "x", 9, 3, torch.float32, 4)
     rows[0:4] = torch.ones(4, 3)

@@ -122,7 +122,7 @@ class Runtime:
         device: Device,
         plan: Plan,
         listener: Listener,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
         preview: Preview | None = None,
     ) -> Run:
         """A job on `device`, beside the weights that are kept from the ones before."""

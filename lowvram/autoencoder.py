@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from lowvram.api import Runtime
 from lowvram.errors import BudgetError, FileError, UsageError
 from lowvram.job import Job, make_job
 from lowvram.media.probe import probe
+from lowvram.media.resize import to_tensor
 from lowvram.media.video import VideoWriter, read_frames, write_behind
 from lowvram.model import Model
 from lowvram.models.vae_clip import FRAMES
@@ -33,7 +35,7 @@ from lowvram.quant.spec import ModelSpec, VaeSpec
 from lowvram.sampling.presets import load_models
 from lowvram.stages import decode as decode_stage
 from lowvram.stages.encode import encode as encode_stage
-from lowvram.stages.run import Listener, Run, Silent
+from lowvram.stages.run import Listener, Silent
 
 TENSOR = "latent"
 """Name of the tensor in a latent file: [z, F, h, w] float32, normalised as the transformer takes it."""
@@ -68,10 +70,15 @@ class Autoencoder:
     listener: Listener = field(default_factory=Silent)
 
     def frames(self, latent: Tensor, plan: Plan) -> Iterator[NDArray[np.uint8]]:
-        """Frames [H, W, 3] uint8 RGB of a latent [z, F, h, w], as they are decoded."""
+        """Frames [H, W, 3] uint8 RGB of a latent [z, F, h, w], as they are decoded. What is kept of them is no part of
+        the budget."""
+        return self._frames(latent, plan, alone=False)
+
+    def _frames(self, latent: Tensor, plan: Plan, *, alone: bool) -> Iterator[NDArray[np.uint8]]:
+        """alone: whether all that the process holds meanwhile is held against the budget."""
         job = self._job(self._shape(latent))
         with self.runtime.device() as device:
-            run = Run(device, plan, self.listener)
+            run = replace(self.runtime.begin(device, plan, self.listener), alone=alone)
             for chunk in decode_stage.decode(run, self.model, job, latent):
                 yield from chunk
 
@@ -80,7 +87,7 @@ class Autoencoder:
         encoding = plan.stage("encode").encode
         assert encoding is not None
         with self.runtime.device() as device:
-            run = Run(device, plan, self.listener)
+            run = self.runtime.begin(device, plan, self.listener)
             with run.stage("encode") as (_, traffic):
                 return encode_stage(run, self.model, frames, encoding, traffic)
 
@@ -88,7 +95,7 @@ class Autoencoder:
         """Decode into an mp4 that is verified before it takes its name."""
         _, height, width = self._shape(latent)
         with VideoWriter(path, width, height, fps, overwrite=overwrite) as writer:
-            write_behind(writer, (frame[None] for frame in self.frames(latent, plan)))
+            write_behind(writer, (frame[None] for frame in self._frames(latent, plan, alone=True)))
 
     # ---- plans
 
@@ -160,22 +167,36 @@ class Autoencoder:
 
 
 @dataclass(frozen=True, slots=True)
-class Video:
-    """Frames of a file for the encoder; iterated over as often as needed."""
+class VideoFile:
+    """The first frames of a video file for the encoder; iterated over as often as needed."""
 
     path: Path
-    frames: int
+    shape: tuple[int, int, int]
+    """Frames, rows and columns of pixels."""
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Each [3, H, W] float32 in -1..1."""
-        for n, pixels in enumerate(read_frames(self.path), 1):
-            yield torch.from_numpy(pixels).permute(2, 0, 1).float().div_(127.5).sub_(1)
-            if n == self.frames:
-                return
+        """Each [3, H, W] float32 in -1..1. FileError if they are not what the file's header says."""
+        count, *size = self.shape
+        done = 0
+        for pixels in islice(read_frames(self.path), count):
+            if list(pixels.shape[:2]) != size:
+                raise self._broken(f"frame {done} is {pixels.shape[1]}x{pixels.shape[0]}")
+            yield to_tensor(pixels)
+            done += 1
+        if done < count:
+            raise self._broken(f"only {done} of its {count} frames decode")
+
+    def _broken(self, found: str) -> FileError:
+        return FileError(
+            found,
+            where=str(self.path),
+            expected="as many frames of one size as its header says",
+            advice="make the video again, for example with ffmpeg -i IN OUT.mp4",
+        )
 
 
-def open_video(path: Path, spec: VaeSpec, frames: int | None) -> tuple[Video, tuple[int, int, int], float]:
-    """The first `frames` frames of a video (all if None), their shape, and its rate.
+def open_video(path: Path, spec: VaeSpec, frames: int | None) -> tuple[VideoFile, float]:
+    """The first `frames` frames of a video (all if None), and its rate in frames a second.
 
     UsageError, naming the nearest that would do, if the VAE cannot encode such a clip.
     """
@@ -198,7 +219,7 @@ def open_video(path: Path, spec: VaeSpec, frames: int | None) -> tuple[Video, tu
             expected=f"a width and a height that are multiples of {rows}",
             advice=f"scale or crop it first, for example to {nearest_size}",
         )
-    return Video(path, count), (count, found.height, found.width), float(found.fps)
+    return VideoFile(path, (count, found.height, found.width)), float(found.fps)
 
 
 def save_latent_file(path: Path, latent: Tensor, facts: Mapping[str, object]) -> None:

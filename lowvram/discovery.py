@@ -119,9 +119,9 @@ def look(models_dirs: Sequence[str] = (), progress: Callable[[Path], None] = lam
 def _scan(places: Sequence[Place], progress: Callable[[Path], None]) -> Library:
     path = cache_file()
     cache = load_cache(path)
-    before = len(cache.records), sum(len(record.stamps) for record in cache.records.values())
+    before = dict(cache.records)
     library = scan(places, cache, progress)
-    if before != (len(cache.records), sum(len(record.stamps) for record in cache.records.values())):
+    if cache.records != before:
         save_cache(path, cache)
     return library
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -169,7 +170,7 @@ def _memory(place: Place, limits: HostLimits, context: int) -> Iterator[Reading]
 def _arithmetic(place: Place, clock: Clock) -> Iterator[Reading]:
     small = place.kind == "cpu"
     n = 8192 if not small else 256
-    expected = _published(place)
+    expected = published_matmul(place)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         rate = survey.matmul_rate(place, dtype, clock, n)
         slow = name == "bf16" and expected and rate < 0.6 * expected
@@ -189,15 +190,14 @@ def _copied(place: Place) -> int:
     return 64 << 20 if place.kind == "cpu" else 512 << 20
 
 
-def _published(place: Place) -> float:
-    """FLOP/s that the table of cards expects of this one; 0 if it is not there."""
-    for name in machine_names():
-        card = machine_profile(name)
-        if place.label.removeprefix("NVIDIA ").startswith(
-            card.label.removesuffix(" 12 GB").removesuffix(" 16 GB")
-        ):
-            return card.matmul
-    return 0.0
+def published_matmul(place: Place) -> float:
+    """FLOP/s that the table of cards expects of this one; 0 if it is not there.
+
+    The whole name counts: what begins alike ("Ti", "Laptop GPU") is another chip.
+    """
+    called = place.label.removeprefix("NVIDIA ")
+    cards = (machine_profile(name) for name in machine_names())
+    return next((card.matmul for card in cards if re.sub(r" \d+ GB$", "", card.label) == called), 0.0)
 
 
 def _link(place: Place, clock: Clock) -> tuple[float, list[Reading]]:

@@ -115,8 +115,15 @@ def open_decoder(path: Path, vae: VaeSpec) -> Decoder:
         raise FileError(
             "there is no such file", where=str(path), advice="check the path of --preview-decoder"
         )
-    (header,) = open_checkpoint_files(path, FileReader)
-    stored = {t.name: t for t in header.tensors}
+    headers = open_checkpoint_files(path, FileReader)
+    if [header.path for header in headers] != [path]:
+        raise FileError(
+            "a checkpoint in shards",
+            where=str(path),
+            expected=f"{name}.safetensors of madebyollin/taehv",
+            advice="give that file, as ComfyUI has it in models/vae_approx",
+        )
+    stored = {t.name: t for t in headers[0].tensors}
     refs = tuple(_checked(stored.get(n), n, shape, path, name) for n, shape in spec.shapes().items())
     return Decoder(spec, Group(refs, {}))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import platformdirs
 
 from lowvram.errors import BusyError, FileError, StorageError, UsageError
 from lowvram.job import Job
-from lowvram.offload.io import read_small_text, try_lock, write_atomic
+from lowvram.offload.io import read_small_text, storage_errors, try_lock, write_atomic
 
 MAX_JOB_BYTES = 1 << 20
 KEPT = 20
@@ -42,6 +42,8 @@ class Saved:
     device: str
     """"cuda" or "cpu": another device would not give the same bits."""
     overwrite: bool = False
+    cache: bool = True
+    """Whether the features of its prompt may be kept and taken from disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,10 @@ class JobFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the job for this process; BusyError if another one holds it."""
-        with open(self.path / "lock", "a+b") as file:
+        path = self.path / "lock"
+        with ExitStack() as stack:
+            with storage_errors(path):
+                file = stack.enter_context(open(path, "a+b"))
             if not try_lock(file):
                 file.seek(0)
                 owner = file.read(20).decode("ascii", "replace")

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lowvram.machine import ASSUMED_DISK, Rates
 from lowvram.offload.direct import read_past_cache
-from lowvram.offload.io import read_kernel_text, write_atomic
+from lowvram.offload.io import read_kernel_text, storage_errors, write_atomic
 from lowvram.offload.limits import HostLimits, host_limits
 from lowvram.triton_kernels.attention import attention
 
@@ -158,7 +159,9 @@ def disk_rate(folder: Path, clock: Clock, *, direct: bool) -> float | None:
     large = _largest(folder)
     if large is not None:
         return _read_rate(large, clock, direct)
-    with tempfile.TemporaryDirectory(prefix="lowvram-doctor-", dir=folder) as own:
+    with ExitStack() as stack:
+        with storage_errors(folder):
+            own = stack.enter_context(tempfile.TemporaryDirectory(prefix="lowvram-doctor-", dir=folder))
         path = Path(own) / "bytes"
         piece = os.urandom(1 << 20)  # a disk that compresses must not win by it
         write_atomic(path, (piece for _ in range(_WRITTEN >> 20)))

@@ -292,10 +292,13 @@ def try_lock(file: BinaryIO | FileIO) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that can still be written where `path` is to be."""
-    folder = Path(os.path.realpath(path))
-    while not folder.exists():
-        folder = folder.parent
+    """Bytes that can still be written where `path` is to be. StorageError if there is no such drive (Windows)."""
+    whole = Path(os.path.realpath(path))
+    folder = next((each for each in (whole, *whole.parents) if each.exists()), None)
+    if folder is None:
+        raise StorageError(
+            "no such drive", where=str(path), advice="choose a folder on a drive that is there"
+        )
     return shutil.disk_usage(folder).free
 
 

@@ -38,12 +38,11 @@ def decode(
     quiet: o.Quiet = False,
 ) -> None:
     """Decode the finished latent of a job once more, or a latent file."""
-    from lowvram.api import Pipeline, Runtime
+    from lowvram.api import Runtime
     from lowvram.cli.carry import Output
     from lowvram.cli.console import Forecast
-    from lowvram.cli.work import load_latent
+    from lowvram.cli.work import load_latent, reopen
     from lowvram.errors import UsageError
-    from lowvram.model import open_model
     from lowvram.state import find_latent, jobs_root
 
     out = Output(output, overwrite, as_json, quiet, report)
@@ -65,15 +64,16 @@ def decode(
         )
     folder = find_latent(job_name, jobs_root())
     saved, latent = folder.load(), load_latent(folder)
-    if latent is None:
-        raise UsageError(
-            "its denoise is not finished",
-            where=folder.name,
-            advice=f"go on with `lowvram resume {folder.name}`",
-        )
-    runtime = Runtime(saved.vram, saved.ram, saved.device)
     job = saved.job
-    pipe = Pipeline(runtime, open_model(job.model, job.files), job.files)
+    if latent is None:
+        driven = job.driving is not None
+        again = "start it again with `lowvram animate`"
+        raise UsageError(
+            "a driven video keeps no latent" if driven else "its denoise is not finished",
+            where=folder.name,
+            advice=again if folder.finished else f"go on with `lowvram resume {folder.name}`",
+        )
+    pipe = reopen(saved)
     plan = pipe.plan_job(job)
     forecast = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages if s.name == "decode"]
     with out.progress(forecast, plan) as progress:

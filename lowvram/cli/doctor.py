@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +33,11 @@ def doctor(
     from lowvram.machine import machine_profile, rates_path, save_rates
 
     if machine is not None:
-        emit(profile(machine_profile(machine)))
+        card = machine_profile(machine)
+        if as_json:
+            emit_json({"schema": "lowvram.profile/1"} | dataclasses.asdict(card))
+        else:
+            emit(profile(card))
         return
     if not folder.is_dir():
         raise UsageError(

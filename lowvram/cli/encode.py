@@ -33,22 +33,13 @@ def encode(
     from lowvram.api import Runtime
     from lowvram.autoencoder import Autoencoder, open_vae, open_video, save_latent_file
     from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode
-    from lowvram.errors import UsageError
+    from lowvram.media.video import check_target
 
-    if output.suffix != ".safetensors":
-        raise UsageError(
-            "the output is not a safetensors file",
-            where=str(output),
-            advice="give a name that ends in .safetensors",
-        )
-    if output.exists() and not overwrite:
-        raise UsageError(
-            "the output exists already", where=str(output), advice="choose another name, or add --overwrite"
-        )
+    check_target(output, overwrite, ".safetensors")
     runtime = Runtime(vram, ram, device)
     found = open_vae(vae) if vae else runtime.load(model).model
-    clip, shape, fps = open_video(video, found.spec.vae, frames)
-    plan = Autoencoder(runtime, found).plan_encode(shape)
+    clip, fps = open_video(video, found.spec.vae, frames)
+    plan = Autoencoder(runtime, found).plan_encode(clip.shape)
     forecast = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages]
     with Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:
         latent = Autoencoder(runtime, found, progress).encode(clip, plan)

@@ -20,15 +20,18 @@ def resume(
     quiet: o.Quiet = False,
 ) -> None:
     """Go on with an interrupted job. Finished steps are not repeated, and the frames are the same."""
-    from lowvram.api import Pipeline, Runtime
     from lowvram.cli.carry import Output
     from lowvram.cli.preview import preview_decoder as opened
-    from lowvram.cli.work import work
-    from lowvram.model import open_model
+    from lowvram.cli.work import reopen, work
+    from lowvram.errors import UsageError
     from lowvram.state import find_job, jobs_root
 
     folder = find_job(name, jobs_root())
     saved = folder.load()
+    if folder.finished and saved.job.driving is not None:  # its segments are gone: it would begin anew
+        raise UsageError(
+            "this job is finished", where=folder.name, advice="start it again with `lowvram animate`"
+        )
     out = Output(
         Path(saved.output),
         overwrite or saved.overwrite,
@@ -39,8 +42,6 @@ def resume(
         preview_decoder,
     )
     out.check()
-    runtime = Runtime(saved.vram, saved.ram, saved.device)
-    job = saved.job
-    pipe = Pipeline(runtime, open_model(job.model, job.files), job.files)
-    plan = pipe.plan_job(job, opened(out, pipe.model.spec))
-    work(folder, pipe, job, plan, out)
+    pipe = reopen(saved)
+    plan = pipe.plan_job(saved.job, opened(out, pipe.model.spec))
+    work(folder, pipe, saved.job, plan, out)

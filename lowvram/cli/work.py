@@ -21,6 +21,7 @@ from lowvram.conditions.contract import Condition
 from lowvram.driving import Driving
 from lowvram.errors import StorageError
 from lowvram.job import Job, check_complete
+from lowvram.model import open_model
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.io import free_bytes
 from lowvram.planning.plan import Plan
@@ -89,8 +90,15 @@ def new_folder(runtime: Runtime, job: Job, out: Output) -> JobFolder:
         ram=runtime.budget.ram,
         device=runtime.machine.kind,
         overwrite=out.overwrite,
+        cache=runtime.texts is not None,
     )
     return new_job(saved, jobs_root(), datetime.now(UTC).strftime("%Y%m%d-%H%M%S"))
+
+
+def reopen(saved: Saved) -> Pipeline:
+    """The model of a job that was begun earlier, on the device and in the budget that it was begun with."""
+    runtime = Runtime(saved.vram, saved.ram, saved.device, cache=saved.cache)
+    return Pipeline(runtime, open_model(saved.job.model, saved.job.files), saved.job.files)
 
 
 def work(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output) -> None:

@@ -49,7 +49,7 @@ class Hashed:
 
 @dataclass(slots=True)
 class Cache:
-    """Records by path. Not for use by several threads at once, except that one may add what another looks up."""
+    """Records by path. One thread at a time may add to it, while others look things up."""
 
     version: str = __version__
     records: dict[str, Record] = field(default_factory=dict)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from lowvram.library.hashing import file_sha256
 from lowvram.library.known import published_as, stored_hash
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.faults import Faults
+from lowvram.offload.io import free_bytes
 
 RESERVE = 1 << 30
 """Bytes that a download leaves free on the disk."""
@@ -67,14 +67,11 @@ def ask(hub: Hub, files: Sequence[Download]) -> list[Wanted]:
 def check_space(
     hub: Hub,
     wanted: Sequence[Wanted],
-    free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
+    free: Callable[[Path], int] = free_bytes,
 ) -> None:
     """StorageError if the disk cannot hold what is not here yet."""
     needed = sum(each.nbytes for each in wanted if not each.is_here)
-    folder = hub.cache
-    while not folder.exists():
-        folder = folder.parent
-    left = free(folder)
+    left = free(hub.cache)
     if needed and needed + RESERVE > left:
         raise StorageError(
             f"{format_bytes(needed)} to fetch, {format_bytes(left)} free",

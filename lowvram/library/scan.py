@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowvram.errors import LowvramError
-from lowvram.library.cache import Cache, stamp_of
+from lowvram.library.cache import Cache, Stamp, stamp_of
 from lowvram.library.entries import Entry, named, read_entries
 from lowvram.library.known import stored_hash
 from lowvram.library.places import Place
@@ -47,6 +47,7 @@ class _Looking:
 class _Read:
     place: int
     found: Found
+    stamps: tuple[Stamp, ...]
     entries: tuple[Entry, ...]
     identity: tuple[int, int]
 
@@ -108,6 +109,8 @@ def scan(
             case _Looking(path=path):
                 progress(path)
             case _Read():
+                # Here and not where it was read: a place that was given up may still answer while the cache is saved.
+                cache.keep(event.found.path, event.stamps, event.entries)
                 read.append(event)
             case _Missed():
                 missed.append(event)
@@ -140,8 +143,7 @@ def _read(number: int, found: Found, cache: Cache, events: queue.SimpleQueue[_Ev
     if entries is None:
         events.put(_Looking(number, found.path))
         entries = read_entries(found.path)
-        cache.keep(found.path, stamps, entries)
-    events.put(_Read(number, found, entries, (status.st_dev, status.st_ino)))
+    events.put(_Read(number, found, stamps, entries, (status.st_dev, status.st_ino)))
 
 
 def _library(places: tuple[Place, ...], read: list[_Read], missed: list[_Missed], cache: Cache) -> Library:

@@ -8,6 +8,7 @@ nothing is taken from them but numbers and clipped texts.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ MAX_TEXT = 4 << 20
 """Characters of one text that are looked at."""
 MAX_CHUNKS = 4096
 MAX_NODES = 2000
+MAX_DIGITS = 24
+"""Of a whole number: seeds have 20."""
 MAX_VALUE = 2000
 """Characters of one value that are shown."""
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -107,10 +110,23 @@ def _inflated(data: bytes) -> bytes:
     return zlib.decompressobj().decompress(data, MAX_TEXT)
 
 
+def _float(text: str) -> float | str:
+    number = float(text)
+    return number if math.isfinite(number) else text
+
+
+def _int(text: str) -> int | str:
+    return int(text) if len(text) <= MAX_DIGITS else text
+
+
+_READER = json.JSONDecoder(parse_float=_float, parse_int=_int, parse_constant=str)
+"""Numbers that are none, or that no seed and no setting is as large as, stay the text that they are."""
+
+
 def _object(text: str) -> dict[str, Any]:
     """A text as a JSON object; empty for anything else."""
     try:
-        found = json.loads(text) if text.lstrip().startswith("{") else {}
+        found = _READER.decode(text) if text.lstrip().startswith("{") else {}
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

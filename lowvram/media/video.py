@@ -51,15 +51,15 @@ def partial_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}.partial{target.suffix}")
 
 
-def check_target(path: Path, overwrite: bool) -> None:
+def check_target(path: Path, overwrite: bool, suffix: str = ".mp4") -> None:
     """Everything about the output that can be known before a job starts.
 
-    Raises UsageError for a name that is not `*.mp4`, a folder that does not exist, or an existing file unless
+    Raises UsageError for a name that does not end in `suffix`, a folder that does not exist, or an existing file unless
     `overwrite`; StorageError if no file can be made in the folder (tried, because permission bits do not tell).
     """
-    if path.suffix.lower() != ".mp4":
+    if path.suffix.lower() != suffix:
         raise UsageError(
-            "the output is not an mp4 file", where=str(path), advice="give a name that ends in .mp4"
+            f"the output is no {suffix} file", where=str(path), advice=f"give a name that ends in {suffix}"
         )
     if path.is_dir():
         raise UsageError("the output is a folder", where=str(path), advice="give a file name inside it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from lowvram import survey
-from lowvram.doctor import Findings, Reading
-from lowvram.errors import UsageError
+from lowvram.doctor import Findings, Reading, published_matmul
+from lowvram.errors import StorageError, UsageError
 from lowvram.machine import (
     Rates,
     load_rates,
@@ -94,3 +95,32 @@ def test_every_number_of_a_profile_has_a_source(cli: Callable[..., Any]) -> None
 
 def test_a_folder_that_is_not_there_is_refused(cli: Callable[..., Any], tmp_path: Path) -> None:
     assert cli("doctor", "--folder", tmp_path / "none").code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 3060", 25.5),
+        ("NVIDIA GeForce RTX 4070", 58.3),
+        ("NVIDIA GeForce RTX 4070 Ti", 0),  # another chip
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0),
+        ("NVIDIA GeForce RTX 5090 D", 0),
+    ],
+)
+def test_a_card_is_measured_against_its_own_figures_or_none(name: str, tflops: float) -> None:
+    card = survey.Place("cuda", name, "", "", "sm_89")
+    assert published_matmul(card) == pytest.approx(0.85e12 * tflops)
+
+
+def test_a_profile_is_an_object_for_programs(cli: Callable[..., Any]) -> None:
+    (card,) = cli("doctor", "--machine", "rtx4090", "--json").objects
+    assert (card["schema"], card["label"], card["arch"]) == ("lowvram.profile/1", "GeForce RTX 4090", "sm_89")
+    assert card["matmul"] == machine_profile("rtx4090").matmul and "whitepaper" in card["sources"]["matmul"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="writing failed") as refused:
+        survey.disk_rate(tmp_path / "gone", time.perf_counter, direct=False)
+    assert str(tmp_path / "gone") in str(refused.value)

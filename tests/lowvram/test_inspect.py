@@ -196,3 +196,16 @@ def test_a_picture_says_its_size(tmp_path: Path, cli: Callable[..., Any]) -> Non
     assert cli("inspect", "--json", tmp_path / "a.png").objects[0]["size"] == "9x7"
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     assert cli("inspect", tmp_path / "b.png").code == 3
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "1" + "0" * 400])
+def test_numbers_that_json_or_python_do_not_have_are_told_as_they_stand(
+    number: str, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    info = PngInfo()
+    inputs = f'{{"seed": {number}, "lora_name": "a", "strength_model": {number}}}'
+    info.add_text("prompt", f'{{"1": {{"inputs": {inputs}}}}}')
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    for flags in (("--json",), ()):
+        said = cli("inspect", *flags, tmp_path / "a.png")
+        assert said.code == 0 and number.lower()[:4] in said.out.lower()

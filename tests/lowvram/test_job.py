@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lowvram.discovery import find
-from lowvram.errors import BusyError, FileError, LowvramError, UsageError
+from lowvram.errors import BusyError, FileError, LowvramError, StorageError, UsageError
 from lowvram.job import MAX_FRAMES, Job, LoraChoice, describe, make_job
 from lowvram.sampling.presets import load_models, model_preset
 from lowvram.state import KEPT, JobFolder, Saved, find_job, find_latent, list_jobs, new_job
@@ -255,3 +255,10 @@ def test_21_image_to_video_has_another_shift_at_480p() -> None:
     assert sigmas == pytest.approx(
         [shift * 0.4995 / (1 + (shift - 1) * 0.4995) for shift in (5, 3, 4)], abs=1e-4
     )
+
+
+def test_a_job_that_cannot_be_locked_is_a_storage_error(jobs: Path) -> None:
+    folder = new_job(saved(), jobs, "20260101-000000")
+    (folder.path / "lock").mkdir()  # as a folder that may not be written to
+    with pytest.raises(StorageError, match="lock"), folder.locked():
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowvram import FileError, OutOfMemoryError, Runtime, api
+from lowvram.autoencoder import Autoencoder, VideoFile
 from lowvram.media.probe import probe
 from lowvram.media.video import VideoWriter, read_frames
 
@@ -103,3 +106,36 @@ def test_frames_are_written_behind_in_order_and_errors_of_both_sides_come_out(tm
     with pytest.raises(ValueError, match="stopped"):
         write_behind(writer, numbers(stop=7))
     assert writer.seen == list(range(7))
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_encoded(clip: Path, cli: Cli) -> None:
+    (clip.parent / "folder.safetensors").mkdir()
+    for output in ("none/a.safetensors", "folder.safetensors", "a.latent"):
+        said = cli("encode", clip.with_name("no video here.mp4"), "-o", clip.parent / output, *BUDGET)
+        assert said.code == 2 and "output" in said.err
+
+
+def test_a_video_that_decodes_to_fewer_frames_than_it_names_is_a_bad_file(clip: Path) -> None:
+    with pytest.raises(FileError, match="9 of its 13 frames"):
+        list(VideoFile(clip, (13, 64, 64)))
+    with pytest.raises(FileError, match="64x64"):
+        list(VideoFile(clip, (9, 32, 64)))
+
+
+def test_frames_that_a_caller_keeps_are_not_held_against_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime("500MB", "2GB", "cpu")
+    alone = Autoencoder(runtime, runtime.load("nano").model)
+    latent = torch.zeros(16, 3, 8, 8)
+    plan = alone.plan_decode(latent)
+    monkeypatch.setattr(api, "_held_beside", lambda kept: 10**12 if kept is None else 0)
+    begun = api.Runtime.begin
+
+    def before(*given: Any, **named: Any) -> Any:
+        return replace(begun(*given, **named), began=0)
+
+    monkeypatch.setattr(api.Runtime, "begin", before)
+    assert len(list(alone.frames(latent, plan))) == 9
+    with pytest.raises(OutOfMemoryError, match="holds"):
+        alone.save(latent, plan, tmp_path / "a.mp4", 8)

@@ -233,6 +233,11 @@ def test_another_file_is_refused(cli: Callable[..., Any], files: dict[str, Path]
         assert said.code == 3 and "--preview-decoder" in said.err and str(file) in said.err
     said = cli("generate", PROMPT, "--preview-decoder", files["taew2_1"], "-o", target)
     assert said.code == 2 and "--preview N" in said.err and not target.exists()
+    index = tmp_path / "taew2_1.safetensors.index.json"
+    save_file({"a": torch.zeros(2).half()}, tmp_path / "second.safetensors")
+    index.write_text(json.dumps({"weight_map": {"decoder.1.weight": other.name, "a": "second.safetensors"}}))
+    with pytest.raises(FileError, match="in shards"):
+        open_decoder(index, VAES["taew2_1"])
     bad = tmp_path / "taew2_1.safetensors"
     bad.write_bytes(b"{}")
     with pytest.raises(FileError, match="not a safetensors file"):

@@ -14,6 +14,8 @@ import torch
 from lowvram import Runtime
 from lowvram import text_cache as module
 from lowvram.api import Pipeline, Video
+from lowvram.cli import work
+from lowvram.errors import StorageError
 from lowvram.text_cache import TextCache, text_key
 
 PROMPT = "a red circle moves left"
@@ -129,4 +131,18 @@ def test_without_a_cache_nothing_is_kept(tiny_model: Path, jobs: Path) -> None:
     assert plain.runtime.texts is None
     first, second = run(plain), run(plain)
     assert text_bytes(first) == text_bytes(second) > 0
+    assert not (jobs.parent / "cache" / "texts").exists()
+
+
+def test_a_job_that_asked_for_no_cache_keeps_nothing_when_it_goes_on(
+    jobs: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise StorageError("made to fail", advice="")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "save_state", full)
+        flags = ("--no-cache", "--steps", "1", "--frames", "1", "-o", tmp_path / "a.mp4")
+        assert cli("generate", "a red circle", *flags).code == 6
+    assert cli("resume", "last").code == 0
     assert not (jobs.parent / "cache" / "texts").exists()

@@ -12,7 +12,7 @@ import pytest
 
 from lowvram.errors import FileError, StorageError
 from lowvram.offload.faults import FaultPlan, Faults
-from lowvram.offload.io import FileReader, read_small_text, seek_and_read, write_atomic
+from lowvram.offload.io import FileReader, free_bytes, read_small_text, seek_and_read, write_atomic
 from lowvram.quant.refs import Reader
 
 DATA = bytes(range(256)) * 40
@@ -265,3 +265,11 @@ def test_writing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
     write_atomic(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_bytes() == b"new"
+
+
+def test_a_drive_that_is_not_there_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Path, "exists", lambda path: False
+    )  # as for Z: on Windows, whose root is its own parent
+    with pytest.raises(StorageError, match="no such drive"):
+        free_bytes(Path("/a/b"))

@@ -13,6 +13,10 @@ import pytest
 from PIL import Image
 from videos import packets
 
+from lowvram import Runtime
+from lowvram.driving import open_folder
+from lowvram.state import Saved, new_job
+
 Spoil = Callable[[Path], Any]
 
 REPLACE = ["--mode", "replace"]
@@ -90,3 +94,20 @@ def bomb() -> bytes:
         out.append(struct.pack(">I", len(content)) + kind + content)
         out.append(struct.pack(">I", zlib.crc32(kind + content)))
     return b"".join(out)
+
+
+def test_a_driven_job_keeps_no_latent_and_is_not_done_again_once_it_is_finished(
+    drive: Callable[..., Path], tmp_path: Path, jobs: Path, cli: Callable[..., Any]
+) -> None:
+    pipe = Runtime("1GB", "2GB", "cpu").load("nano-animate")
+    driven = pipe.driven_job(open_folder(drive(12), "animate"))
+    saved = Saved(job=driven, output=str(tmp_path / "out.mp4"), vram=10**9, ram=2 * 10**9, device="cpu")
+    folder = new_job(saved, jobs, "20260101-000000")
+    said = cli("decode", folder.name, "-o", tmp_path / "again.mp4")
+    assert said.code == 2 and "no latent" in said.err and f"resume {folder.name}" in said.err
+    folder.finish()
+    said = cli("decode", folder.name, "-o", tmp_path / "again.mp4")
+    assert said.code == 2 and "no latent" in said.err and "resume" not in said.err
+    said = cli("resume", folder.name)
+    assert said.code == 2 and "is finished" in said.err
+    assert not list(tmp_path.glob("*.mp4"))

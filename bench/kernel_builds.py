@@ -131,7 +131,7 @@ def _producers(arch: str) -> Iterator[Build]:
             norm_rope_triton.norm_rope_kernel,
             f"factor={'given' if given else 'found'} int8={int8} centred={centred}",
             arch,
-            {"x": "*bf16", "weight": "*bf16", "rope": "*fp32", "factor": "*fp32", "matrix": "*bf16",
+            {"x": "*bf16", "weight": "*fp32", "rope": "*fp32", "factor": "*fp32", "matrix": "*bf16",
              "centre": "*fp32", "out": "*i8" if int8 else "*bf16", "scale": "*fp32"},
             {"EPS": EPS, "LEAST": LEAST, "HEADS": 40, "GIVEN": given, "INT8": int8, "CENTRED": centred,
              "BLOCK": norm_rope_triton.ROWS},
@@ -232,12 +232,13 @@ def _decoders(arch: str) -> Iterator[Build]:
     for form, scales in itertools.product(("e4m3", "e5m2", "int8"), ("none", "row", "tile")):
         if form == "int8" and scales != "row":
             continue
+        side = 128 if scales == "tile" else 1
         yield Build(
             dequant_triton.scaled_kernel,
             f"{form} scales={scales}",
             arch,
             {"weight": "*i8" if form == "int8" else "*u8", "scale": "*fp32", "out": "*bf16"},
-            {"FORMAT": form, "SCALES": scales, "ROWS": 128, "COLUMNS": 128, "FACTOR": 1.0,
+            {"FORMAT": form, "SCALES": scales, "ROWS": side, "COLUMNS": side, "FACTOR": 1.0,
              "BLOCK": dequant_triton.BLOCK},
             dequant_triton.WARPS,
             ragged=frozenset({"chunks", "scale_row"}),

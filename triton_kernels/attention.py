@@ -62,19 +62,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     # torch's fused kernels take four dimensions only: with three it would make the logits.
     batch = (None,) * (4 - q.dim())
-    with sdpa_kernel(sdpa_order(q), set_priority=True) if q.is_cuda else nullcontext():
+    order = sdpa_order(q, biased=bias is not None) if q.is_cuda else []
+    with sdpa_kernel(order, set_priority=True) if order else nullcontext():
         out = functional.scaled_dot_product_attention(
             q[batch], k[batch], v[batch], attn_mask=None if bias is None else bias[(None,) * (4 - bias.dim())]
         ).view(*q.shape[:-1], v.shape[-1])
-    # They write [m, heads, d]: joining the heads is then a view, not a copy.
+    # The result lies as q does: where that is [m, heads, d] in memory, joining the heads is a view, not a copy.
     return out.transpose(-2, -3).flatten(-2)
 
 
-def sdpa_order(q: Tensor) -> list[SDPBackend]:
-    """Backends of torch in the order they are asked for: cuDNN wins on Hopper, and is not taken there by itself."""
-    hopper = torch.cuda.get_device_capability(q.device) == (9, 0)
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    return [*(fused[::-1] if hopper else fused), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_SOUND_CUDNN = 91501
+"""Before this version, attention of cuDNN reads past keys whose number is no multiple of 128 (pytorch#169849)."""
+
+
+def sdpa_order(q: Tensor, *, biased: bool = False) -> list[SDPBackend]:
+    """Backends of torch in the order they are asked for.
+
+    cuDNN wins on Hopper and the large Blackwells and is asked nowhere else. It is not asked with a bias: on cards for
+    which it has no such kernel it fails only when it runs, and no other backend takes over. Flash takes no bias at all.
+    """
+    rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if biased:
+        return rest
+    large = torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    wins = large and (torch.backends.cudnn.version() or 0) >= _SOUND_CUDNN
+    return [*[SDPBackend.CUDNN_ATTENTION] * wins, SDPBackend.FLASH_ATTENTION, *rest]
 
 
 def sdpa_backend(q: Tensor) -> str:

@@ -205,7 +205,7 @@ def attend(
             v_format=keys.mode.v_format, half=keys.half,
         )  # fmt: skip
         return y
-    q = x.new_empty(keys.heads, n, HEAD_DIM)
+    q = x.new_empty(n, keys.heads, HEAD_DIM).transpose(0, 1)  # in memory as the result shall lie
     ops.norm_rope_(q, x, weight, rope, factor)
     y = (
         attention(q, keys.k, keys.v)

@@ -1,4 +1,7 @@
-"""The kernels of `modulate`: each reads its tensors once and writes once."""
+"""The kernels of `modulate`: each reads its tensors once and writes once.
+
+Rows are the first axis of a grid: the others end at 65,535 programs.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,8 @@ def modulate_kernel(
 
 @triton.jit
 def gated_kernel(x, y, gate, width, x_row, y_row, gate_row, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < width
     old = tl.load(x + row * x_row + d, mask=inside, other=0).to(tl.float32)
     add = tl.load(y + row * y_row + d, mask=inside, other=0).to(tl.float32)
@@ -56,8 +59,8 @@ def gated_kernel(x, y, gate, width, x_row, y_row, gate_row, BLOCK: tl.constexpr)
 
 @triton.jit
 def gelu_kernel(x, bias, width, x_row, BIASED: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < width
     y = tl.load(x + row * x_row + d, mask=inside, other=0).to(tl.float32)
     if BIASED:
@@ -79,7 +82,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None 
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> None:
     """Launch with tensors as `modulate.gated_` describes them."""
     n, width = x.shape
-    gated_kernel[(triton.cdiv(width, BLOCK), n)](
+    gated_kernel[(n, triton.cdiv(width, BLOCK))](
         x, y, gate, width, x.stride(0), y.stride(0), row_step(gate), BLOCK=BLOCK, num_warps=WARPS
     )
 
@@ -87,7 +90,7 @@ def gated(x: Tensor, y: Tensor, gate: Tensor) -> None:
 def gelu(x: Tensor, bias: Tensor | None) -> None:
     """Launch with tensors as `modulate.gelu_` describes them."""
     n, width = x.shape
-    gelu_kernel[(triton.cdiv(width, BLOCK), n)](
+    gelu_kernel[(n, triton.cdiv(width, BLOCK))](
         x, x if bias is None else bias, width, x.stride(0), BIASED=bias is not None, BLOCK=BLOCK, num_warps=WARPS
     )  # fmt: skip
 

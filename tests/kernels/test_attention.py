@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvram.triton_kernels.attention import V_RUN, attend_, attention
+from lowvram.triton_kernels.attention import V_RUN, _sdpa, attend_, attention, sdpa_order
 from lowvram.triton_kernels.keys import Keys, attend, carve, finish_, stored_bytes, write_keys_, write_values_
 from lowvram.triton_kernels.modes import MODES
 from lowvram.triton_kernels.norm_rope import balance_of, hadamard
@@ -53,6 +53,34 @@ def test_a_mode_is_near_exact_attention_and_does_not_depend_on_chunks(name: str,
     attend(TORCH, filled(name, tokens, heads, V_RUN), q, weight, rope, None, again[:, 256:512])
     assert torch.equal(again[:, 256:512], got)
     assert (again[:, :256] == 7).all() and (again[:, 512:] == 7).all()
+
+
+def test_heads_of_exact_attention_are_joined_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card, the result of torch's attention lies as the queries do."""
+    kept, made = filled("sdpa", 70, 2, 70), []
+
+    def attention_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        made.append(_sdpa(q, k, v, None))
+        return made[-1]
+
+    monkeypatch.setattr("lowvram.triton_kernels.keys.attention", attention_of)
+    attend(TORCH, kept, normal(50, 256), torch.ones(256), turns(50), None)
+    assert made[0].is_contiguous() and made[0]._base is not None
+
+
+@pytest.mark.parametrize(("card", "cudnn", "first"), [
+    ((8, 6), 92000, "flash"), ((8, 9), 92000, "flash"), ((12, 0), 92000, "flash"),
+    ((9, 0), 91900, "cudnn"), ((10, 3), 91900, "cudnn"), ((9, 0), 91002, "flash"), ((9, 0), None, "flash"),
+])  # fmt: skip
+def test_torch_is_asked_for_what_is_fast_and_sound_on_a_card(
+    card: tuple[int, int], cudnn: int | None, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    q = torch.empty(1, 2, 4, 128)
+    asked = [backend.name.split("_")[0].lower() for backend in sdpa_order(q)]
+    assert asked[0] == first and asked[-3:] == ["flash", "efficient", "math"]
+    assert [backend.name for backend in sdpa_order(q, biased=True)] == ["EFFICIENT_ATTENTION", "MATH"]
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-fp16", "int8-fp8", "sparse"])

@@ -167,20 +167,28 @@ def kernels(setup: Setup) -> Found:
     yield _all_true(facts)
     facts["attention makes no logits"] = _no_logits(setup, dtype)
     yield _all_true(facts)
-    if not setup.dry:
-        arch, device, packages = identify().arch, torch.device("cuda", 0), dispatch.installed()
-        for mode in MODES.values():
-            why = dispatch.obstacle(mode, arch, packages) or dispatch.try_mode(mode, device, arch)
-            facts[f"attention {mode.name}"] = why or "right"
-            yield _all_true(facts)
-        for product in PRODUCTS.values():
-            why = "" if arch in product.archs else f"there is none for {arch}"
-            facts[f"{product.form} multiplication"] = (
-                why or dispatch.try_w8a8(product.form, device) or "right"
-            )
-            yield _all_true(facts)
-        facts["fused operations"] = dispatch.ops_obstacle(device, arch) or "right"
-        yield _all_true(facts)
+    wrong: list[str] = []
+    for name, cannot, problem in () if setup.dry else _self_tests(identify().arch):
+        facts[name] = cannot or problem or "right"
+        wrong += [] if cannot or not problem else [f"{name}: {problem}"]
+        yield _all_true(facts, also=wrong)
+
+
+def _self_tests(arch: str) -> Iterator[tuple[str, str, str]]:
+    """What the product tries on a card before a run: name, why it cannot run there, and what is wrong with it."""
+    device, packages = torch.device("cuda", 0), dispatch.installed()
+    for mode in MODES.values():
+        cannot = dispatch.obstacle(mode, arch, packages)
+        yield f"attention {mode.name}", cannot, "" if cannot else dispatch.try_mode(mode, device, arch)
+    for product in PRODUCTS.values():
+        cannot = "" if arch in product.archs else f"there is none for {arch}"
+        yield (
+            f"{product.form} multiplication",
+            cannot,
+            "" if cannot else dispatch.try_w8a8(product.form, device),
+        )
+    cannot = dispatch.kernels_obstacle(arch)
+    yield "fused operations", cannot, "" if cannot else dispatch.try_ops(device)
 
 
 def _no_logits(setup: Setup, dtype: torch.dtype) -> Fact:
@@ -392,9 +400,9 @@ PARTS: Mapping[str, tuple[float, Callable[[Setup], Found]]] = {
 """By name, the most valuable first: the seconds that a part may take, and what it does."""
 
 
-def _all_true(facts: Facts, measurements: Sequence[Measurement] = ()) -> Verdict:
-    """Passed if no fact is False."""
-    wrong = [name for name, value in facts.items() if value is False]
+def _all_true(facts: Facts, measurements: Sequence[Measurement] = (), also: Sequence[str] = ()) -> Verdict:
+    """Passed if no fact is False, and nothing is wrong `also`."""
+    wrong = [*(name for name, value in facts.items() if value is False), *also]
     return Verdict("failed" if wrong else "passed", dict(facts), ", ".join(wrong), list(measurements))
 
 

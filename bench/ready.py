@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowvram.offload.io import free_bytes
+from lowvram.triton_kernels import toolchain
 
 NEEDED = (
     "numpy",
@@ -95,10 +94,8 @@ def _of_the_card(has: Callable[[str], bool]) -> Iterator[Lack]:
         yield Lack(f"torch 2.10 or newer; this is {torch.__version__}", True)
     if not has("triton"):
         yield Lack("the package triton: kernels are not measured, torch does their work", False)
-    elif not (os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang", "cc"))):
-        yield Lack(
-            "a C compiler (gcc, clang, or CC): triton starts no kernel without, torch does their work", False
-        )
+    elif toolchain.lack():
+        yield Lack(f"{toolchain.lack()}; triton starts no kernel without, torch does their work", False)
 
 
 def _available() -> int:

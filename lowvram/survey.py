@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowvram.machine import ASSUMED_DISK, Rates
+from lowvram.offload.cuda import pin, unpin
 from lowvram.offload.direct import read_past_cache
 from lowvram.offload.io import read_kernel_text, storage_errors, write_atomic
 from lowvram.offload.limits import HostLimits, host_limits
@@ -131,16 +132,13 @@ def copy_rate(place: Place, clock: Clock, *, pinned: bool, nbytes: int) -> tuple
     """Bytes/s from host to device; and why the memory could not be pinned, or ""."""
     target = torch.empty(nbytes, dtype=torch.uint8, device=place.device)
     source = torch.full((nbytes,), 7, dtype=torch.uint8)
-    refused = ""
-    if pinned and place.kind == "cuda":
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = int(runtime.cudaHostRegister(source.data_ptr(), nbytes, 1))
-        refused = f"cudaHostRegister answers {status}" if status else ""
+    page_locked = pinned and place.kind == "cuda"
+    refused = pin(source, place.device) if page_locked else ""
     try:
         seconds = _median(lambda: target.copy_(source, non_blocking=pinned), place, clock)
     finally:
-        if pinned and place.kind == "cuda" and not refused:
-            torch.cuda.cudart().cudaHostUnregister(source.data_ptr())  # type: ignore[no-untyped-call]
+        if page_locked and not refused:
+            unpin(source, place.device)
     return nbytes / seconds, refused
 
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowvram.errors import InternalError
+from lowvram.errors import InternalError, OutOfMemoryError
 from lowvram.offload.budget import Ledger, format_bytes, segment_size
-from lowvram.offload.device import Device, Event, Stall, exhausted, lost
+from lowvram.offload.device import Device, Event, Stall, exhausted, lost, says_no_memory
 from lowvram.offload.faults import Faults
 
+_PORTABLE = 1
+"""cudaHostRegisterPortable"""
 CUDA_CONTEXT = 500_000_000
 """Bytes a CUDA process holds before its first tensor (context, kernels, cuBLAS workspace), if not measured."""
 
@@ -52,22 +54,10 @@ class CudaDevice(Device):
             raise exhausted(self.ledger.what, name, nbytes) from error
 
     def _pin(self, pages: Tensor) -> str:
-        with torch.cuda.device(self.torch_device):
-            # 1 is cudaHostRegisterPortable: pinned for every device of the process.
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            status = int(runtime.cudaHostRegister(pages.data_ptr(), pages.numel(), 1))
-            if status == 0:
-                return ""
-            # A refused registration stays behind as this thread's last CUDA error and would be blamed on the
-            # next kernel. A launch of no importance collects it.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device=self.torch_device)
-            return f"cudaHostRegister refused {format_bytes(pages.numel())} (CUDA error {status})"
+        return pin(pages, self.torch_device)
 
     def _unpin(self, pages: Tensor) -> None:
-        with torch.cuda.device(self.torch_device):
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            runtime.cudaHostUnregister(pages.data_ptr())
+        unpin(pages, self.torch_device)
 
     def copy_async(self, dst: Tensor, src: Tensor, *, after: Event | None = None) -> Event:
         with _cuda_errors(str(self.torch_device)), torch.cuda.stream(self._copies):
@@ -133,6 +123,26 @@ class CudaDevice(Device):
             self._context.release()
 
 
+def pin(pages: Tensor, device: torch.device) -> str:
+    """Page-lock host memory for copies to and from every device of the process; "" or the reason why not."""
+    with torch.cuda.device(device):
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        status = int(runtime.cudaHostRegister(pages.data_ptr(), pages.nbytes, _PORTABLE))
+        if status == 0:
+            return ""
+        # A refused registration stays behind as this thread's last CUDA error and would be blamed on the
+        # next kernel. A launch of no importance collects it.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=device)
+        return f"cudaHostRegister refused {format_bytes(pages.nbytes)} (CUDA error {status})"
+
+
+def unpin(pages: Tensor, device: torch.device) -> None:
+    """Undo `pin`."""
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(pages.data_ptr())  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True, slots=True)
 class _CudaEvent:
     event: torch.cuda.Event
@@ -172,10 +182,15 @@ def _cuda_event(event: Event) -> torch.cuda.Event:
 
 @contextlib.contextmanager
 def _cuda_errors(where: str) -> Iterator[None]:
-    """CUDA errors other than missing memory, as DeviceLostError."""
+    """CUDA errors other than missing memory, as DeviceLostError; memory that the driver misses, as OutOfMemoryError."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except torch.AcceleratorError as error:
+        if says_no_memory(error):
+            raise OutOfMemoryError(
+                f"the driver found no memory: {str(error).splitlines()[0]}",
+                where=where,
+                expected="the budget to be free on this machine",
+                advice="close other programs that use the GPU, or give a smaller --vram",
+            ) from error
         raise lost(error, where) from error

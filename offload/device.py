@@ -202,7 +202,7 @@ class Device(ABC):
 
     def what_failed(self, error: RuntimeError) -> Literal["memory", "device"] | None:
         """What an error of torch says of the device: no memory, or that it stopped answering; None if neither."""
-        if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        if says_no_memory(error):
             return "memory"
         return "device" if isinstance(error, torch.AcceleratorError) else None
 
@@ -273,6 +273,11 @@ class CpuDevice(Device):
 
     def close(self) -> None:
         return
+
+
+def says_no_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch, or of what it calls, is for want of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def lost(error: RuntimeError, where: str) -> DeviceLostError:

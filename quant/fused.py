@@ -22,7 +22,7 @@ from lowvram.quant.encodings.nvfp4 import Nvfp4
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
 from lowvram.triton_kernels import dequant
-from lowvram.triton_kernels.dispatch import kernels_obstacle
+from lowvram.triton_kernels.dispatch import kernels_obstacle, told
 from lowvram.triton_kernels.hadamard import factors
 
 Parts = Mapping[str, Tensor]
@@ -135,7 +135,7 @@ def try_encoding(
             if not same_bits(got, want):
                 return f"other numbers than torch in {str(dtype).removeprefix('torch.')}"
     except Exception as problem:  # noqa: BLE001  whatever a compiler throws
-        return f"{type(problem).__name__}: {(str(problem) or 'no message').splitlines()[0]}"
+        return told(problem)
     return ""
 
 

@@ -6,13 +6,14 @@ Nothing is chosen behind one's back: a choice is a value with its reason, made b
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lowvram.errors import UsageError
-from lowvram.triton_kernels import backends
+from lowvram.triton_kernels import backends, toolchain
 from lowvram.triton_kernels.attention import attend_, attend_reference, attention, sdpa_backend
 from lowvram.triton_kernels.gemm import QuantisedMatrix, low_rank
 from lowvram.triton_kernels.modes import (
@@ -204,7 +205,7 @@ def try_mode(mode: Mode, device: torch.device, arch: str) -> str:
     try:
         return _wrong(mode, device, arch)
     except Exception as problem:  # noqa: BLE001  whatever a compiler or a foreign package throws
-        return _first_line(problem)
+        return told(problem)
 
 
 def _wrong(mode: Mode, device: torch.device, arch: str) -> str:
@@ -226,6 +227,13 @@ def _wrong(mode: Mode, device: torch.device, arch: str) -> str:
     attend_(out, *rows, *values, v_format=mode.v_format, half=half)
     same = attend_reference(*rows, *values, v_format=mode.v_format, half=half)
     return _far(out, same, _SAME, "its own arithmetic") or _far(out, exact, _NEAR, "exact attention")
+
+
+def told(problem: Exception) -> str:
+    """What a compiler, a kernel or a foreign package threw, in a line."""
+    if isinstance(problem, subprocess.CalledProcessError) or "C compiler" in str(problem):
+        return toolchain.lack() or _first_line(problem)
+    return _first_line(problem)
 
 
 def _first_line(problem: Exception) -> str:
@@ -274,7 +282,7 @@ def try_ops(device: torch.device, ops: Ops = FUSED) -> str:
                 }
             )
         except Exception as problem:  # noqa: BLE001  whatever a compiler throws
-            return _first_line(problem)
+            return told(problem)
     for name, want in results[0].items():
         wrong = _far(results[1][name], want, _SAME, "torch")
         if wrong:
@@ -316,7 +324,7 @@ def try_w8a8(form: str, device: torch.device, ops: Ops = FUSED) -> str:
                 if wrong:
                     return f"{name} is {wrong}"
     except Exception as problem:  # noqa: BLE001  whatever a compiler throws
-        return _first_line(problem)
+        return told(problem)
     return ""
 
 

@@ -308,6 +308,20 @@ def test_what_is_missing_is_told_before_anything_starts(
     assert gpu.main(["--check", "--dry", "--folder", str(tmp_path)]) == 0
 
 
+def test_a_kernel_that_fails_where_it_could_run_fails_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts.dispatch, "installed", lambda: frozenset({"triton"}))
+    monkeypatch.setattr(parts.dispatch, "try_mode", lambda mode, device, arch: "0.5 from exact attention")
+    monkeypatch.setattr(parts.dispatch, "try_w8a8", lambda form, device: "")
+    monkeypatch.setattr(parts.dispatch, "try_ops", lambda device: "")
+    found = {name: (cannot, wrong) for name, cannot, wrong in parts._self_tests("sm_86")}
+    assert found["attention int8"] == ("", "0.5 from exact attention")
+    assert found["attention int8-fp8"] == ("there is no int8-fp8 kernel for sm_86", "")
+    assert found["fp8 multiplication"] == ("there is none for sm_86", "")
+    assert found["int8 multiplication"] == found["fused operations"] == ("", "")
+    failed = parts._all_true({"bytes arrive": True}, also=["attention int8: 0.5 from exact attention"])
+    assert failed.outcome == "failed" and failed.why == "attention int8: 0.5 from exact attention"
+
+
 def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--dry", "--output", str(tmp_path), "--folder", str(tmp_path), "--only", "smok"]
     assert gpu.main(command) == 2

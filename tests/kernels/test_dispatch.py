@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +16,14 @@ from torch import Tensor
 
 from lowvram.errors import UsageError
 from lowvram.quant.encodings.registry import encoding_by_name
-from lowvram.triton_kernels import attention, dispatch, modes
+from lowvram.triton_kernels import attention, dispatch, modes, toolchain
 from lowvram.triton_kernels import ops as operations
 from lowvram.triton_kernels.dispatch import (
     PACKAGES,
     choose,
     choose_matmul,
     obstacle,
+    told,
     try_mode,
     try_ops,
     try_w8a8,
@@ -127,6 +131,22 @@ def test_fused_operations_are_tried_one_by_one() -> None:
         raise RuntimeError("no such instruction\nand more")
 
     assert try_ops(CPU, replace(TORCH, gelu=refuses)) == "RuntimeError: no such instruction"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Triton brings its compiler there")
+def test_what_triton_lacks_to_start_kernels_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failed = subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])
+    monkeypatch.setenv("CC", "/usr/bin/gcc")
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": "/nowhere"})
+    monkeypatch.delenv("C_INCLUDE_PATH", raising=False)
+    monkeypatch.delenv("CPATH", raising=False)
+    assert told(failed).startswith("the C headers of this Python are not here")
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CPATH", f"/elsewhere:{tmp_path}")
+    assert toolchain.lack() == "" and told(failed).startswith("CalledProcessError: Command '['gcc'")
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert told(RuntimeError("Failed to find C compiler. More.")).startswith("no C compiler is here")
 
 
 # ---- multiplication

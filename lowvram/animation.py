@@ -91,7 +91,7 @@ class Animation:
             return Report(())
         model, colours = with_loras(pipe.model, job.loras), _seen(parts, stand.segment)
         with pipe.runtime.device() as device:
-            run = pipe.runtime.begin(device, self.plan, self.listener, self.clock, self.preview)
+            run = pipe.runtime.begin(device, model, self.plan, self.listener, self.clock, self.preview)
             texts = [each.cpu() for each in text.features(run, model, job, pipe.runtime.texts)]
             for number, frames in segments(run, model, job, texts, stand, keeper):
                 gauge = Gauge()

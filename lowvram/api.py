@@ -120,14 +120,17 @@ class Runtime:
     def begin(
         self,
         device: Device,
+        model: Model,
         plan: Plan,
         listener: Listener,
         clock: Callable[[], float] = time.monotonic,
         preview: Preview | None = None,
     ) -> Run:
-        """A job on `device`, beside the weights that are kept from the ones before."""
+        """A job of `model` on `device`, beside the weights that are kept from the ones before."""
         rss = partial(_held_beside, self.kept)
-        return Run(device, plan, listener, clock, preview=preview, kept=self.kept, rss=rss, began=rss())
+        return Run(
+            device, plan, listener, clock, model.opener, preview=preview, kept=self.kept, rss=rss, began=rss()
+        )
 
     def end(self) -> None:
         """The last use of the transformers by a job is over: kept weights that it had no use for go."""
@@ -260,7 +263,7 @@ class Pipeline:
         plan = plan or self.plan_job(job, None if preview is None else preview.decoder)
         state = state or denoise.initial_state(job, model)
         with self.runtime.device() as device:
-            run = self.runtime.begin(device, plan, listener or Silent(), clock, preview)
+            run = self.runtime.begin(device, model, plan, listener or Silent(), clock, preview)
             if device.kind == "cuda":
                 run.notes.append(f"attention of torch by {dispatch.sdpa_backend_of(device.torch_device)}")
                 run.choose_decoders(model)
@@ -304,7 +307,7 @@ class Video:
         runtime = self.pipeline.runtime
         with runtime.device() as device:
             run = replace(
-                runtime.begin(device, self.plan, self.listener, self.clock),
+                runtime.begin(device, self.pipeline.model, self.plan, self.listener, self.clock),
                 reports=self.reports,
                 notes=self.notes,
                 samples=self.samples,

@@ -23,7 +23,7 @@ from lowvram.media.video import VideoWriter, read_frames, write_behind
 from lowvram.model import Model
 from lowvram.models.vae_clip import FRAMES
 from lowvram.offload.budget import Budget, format_bytes
-from lowvram.offload.io import FileReader, write_atomic
+from lowvram.offload.io import FileReader, Opener, write_atomic
 from lowvram.offload.placement import Placement
 from lowvram.planning.decode import plan_decode
 from lowvram.planning.encode import plan_encode
@@ -45,14 +45,15 @@ MAX_BYTES = 1 << 33
 
 def open_vae(file: str) -> Model:
     """A VAE in a file, as a model without transformers; what is known of its latents comes from the known models."""
-    found = identify_path(Path(file), FileReader, "vae")
+    opener = Opener()
+    found = identify_path(Path(file), opener, "vae")
     assert isinstance(found.spec, VaeSpec)
     for name, preset in load_models().items():
         known = preset.vae
         same = (known.version, known.z, known.base) == (found.spec.version, found.spec.z, found.spec.base)
         if same and preset.variant in ("t2v", "ti2v"):  # which need no picture
             spec = replace(preset, vae=replace(found.spec, mean=known.mean, std=known.std))
-            return Model(name, spec, {}, found.refs, {}, None)
+            return Model(name, spec, {}, found.refs, {}, None, opener=opener)
     raise FileError(
         f"a VAE of version {found.spec.version} with {found.spec.z} channels that no known model has",
         where=file,
@@ -78,7 +79,7 @@ class Autoencoder:
         """alone: whether all that the process holds meanwhile is held against the budget."""
         job = self._job(self._shape(latent))
         with self.runtime.device() as device:
-            run = replace(self.runtime.begin(device, plan, self.listener), alone=alone)
+            run = replace(self.runtime.begin(device, self.model, plan, self.listener), alone=alone)
             for chunk in decode_stage.decode(run, self.model, job, latent):
                 yield from chunk
 
@@ -87,7 +88,7 @@ class Autoencoder:
         encoding = plan.stage("encode").encode
         assert encoding is not None
         with self.runtime.device() as device:
-            run = self.runtime.begin(device, plan, self.listener)
+            run = self.runtime.begin(device, self.model, plan, self.listener)
             with run.stage("encode") as (_, traffic):
                 return encode_stage(run, self.model, frames, encoding, traffic)
 

@@ -16,7 +16,7 @@ from lowvram.fewstep import acts_on
 from lowvram.job import LoraChoice
 from lowvram.library.naming import expert_of, family_of
 from lowvram.library.parts import FLAGS, PART_NAMES
-from lowvram.offload.io import FileReader
+from lowvram.offload.io import Opener
 from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import planned_encoding
@@ -212,6 +212,8 @@ class Model:
     """A sentencepiece file, or what is one inside the text encoder's file."""
     clip: Mapping[str, TensorRef] = field(default_factory=dict)
     """Empty where the transformer has no branch for it."""
+    opener: Opener = field(default_factory=Opener, compare=False)
+    """Opens its files, as long as they are those whose headers were read."""
 
     def encodings(self) -> Mapping[Encoding, Shape]:
         """How weights outside the VAE are stored that are not plain numbers, and the shape of the largest of each."""
@@ -231,9 +233,10 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
         _check_found(part, name, files)
     for expert in experts:
         _check_family(Path(files[expert]))
-    found = {e: identify_path(Path(files[e]), FileReader, "dit") for e in experts}
-    vae = identify_path(Path(files["vae"]), FileReader, "vae")
-    text = identify_path(Path(files["text"]), FileReader, "text")
+    opener = Opener()
+    found = {e: identify_path(Path(files[e]), opener, "dit") for e in experts}
+    vae = identify_path(Path(files["vae"]), opener, "vae")
+    text = identify_path(Path(files["text"]), opener, "text")
     _check_pair(found, files)
     dit = found[experts[0]]
     assert isinstance(dit.spec, DitSpec) and isinstance(vae.spec, VaeSpec) and isinstance(text.spec, TextSpec)
@@ -244,7 +247,7 @@ def open_model(name: str, files: Mapping[str, str]) -> Model:
     )
     tokenizer = Path(files["tokenizer"]) if "tokenizer" in files else text.tokenizer
     transformers = {e: Transformer(c.refs, face_blocks=dit.spec.face_blocks) for e, c in found.items()}
-    model = Model(name, spec, transformers, vae.refs, text.refs, tokenizer)
+    model = Model(name, spec, transformers, vae.refs, text.refs, tokenizer, opener=opener)
     return _with_clip(model, files) if dit.spec.image_tokens else model
 
 
@@ -271,7 +274,7 @@ def _check_found(part: str, name: str, files: Mapping[str, str]) -> None:
 def _with_clip(model: Model, files: Mapping[str, str]) -> Model:
     """The model with the network that looks at its picture."""
     _check_found("clip", model.name, files)
-    clip, dit = identify_path(Path(files["clip"]), FileReader, "clip"), model.spec.dit
+    clip, dit = identify_path(Path(files["clip"]), model.opener, "clip"), model.spec.dit
     assert isinstance(clip.spec, ClipSpec)
     if clip.spec.dim != dit.image_dim or clip.spec.tokens != CLIP_TOKENS:
         raise FileError(
@@ -288,17 +291,17 @@ def with_loras(model: Model, choices: tuple[LoraChoice, ...]) -> Model:
     """The model with the LoRAs beside its transformers. FileError for one that does not fit, UsageError for one whose
     name says that it was made for the other expert, or whose strengths cannot follow the steps."""
     loras: dict[str, list[Lora]] = {e: [] for e in model.transformers}
+    opener = model.opener.copy()  # the LoRAs belong to one job: for the next they may be trained further
     for choice in choices:
-        headers = open_checkpoint_files(Path(choice.path), FileReader)
+        headers = open_checkpoint_files(Path(choice.path), opener)
         matched = match_lora(headers, model.spec.dit, choice.partial)
-        ratios = _ratios(matched)
+        ratios = _ratios(matched, opener)
         for expert in _experts_of(choice, model):
             lora = Lora(matched, choice.strengths, ratios)
             _check_faces(lora, model.transformers[expert], choice)
             loras[expert].append(lora)
-    return replace(
-        model, transformers={e: replace(t, loras=tuple(loras[e])) for e, t in model.transformers.items()}
-    )
+    transformers = {e: replace(t, loras=tuple(loras[e])) for e, t in model.transformers.items()}
+    return replace(model, transformers=transformers, opener=opener)
 
 
 def _experts_of(choice: LoraChoice, model: Model) -> tuple[str, ...]:
@@ -325,11 +328,11 @@ def _check_faces(lora: Lora, transformer: Transformer, choice: LoraChoice) -> No
         )
 
 
-def _ratios(matched: LoraSet) -> dict[str, float]:
+def _ratios(matched: LoraSet, opener: Opener) -> dict[str, float]:
     """Alphas stored in the file are single numbers: the only tensor values read before a plan exists."""
     ratios = {}
     with ExitStack() as stack:
-        readers = {f: stack.enter_context(FileReader(f)) for f in matched.files}
+        readers = {f: stack.enter_context(opener(f)) for f in matched.files}
         for pair in matched.pairs:
             alpha = pair.alpha
             if isinstance(alpha, Part):

@@ -10,12 +10,12 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import BinaryIO, Self
 
 from lowvram.errors import FileError, StorageError
@@ -147,7 +147,7 @@ class FileReader:
             f"changed while it was being used: {how}",
             where=str(self._path),
             expected="the same bytes from the beginning of a job to its end",
-            advice="wait until downloads and copies have finished, then run again or resume",
+            advice="wait until downloads and copies have finished, then load the model again, run again or resume",
         )
 
     def close(self) -> None:
@@ -160,6 +160,23 @@ class FileReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Opener:
+    """Opens files for reading. StorageError for one that is no longer what it was when it was opened first: what is known
+    of its contents would not be true of it."""
+
+    def __init__(self, known: Mapping[Path, FileIdentity] = MappingProxyType({})) -> None:
+        self._known = dict(known)
+
+    def __call__(self, path: Path) -> FileReader:
+        reader = FileReader(path, expected=self._known.get(path))
+        self._known[path] = reader.identity
+        return reader
+
+    def copy(self) -> Opener:
+        """One that knows the same files, and may come to know others."""
+        return Opener(self._known)
 
 
 def seek_and_read(file: FileIO, lock: threading.Lock, offset: int, target: memoryview) -> int:

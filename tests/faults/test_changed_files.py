@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lowvram import Runtime
 from lowvram.api import Pipeline
 from lowvram.errors import FileError, LowvramError, StorageError
-from lowvram.job import Job
+from lowvram.job import Job, LoraChoice
 from lowvram.offload.io import write_atomic
 from lowvram.offload.placement import Placement
 from lowvram.planning.plan import Plan
@@ -25,6 +26,7 @@ from lowvram.stages.denoise import State
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be changed there")
 
 STEPS = 3
+LORA = Path(__file__).parents[2] / "lowvram" / "assets" / "nano" / "loras" / "lightning-4-high.safetensors"
 
 
 def truncated(path: Path) -> None:
@@ -57,9 +59,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def pipe(folder: Path) -> Pipeline:
+def load(folder: Path) -> Pipeline:
     return Runtime("64MB", "2GB", "cpu", cache=False).load("nano", models_dirs=(), **_parts(folder))
+
+
+@pytest.fixture
+def pipe(folder: Path) -> Pipeline:
+    return load(folder)
 
 
 def _parts(folder: Path) -> dict[str, str | None]:
@@ -67,12 +73,12 @@ def _parts(folder: Path) -> dict[str, str | None]:
     return {part: str(folder / Path(path).name) for part, path in files.items()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def job(pipe: Pipeline) -> Job:
     return pipe.job("a red circle moves left on a black background", steps=STEPS, frames=1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def plan(pipe: Pipeline, job: Job) -> Plan:
     """Every block is read at every visit."""
     plan = pipe.plan_job(job)
@@ -81,7 +87,7 @@ def plan(pipe: Pipeline, job: Job) -> Plan:
 
 @pytest.mark.parametrize("change", [truncated, replaced, rewritten, deleted])
 def test_a_file_that_changes_ends_the_job_and_the_next_one_goes_on(
-    change: Callable[[Path], None], pipe: Pipeline, job: Job, plan: Plan
+    change: Callable[[Path], None], folder: Path, pipe: Pipeline, job: Job, plan: Plan
 ) -> None:
     whole = pipe.run(job, plan=plan).latent
     files = [Path(job.files[expert]) for expert in pipe.model.spec.expert_names()]
@@ -105,4 +111,36 @@ def test_a_file_that_changes_ends_the_job_and_the_next_one_goes_on(
         for path, data in kept.items():
             path.write_bytes(data)
     assert 1 <= len(saved) <= STEPS
-    assert torch.equal(pipe.run(job, plan=plan, state=saved[0]).latent, whole)
+    assert torch.equal(load(folder).run(job, plan=plan, state=saved[0]).latent, whole)
+
+
+@pytest.mark.parametrize("change", [replaced, rewritten])
+def test_a_file_that_changes_after_it_was_loaded_is_not_read_by_what_its_header_was(
+    change: Callable[[Path], None], folder: Path, pipe: Pipeline, job: Job, plan: Plan
+) -> None:
+    """A file of the same size, read where the old header says: its numbers would be anything."""
+    for part in (pipe.model.spec.expert_names()[0], "vae", "text"):
+        path = Path(job.files[part])
+        kept = path.read_bytes()
+        fresh, want = load(folder), pipe.run(job, plan=plan)
+        change(path)
+        try:
+            with pytest.raises(StorageError, match="whose header was read") as caught:
+                if part == "vae":
+                    next(fresh.video(job, want.latent, plan).frames())
+                else:
+                    fresh.run(job, plan=plan)
+        finally:
+            path.write_bytes(kept)
+        assert caught.value.where == str(path)
+        pipe = load(folder)
+
+
+def test_a_lora_may_be_trained_further_between_two_jobs(folder: Path, pipe: Pipeline) -> None:
+    lora = folder / "lora.safetensors"
+    chosen = (LoraChoice(path=str(lora), strength=1.0),)
+    latents = []
+    for strength in (1.0, 2.0):
+        save_file({n: t * strength for n, t in load_file(LORA).items()}, lora)
+        latents.append(pipe.run(pipe.job("a red circle", steps=1, frames=1, loras=chosen)).latent)
+    assert not torch.equal(*latents)

@@ -18,7 +18,7 @@ from lowvram.library.cache import cache_file, load_cache, save_cache
 from lowvram.library.choose import choose, choose_loras, missing_error, needed_parts, possible_models
 from lowvram.library.entries import read_entries
 from lowvram.library.naming import expert_of
-from lowvram.library.parts import FLAGS, PARTS
+from lowvram.library.parts import FLAGS, PARTS, typed
 from lowvram.library.places import Place, given_places, machine_drives, usual_places
 from lowvram.library.scan import Library, scan
 from lowvram.library.walk import INDEX_SUFFIX
@@ -169,7 +169,7 @@ def _in_folder(
                 f"{len(models)} models lie here: {', '.join(models)}",
                 where=str(folder),
                 expected="one of them",
-                advice=f"choose with --model {models[0]} --models-dir {folder}",
+                advice=f"choose with --model {models[0]} --models-dir {typed(str(folder))}",
             )
         name = models[0] if models else next((m for m in load_models() if _fits(paths, m, library)), None)
         if name is not None:
@@ -230,12 +230,18 @@ def is_embedded(model: str) -> bool:
 
 
 def is_here(
-    model: str, models_dirs: Sequence[str] = (), progress: Callable[[Path], None] = lambda path: None
+    model: str,
+    models_dirs: Sequence[str] = (),
+    progress: Callable[[Path], None] = lambda path: None,
+    preset: str | None = None,
 ) -> bool:
-    """Whether every part of `model` can be found without naming a file. UsageError if several sets fit it equally."""
+    """Whether every part of `model` can be found without naming a file. UsageError if several sets fit it equally.
+
+    preset: as `find` takes it.
+    """
     if is_embedded(model) or model not in load_models():
         return True
-    return not choose(look(models_dirs, progress).entries, model).missing
+    return not choose(look(models_dirs, progress).entries, model, preset=preset).missing
 
 
 def default_spec(model: str) -> ModelSpec | None:
@@ -274,7 +280,7 @@ def _folder(model: str) -> Path | None:
         raise UsageError(
             "a file, where the folder of a whole model belongs",
             where=f"--model {model}",
-            advice=f"use --transformer {model} (or --high/--low), with --vae and --text-encoder",
+            advice=f"use --transformer {typed(model)} (or --high/--low), with --vae and --text-encoder",
         )
     if path.name != model:
         raise UsageError(

@@ -95,7 +95,7 @@ def describe(path: Path) -> dict[str, Any]:
         facts["encodings"] = dict(Counter(ref.encoding.name for ref in found.refs.values()))
     if found.kind == "lora":
         facts |= _lora(headers)
-    facts |= _name(path, found.kind)
+    facts |= _name(path, found.kind, found.variant)
     if found.metadata:
         facts["metadata"] = {key: text[:MAX_METADATA] for key, text in found.metadata.items()}
     return facts
@@ -126,7 +126,7 @@ def _lora(headers: list[Header]) -> dict[str, Any]:
     return facts
 
 
-def _name(path: Path, kind: str) -> dict[str, Any]:
+def _name(path: Path, kind: str, variant: str) -> dict[str, Any]:
     """What the name says, and a published hash if the Hub cache knows the file by it."""
     from lowvram.fewstep import preset_of
     from lowvram.library.known import known_file, stored_hash
@@ -141,7 +141,7 @@ def _name(path: Path, kind: str) -> dict[str, Any]:
         "expert": expert_of(name),
         "version": version_of(name),
         "preset": preset_of(path, kind),
-        "derived": derived_name(name.name) or None,
+        "derived": derived_name(name.name, variant) or None,
     }
     return {key: value for key, value in said.items() if value is not None}
 

@@ -51,7 +51,7 @@ def list_(models_dir: o.ModelsDir = None, as_json: o.Json = False, quiet: o.Quie
     from lowvram.cli.console import emit, emit_json, say
     from lowvram.discovery import is_embedded, look
     from lowvram.errors import UsageError
-    from lowvram.library.choose import choose
+    from lowvram.library.choose import choose, distilled
     from lowvram.sampling.presets import load_models
 
     library = look(models_dir or (), announce(quiet or as_json))
@@ -62,6 +62,9 @@ def list_(models_dir: o.ModelsDir = None, as_json: o.Json = False, quiet: o.Quie
             try:
                 chosen = choose(library.entries, name)
                 state, question = _state(chosen), ""
+                for preset in distilled(library.entries, name) if chosen.missing else ():
+                    if not (other := choose(library.entries, name, preset=preset)).missing:
+                        chosen, state = other, f"ready with --preset {preset}"
                 files = {part: taken.path for part, taken in chosen.parts.items()}
             except UsageError as several:
                 state, files, question = "choose", {}, f"{several.found}; {several.advice}"
@@ -264,7 +267,8 @@ def table(entries: Iterable[Entry]) -> str:
 
     rows = [("what", "variant", "encoding", "size", "expert", "where", "file")]
     for entry in entries:
-        variant = " ".join(filter(None, (entry.version, entry.variant, entry.derived, entry.preset)))
+        told = (entry.version, entry.variant, entry.derived, entry.preset)
+        variant = " ".join(filter(None, dict.fromkeys(told)))
         rows.append(
             (
                 _KINDS.get(entry.kind, entry.kind),
@@ -299,7 +303,12 @@ def remarks(library: Library) -> list[str]:
     looked = ", ".join(dict.fromkeys(place.label for place in library.places))
     if not looked:
         return [*lines, "no program that keeps models, and no folder of models, is known here"]
-    count = f"; {library.others} other checkpoints there are none of Wan's" if library.others else ""
+    others = (
+        "1 other checkpoint there is"
+        if library.others == 1
+        else f"{library.others} other checkpoints there are"
+    )
+    count = f"; {others} none of Wan's" if library.others else ""
     return [*lines, f"looked in: {looked}{count}"]
 
 

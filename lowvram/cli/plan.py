@@ -41,7 +41,7 @@ def plan(
     imagined, look, folders = machine or weights, announce(as_json), flags.models_dir or ()
     if imagined:
         _refuse_files(flags.model, given, "--machine" if machine else "--weights")
-    if imagined or not (given or is_here(flags.model, folders, look)):
+    if imagined or not (given or is_here(flags.model, folders, look, flags.preset)):
         found = plan_without_files(
             flags.model,
             weights=weights,

@@ -15,7 +15,7 @@ from lowvram.errors import FileError, UsageError
 from lowvram.library.entries import Entry
 from lowvram.library.known import known_file
 from lowvram.library.naming import series
-from lowvram.library.parts import FLAGS, PART_NAMES
+from lowvram.library.parts import FLAGS, PART_NAMES, typed
 from lowvram.quant.spec import ModelSpec
 from lowvram.sampling.presets import load_models
 
@@ -36,6 +36,8 @@ _EXACT = (
 )
 """Encodings from the most exact; others come after."""
 _TASK = re.compile(r"(?<![a-z])(t2v|i2v)")
+_MODEL_WORDS = re.compile(r"flf2v|ti2v|t2v|i2v|animate|5b|1[._]3b")
+"""What the names of models, and of their transformers, tell models apart by."""
 _SHOWN = 3
 
 
@@ -128,7 +130,7 @@ def choose_loras(
             raise UsageError(
                 f"{len(mine)} LoRAs fit --preset {preset}",
                 expected=f"one of {names}",
-                advice=f"choose with --lora {mine[0][0].path}{mark}",
+                advice=f"choose with --lora {typed(mine[0][0].path + mark)}",
             )
         if not mine:
             return {}
@@ -159,6 +161,11 @@ def possible_models(entries: Sequence[Entry]) -> list[str]:
         if all(expert in chosen for expert in spec.expert_names()):
             found.append(model)
     return found
+
+
+def distilled(entries: Sequence[Entry], model: str) -> list[str]:
+    """The few-step presets that transformers of `model` which are here were made for."""
+    return sorted({e.preset for e in _of(entries, "dit", model) if e.preset and not e.problem})
 
 
 def _of(entries: Iterable[Entry], kind: str, model: str) -> list[Entry]:
@@ -218,7 +225,7 @@ def _pair(candidates: list[Entry], model: str) -> dict[str, Taken]:
             f"{len(unmarked)} transformers fit {model}, and no name says which is for high noise",
             where=", ".join(PurePath(entry.path).name for entry in unmarked[:_SHOWN]),
             expected="high and low in the names: the two experts have the same keys and shapes",
-            advice=f"give --high {unmarked[0].path} --low {unmarked[1].path}, or the other way round",
+            advice=f"give --high {typed(unmarked[0].path)} --low {typed(unmarked[1].path)}, or the other way round",
         )
     return {
         expert: _taken(found[0], f"{expert}-noise by its name")
@@ -269,7 +276,7 @@ def _ask(model: str, sets: list[tuple[Entry, ...]], parts: tuple[str, ...]) -> U
     )
     if len(sets) > _SHOWN:
         listed += f"; and {len(sets) - _SHOWN} more (see `lowvram models list`)"
-    flags = " ".join(f"{FLAGS[part]} {entry.path}" for part, entry in zip(parts, sets[0], strict=True))
+    flags = " ".join(f"{FLAGS[part]} {typed(entry.path)}" for part, entry in zip(parts, sets[0], strict=True))
     if len(set(encodings)) == len(sets):
         advice = f"choose with --weights {encodings[0]}, or name the files: {flags}"
     else:
@@ -333,7 +340,8 @@ def missing_error(chosen: Chosen, entries: Sequence[Entry], where: str) -> FileE
     names = _listed([PART_NAMES[part] for part in chosen.missing])
     kinds = {part if part in ("vae", "text", "clip", "tokenizer") else "dit" for part in chosen.missing}
     for entry in entries:
-        if entry.problem and (entry.variant if entry.kind == "broken" else entry.kind) in kinds:
+        kind = entry.variant if entry.kind == "broken" else entry.kind
+        if entry.problem and kind in kinds and (kind != "dit" or _may_be(entry, chosen.model)):
             found = f"no {names} that can be used: {entry.problem}"
             return FileError(found, where=entry.path, advice=f"give another with {_listed(flags)}")
     for entry in _of(entries, "dit", chosen.model) if "dit" in kinds else ():
@@ -357,6 +365,12 @@ def missing_error(chosen: Chosen, entries: Sequence[Entry], where: str) -> FileE
     files = " ".join(f"{flag} FILE" for flag in flags if flag != "--tokenizer")
     advice = f"name a folder with --models-dir, the files with {files}, or fetch them: lowvram models pull {chosen.model}"
     return FileError(found, where=where, advice=advice)
+
+
+def _may_be(entry: Entry, model: str) -> bool:
+    """Whether a transformer that cannot be opened may be one of `model`: its name speaks of no other."""
+    words = _MODEL_WORDS.findall(PurePath(entry.path).name.lower())
+    return _is_version(entry, model) and all(word.replace("_", ".") in model for word in words)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -118,7 +118,9 @@ def named(entry: Entry, found: Found, sha256: str, place: str) -> Entry:
         expert="high" if found.first_of_two and not known else expert_of(name),
         version=version_of(name),
         preset=preset_of_file(name, entry.kind),
-        derived=derived_name(name.parent.name if index else name.name) if entry.kind == "dit" else "",
+        derived=derived_name(name.parent.name if index else name.name, entry.variant)
+        if entry.kind == "dit"
+        else "",
     )
 
 

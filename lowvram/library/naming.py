@@ -61,10 +61,13 @@ def version_of(path: PurePath) -> str | None:
     return None
 
 
-def derived_name(name: str) -> str:
-    """The word in a file's name that says the model was trained further from Wan; empty if there is none."""
-    found = _OTHERS.search(name.lower())
-    return found[1] if found else _family(name).lower()
+def derived_name(name: str, variant: str) -> str:
+    """The word in a file's name that says the model was trained further from Wan; empty if there is none.
+
+    variant: what its tensors say it is. A name that says no more than that ("animate") says nothing of this kind.
+    """
+    words = (word for word in _OTHERS.findall(name.lower()) if word != variant)
+    return next(words, _family(name).lower())
 
 
 def family_of(path: PurePath) -> str:

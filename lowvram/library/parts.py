@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import sys
 from collections.abc import Mapping
 
 PARTS = ("high", "low", "single", "vae", "text", "clip", "tokenizer")
@@ -24,3 +27,12 @@ FLAGS: Mapping[str, str] = {
     "tokenizer": "--tokenizer",
 }
 """What a person gives a part with."""
+
+
+def typed(path: str) -> str:
+    """A path as it is typed on a command line: in quotes where a shell would take it apart."""
+    if re.fullmatch(r"[\w@%+=:,./\\~-]+", path):
+        return path
+    if sys.platform == "win32" or not set('"$`\\!') & set(path):
+        return f'"{path}"'
+    return shlex.quote(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from lowvram.models.self_attention import CHUNK
 from lowvram.offload.budget import Budget, format_bytes
 from lowvram.planning.denoise import Room, Way
@@ -33,7 +35,10 @@ def choices(facts: Facts, budget: Budget, stage: StagePlan, way: Way, room: Room
     slots = f"{way.slots} on the device, {room.ring} between disk and device"
     if way.slots == 1:
         slots += ": nothing is copied while the device computes, every other way that fits is slower"
+    job = facts.job
     return {
+        "job": f"{job.model}, {job.width}x{job.height}, {job.frames} frames, {len(job.schedule)} steps, "
+        + _stored(facts),
         "dtype": f"{str(facts.dtype).removeprefix('torch.')}, the "
         + ("tensor cores' format" if facts.machine.kind == "cuda" else "fastest on this processor"),
         "blocks": f"{room.residents} of {depth} resident per expert: what {format_bytes(budget.vram)} leaves beside "
@@ -50,6 +55,19 @@ def choices(facts: Facts, budget: Budget, stage: StagePlan, way: Way, room: Room
         "residual": _residual(facts, lean),
         "chunk": chunk,
     } | weights
+
+
+def _stored(facts: Facts) -> str:
+    """What most of a block is stored in, and whether anybody has looked at a file of it."""
+    sizes: Counter[str] = Counter()
+    for ref in facts.transformers.blocks[0].refs:
+        sizes[ref.encoding.name] += ref.nbytes
+    encoding = sizes.most_common(1)[0][0]
+    return (
+        f"transformers in {encoding}"
+        if facts.job.files
+        else f"transformers as if in {encoding} (see --weights)"
+    )
 
 
 def _heads(facts: Facts, lean: Lean) -> str:

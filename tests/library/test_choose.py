@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowvram.discovery import find, look
+from lowvram.cli.main import _run
+from lowvram.discovery import find, is_here, look
 from lowvram.errors import FileError, UsageError
-from lowvram.library.choose import choose_loras
+from lowvram.library.choose import choose, choose_loras
 from lowvram.library.naming import expert_of
+from lowvram.library.parts import typed
+from lowvram.quant.names import CLIP
 from lowvram.sampling.presets import model_preset, preset_of_file
 
 T2V = model_preset("wan2.2-t2v-a14b")
@@ -172,6 +177,67 @@ def test_a_preset_brings_the_loras_that_are_here(owned: Any, files: Any, sparse:
     )
     with pytest.raises(UsageError, match="2 LoRAs fit --preset lightning-4"):
         choose_loras(look().entries, names, T2V, "lightning-4")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("diffusion_models", "wan2.2_animate_14B_bf16.safetensors"),
+        ("diffusion_models", "wan2.2_animate_14B_int8_convrot.safetensors"),
+        ("Wan22Animate", "Wan2_2-Animate-14B_fp8_e4m3fn_scaled_KJ.safetensors"),
+    ],
+)
+def test_animate_is_found_under_the_names_it_is_published_by(
+    folder: str, name: str, owned: Any, files: Any, sparse: Callable[..., Path]
+) -> None:
+    animate = model_preset("wan2.2-animate-14b")
+    path = sparse(owned.comfy / folder / name, files["bf16"](animate.dit.shapes()))
+    entries = look().entries
+    assert [e.derived for e in entries if e.path == str(path)] == [""]
+    taken = choose(entries, "wan2.2-animate-14b")
+    assert taken.parts["single"].path == str(path) and taken.missing == ("clip",)
+    sparse(owned.comfy / folder / "wan_animate_aio.safetensors", files["bf16"](animate.dit.shapes()))
+    assert choose(look().entries, "wan2.2-animate-14b").parts["single"].path == str(path)
+
+
+def test_a_model_that_is_here_distilled_only_is_ready_with_its_preset(
+    owned: Any, files: Any, sparse: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, preset = "wan2.1-i2v-14b", "lightx2v-2.1-4"
+    spec = model_preset(name)
+    assert spec.clip is not None
+    clip = {f"vision_model.{CLIP.from_native(key)}": shape for key, shape in spec.clip.shapes().items()}
+    sparse(owned.comfy / "clip_vision" / "clip_vision_h.safetensors", files["fp16"](clip))
+    sparse(
+        owned.comfy / "unet" / "wan2.1_i2v_720p_scaled_fp8_e4m3_lightx2v_4step.safetensors",
+        files["bf16"](spec.dit.shapes()),
+    )
+    assert is_here(name, preset=preset) and not is_here(name)
+    assert _run(["models", "list"], False, False) == 0
+    assert f"{name}      ready with --preset {preset}" in capsys.readouterr().out
+
+
+def test_a_broken_file_is_told_of_where_it_may_be_the_one_that_is_missing(
+    owned: Any, files: Any, sparse: Callable[..., Path]
+) -> None:
+    animate = model_preset("wan2.2-animate-14b")
+    path = sparse(
+        owned.comfy / "unet" / "wan2.2_animate_14B_bf16.safetensors", files["bf16"](animate.dit.shapes())
+    )
+    os.truncate(path, 12_345_678_901)
+    with pytest.raises(FileError, match="the download is not complete"):
+        find("wan2.2-animate-14b")
+    with pytest.raises(FileError, match="lowvram models pull wan2.1-flf2v-14b"):
+        find("wan2.1-flf2v-14b")
+
+
+def test_paths_in_an_advice_can_be_typed() -> None:
+    assert typed("/m/wan2.2_vae.safetensors") == "/m/wan2.2_vae.safetensors"
+    assert typed(r"C:\ComfyUI\vae.safetensors:high") == r"C:\ComfyUI\vae.safetensors:high"
+    for path in ("/home/Jürgen's files/a b.safetensors", "/m/$HOME/`x`.safetensors", '/m/a "b".safetensors'):
+        if sys.platform != "win32":
+            assert shlex.split(typed(path)) == [path]
+    assert typed("/a b/c.safetensors") == '"/a b/c.safetensors"'
 
 
 @pytest.mark.parametrize(

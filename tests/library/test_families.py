@@ -31,7 +31,7 @@ WAN = (
 def test_families_are_told_by_the_name_of_the_file_or_of_its_folder() -> None:
     assert {name: family_of(PurePath(name)) for name in NAMED} == NAMED
     assert [family_of(PurePath(name)) for name in WAN] == [""] * len(WAN)
-    assert derived_name("ChronoEdit_14B_fp8.safetensors") == "chronoedit"
+    assert derived_name("ChronoEdit_14B_fp8.safetensors", "i2v-clip") == "chronoedit"
 
 
 @pytest.mark.parametrize("name", ["Phantom-Wan-14B_fp16.safetensors", "ChronoEdit_14B_fp8.safetensors"])

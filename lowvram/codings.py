@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from lowvram import vae_footprint
@@ -25,11 +23,8 @@ class Decodings(Codings):
     def half(self) -> Half:
         return decoder(self.spec)
 
-    def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
+    def tile_scratch(self, tile: Tile, before: Tile | None) -> int:
         return vae_footprint.decode_scratch(self.spec, self.weights, tile, self.dtype, before)
-
-    def borders(self, band: Tile) -> int:
-        return vae_footprint.decode_borders(self.spec, self.weights, band, self.dtype)
 
     def under_way(self, tile: Tile) -> int:
         cells = numel(self.plane) * self._half.made**2
@@ -54,11 +49,8 @@ class Encodings(Codings):
     def half(self) -> Half:
         return encoder(self.spec)
 
-    def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
+    def tile_scratch(self, tile: Tile, before: Tile | None) -> int:
         return vae_footprint.encode_scratch(self.spec, self.weights, tile, self.dtype, before)
-
-    def borders(self, band: Tile) -> int:
-        return vae_footprint.encode_borders(self.spec, self.weights, band, self.dtype)
 
     def under_way(self, tile: Tile) -> int:
         return 0

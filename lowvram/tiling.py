@@ -1,13 +1,13 @@
 """How the autoencoder's plane is cut: the fastest tiling that fits, found without trying them all.
 
-What the histories of a tiling take is known in closed form. What its largest tile allocates besides goes with
-that tile's history, closely enough to choose by; a run of the tile on meta tensors has the last word.
+What a tiling remembers and hands on is known in closed form, and of what its largest tile allocates besides a floor;
+a run of that tile on meta tensors has the last word.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import ceil
@@ -24,14 +24,7 @@ from lowvram.models.vae_attention import QUERIES
 from lowvram.models.vae_clip import Half
 from lowvram.models.vae_history import Memory, packed, packed_size, tile_memories
 from lowvram.models.vae_middle import keys_on_device, most_strips
-from lowvram.models.vae_tiles import (
-    Tile,
-    Tiling,
-    band_edges,
-    joined,
-    long_axis,
-    make_tile,
-)
+from lowvram.models.vae_tiles import Tile, Tiling, band_edges, long_axis, make_bands, make_tile
 from lowvram.offload.estimate import Rounding
 from lowvram.quant.spec import VaeSpec, numel
 from lowvram.tiling_search import Columns, Search, Seconds
@@ -39,8 +32,9 @@ from lowvram.vae_footprint import Ends
 
 VISIT = 16
 """Latents that pass a tile before the next has its turn, if histories are moved: 64 frames wait to be whole."""
-CAREFUL = 0.6
-"""Part of its guess that scratch has at least, where the smallest of all is looked for: a refusal names it."""
+FLOOR = 3
+"""Times the largest frame that a layer remembers: a residual block holds what it was given, the sum of the taps so far and
+what the next tap gives, each of them as large."""
 SMALLEST = 8
 """Latents on a tile's side. A smaller tile would spend most of its work on what lies around it."""
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
@@ -66,16 +60,23 @@ class _Middle(NamedTuple):
     """For each latent, to the device and as many back."""
 
 
-_Grid = tuple[int, int, bool]
+Grid = tuple[int, int, bool]
 """Rows, columns, and whether they are bands."""
 
 
-class _Histories(NamedTuple):
-    """Bytes that the tiles of a tiling remember."""
+class Cut(NamedTuple):
+    """A grid in bytes."""
 
-    tiling: Tiling
-    largest: int
+    largest: tuple[int, int]
+    """Row and column of the tile that remembers most."""
+    history: int
+    """Its history."""
     total: int
+    """Histories of all tiles."""
+    handed: int
+    """What bands hand on for every latent."""
+    floor: int
+    """The largest tile allocates no less."""
 
 
 _T = TypeVar("_T")
@@ -107,26 +108,23 @@ class Codings(ABC):
     rounding: Rounding
     """What the device gives up for a long-lived buffer."""
     measured: Measured = anew
-    _known: dict[_Grid, tuple[int, int, int, int]] = field(default_factory=dict, init=False)
-    """By grid of tiles: history of the largest, of all, scratch of the largest, what bands hand on for every latent."""
+    _cuts: dict[Grid, Cut] = field(default_factory=dict, init=False)
+    _tiles: dict[Grid, int] = field(default_factory=dict, init=False)
+    """Scratch of the largest tile of every grid that was run."""
     _along_axis: dict[tuple[int, int, bool], NDArray[np.int64]] = field(default_factory=dict, init=False)
     """See `vae_footprint.remembered_cells`; by size of the axis, tiles, and whether they are bands."""
-    _overlaps: dict[_Grid, tuple[float, float]] = field(default_factory=dict, init=False)
+    _handed: dict[int, int] = field(default_factory=dict, init=False)
+    """What bands hand on for every latent, by the number of tiles across them."""
     _middles: dict[int, _Middle] = field(default_factory=dict, init=False)
     """By number of strips."""
-    _rows: dict[int, Coding] = field(default_factory=dict, init=False)
 
     @property
     @abstractmethod
     def half(self) -> Half: ...
 
     @abstractmethod
-    def tile_scratch(self, tile: Tile, before: Sequence[Tile]) -> int:
-        """Transient bytes of one visit of a tile; `before` a band, one that hands on to it."""
-
-    @abstractmethod
-    def borders(self, band: Tile) -> int:
-        """Bytes that the first band of a plane hands on for every latent."""
+    def tile_scratch(self, tile: Tile, before: Tile | None) -> int:
+        """Transient bytes of one visit of a tile. before: the band that hands on to it, if it is one that follows."""
 
     @abstractmethod
     def under_way(self, tile: Tile) -> int:
@@ -151,70 +149,35 @@ class Codings(ABC):
 
         If nothing fits: the least VRAM inside `ram`, or else the least RAM inside `vram`, or else the least VRAM.
         """
-        best = Search(self).best
+        best = self._search.best
         found = (
             best(lambda c, n: (n <= vram) & (c.ram <= ram) & ~c.late, seconds)
             or best(lambda c, n: (n <= vram) & (c.ram <= ram), seconds)
-            or best(lambda c, n: c.ram <= ram, seconds, lambda c, n: n, CAREFUL)
-            or best(lambda c, n: n <= vram, seconds, lambda c, n: c.ram, CAREFUL)
-            or best(lambda c, n: n > 0, seconds, lambda c, n: n, CAREFUL)
+            or best(lambda c, n: c.ram <= ram, seconds, lambda c, n: n)
+            or best(lambda c, n: n <= vram, seconds, lambda c, n: c.ram)
+            or best(lambda c, n: n > 0, seconds, lambda c, n: n)
         )
         assert found is not None
-        return found
+        return self.exactly(found)
 
     def exactly(self, tiling: Tiling) -> Coding:
         """What a given tiling takes."""
-        return self._coding(tiling, *self._settled(tiling))
+        return self._coding(tiling, self.tile(tiling.grid))
 
-    def row(self, number: int) -> Coding:
-        """What way `number` of the columns takes, exactly."""
-        if number not in self._rows:
-            self._rows[number] = self.exactly(self._ways[number].tiling)
-        return self._rows[number]
-
-    def settled(self, number: int) -> tuple[int, int, int]:
-        """Of the grid of way `number`: history and scratch of the largest tile, what bands hand on for every latent."""
-        largest, _, scratch, handed = self._settled(self._ways[number].tiling)
-        return largest, scratch, handed
-
-    def _settled(self, tiling: Tiling) -> tuple[int, int, int, int]:
-        if tiling.grid not in self._known:
-            self._known[tiling.grid] = self._settle(tiling)
-        return self._known[tiling.grid]
-
-    def _settle(self, tiling: Tiling) -> tuple[int, int, int, int]:
-        down, across = self._axes(tiling.grid)
-        frames = np.array([m.frames for m in self._whole_memories])
-        row_bytes = np.array([m.shape[0] * self.dtype.itemsize for m in self._whole_memories])
-        sizes = packed(down[:, None] * across[None] * row_bytes) @ frames
-        half, cells = self._half, self._half.cells
-        row, column = divmod(int(sizes.argmax()), tiling.columns)
-        plane = self.plane[0] * cells, self.plane[1] * cells
-        before: Sequence[Tile] = ()
-        handed = 0
-        if tiling.banded:
-            line, band = (row, column)[:: 1 if self._long else -1]
-            bands = tiling.lines(half.tiled, plane, cells)[line]
-            tile, before = bands[band], [joined(bands[:band])] if band else []
-            handed = self.measured(partial(self.borders, bands[0]), "borders", *self._of_half, repr(bands[0]))
-        else:
-            rows, columns = tiling.spans(half.tiled, plane)
-            tile = make_tile(half.tiled, plane, rows[row], columns[column])
-        scratch = self.measured(
-            partial(self.tile_scratch, tile, before), "tile", *self._of_half, tile.window, repr(tile)
-        ) + self.under_way(tile)
-        return int(sizes.max()), int(sizes.sum()), scratch, handed
-
-    def _coding(
-        self, tiling: Tiling, largest: int, total: int, tile_scratch: int = 0, handed: int = 0
-    ) -> Coding:
-        visits, middle = ceil(self.latent[1] / tiling.visit), self._middle(tiling.strips)
-        everything = total + middle.total
-        away, largest = not tiling.kept and visits > 1, max(largest, middle.largest)
+    def _coding(self, tiling: Tiling, tile: int = 0) -> Coding:
+        """tile: scratch of the largest."""
+        visits, middle, cut = (
+            ceil(self.latent[1] / tiling.visit),
+            self._middle(tiling.strips),
+            self.cut(tiling.grid),
+        )
+        everything = cut.total + middle.total
+        away, largest = not tiling.kept and visits > 1, max(cut.history, middle.largest)
+        by_strips = middle.convolved + middle.handed * tiling.visit
         return Coding(
             tiling,
             slab=self.rounding(everything if tiling.kept else (1 + (tiling.ahead and away)) * largest),
-            scratch=self._scratch(tiling, tile_scratch, handed),
+            scratch=max(middle.scratch, by_strips, tile) + cut.handed * tiling.visit,
             shelf=everything if away else 0,
             waiting=tiling.visit * (self._plane + middle.results) + middle.resting,
             frames=self.frame * self.frames_held(tiling),
@@ -223,98 +186,67 @@ class Codings(ABC):
             work=self._work(tiling.grid),
         )
 
-    def _scratch(self, tiling: Tiling, of_tile: int, handed: int) -> int:
-        middle = self._middle(tiling.strips)
-        by_strips = middle.convolved + middle.handed * tiling.visit
-        return max(middle.scratch, by_strips, of_tile) + handed * tiling.visit
-
-    def _work(self, grid: _Grid) -> float:
+    def _work(self, grid: Grid) -> float:
         """As a multiple of what the whole plane takes; along bands nothing is computed twice."""
-        return self._overlap(self._across(grid))[0]
-
-    def _guessed_borders(self, grid: _Grid) -> int:
-        """What bands hand on for every latent, in proportion to the largest tile across them."""
-        return int(self._handed * self._overlap(self._across(grid))[1]) if grid[2] else 0
-
-    def _overlap(self, grid: _Grid) -> tuple[float, float]:
-        """What tiles, and the largest of them, remember as a multiple of what the whole plane does."""
-        if grid not in self._overlaps:
-            sizes, whole = self._sizes(grid), self._sizes((1, 1, False)).sum()
-            self._overlaps[grid] = float(sizes.sum() / whole), float(sizes.max() / whole)
-        return self._overlaps[grid]
-
-    def _across(self, grid: _Grid) -> _Grid:
-        """What of a grid overlaps: all of it, or the tiles across its bands."""
         rows, columns, banded = grid
-        if not banded:
-            return grid
-        return (rows, 1, False) if self._long else (1, columns, False)
+        if banded:
+            grid = (rows, 1, False) if self._long else (1, columns, False)
+        return self.cut(grid).total / self.cut((1, 1, False)).total
 
     def _middle(self, strips: int) -> _Middle:
         if strips not in self._middles:
             self._middles[strips] = self._whole_middle() if strips == 1 else self._middle_in_strips(strips)
         return self._middles[strips]
 
-    def _late(self, tiling: Tiling) -> bool:
+    def late(self, tiling: Tiling) -> bool:
         """Whether all frames wait for the last tile, however long the clip."""
         return not tiling.kept and tiling.visit == self.latent[1] > VISIT
 
-    # ---- what is known in closed form
+    # ---- the ways, and what is known of them without a run
 
     @cached_property
-    def columns(self) -> Columns:
-        """Every way as far as it is known in closed form."""
-        ways, first = self._ways, dict[_Grid, _Histories]()
-        for each in self._histories:
-            first.setdefault(each.tiling.grid, each)
-        numbers = {grid: n for n, grid in enumerate(first)}
-        return Columns(
-            grid=np.array([numbers[way.tiling.grid] for way in ways]),
-            late=np.array([self._late(way.tiling) for way in ways]),
-            least=np.array([way.scratch for way in ways]),
-            visit=np.array([way.tiling.visit for way in ways]),
-            slab=np.array([way.slab for way in ways]),
-            ram=np.array([way.ram for way in ways]),
-            moved=np.array([way.moved for way in ways]),
-            passed=np.array([way.passed for way in ways]),
-            ahead=np.array([way.ahead for way in ways]),
-            work=np.array([way.work for way in ways]),
-            largest=np.array([each.largest for each in first.values()]),
-            banded=np.array([banded for _, _, banded in first]),
-            handed=np.array([self._guessed_borders(grid) for grid in first]),
+    def _search(self) -> Search:
+        grids = list(dict.fromkeys(tiling.grid for tiling in self.tilings))
+        numbers = {grid: n for n, grid in enumerate(grids)}
+        codings = [self._coding(tiling) for tiling in self.tilings]
+        handed = np.array([self.cut(c.tiling.grid).handed * c.tiling.visit for c in codings])
+        columns = Columns(
+            self.tilings,
+            grid=np.array([numbers[c.tiling.grid] for c in codings]),
+            late=np.array([self.late(c.tiling) for c in codings]),
+            least=np.array([c.scratch for c in codings]) - handed,
+            beside=np.array([c.slab for c in codings]) + handed,
+            ram=np.array([c.ram for c in codings]),
+            moved=np.array([c.moved for c in codings]),
+            passed=np.array([c.passed for c in codings]),
+            ahead=np.array([c.ahead for c in codings]),
+            work=np.array([c.work for c in codings]),
         )
+        floors = np.array([self.cut(grid).floor for grid in grids])
+        return Search(columns, floors, lambda number: self.tile(grids[number]))
 
     @cached_property
-    def _ways(self) -> list[Coding]:
-        """One for each of `_histories`, without scratch until its grid is known."""
-        return [self._coding(*histories) for histories in self._histories]
-
-    @cached_property
-    def _histories(self) -> list[_Histories]:
-        """Of every tiling that is worth a thought."""
-        frames, found, strips = self.latent[1], [], sorted({1, self._strips})
+    def tilings(self) -> list[Tiling]:
+        """Every tiling that is worth a thought."""
+        frames, found, strips = self.latent[1], list[Tiling](), sorted({1, self._strips})
         visits = {ceil(frames / ceil(frames / VISIT)), frames}
         shorter = {ceil(frames / ceil(frames / n)) for n in (VISIT // 4, VISIT // 2, VISIT)}
-        for grid in (*self._grids(), *self._bands()):
-            sizes, banded = self._sizes(grid), grid[2]
-            largest, total = int(sizes.max()), int(sizes.sum())
-            found.append(_Histories(Tiling(*grid[:2], banded=banded), largest, total))
+        for rows, columns, banded in (*self._grids(), *self._bands()):
+            found.append(Tiling(rows, columns, banded=banded))
             found += [
-                _Histories(
-                    Tiling(*grid[:2], n, kept=False, banded=banded, strips=cut, ahead=ahead), largest, total
-                )
+                Tiling(rows, columns, n, kept=False, banded=banded, strips=cut, ahead=ahead)
                 for n in (shorter if banded else visits)
                 for cut in strips
                 for ahead in ((False, True) if n < frames else (False,))
             ]
         return found
 
-    def _grids(self) -> Iterator[_Grid]:
+    def _grids(self) -> Iterator[Grid]:
         """Those of tiles that overlap."""
         counts = [[n for n in _COUNTS if n == 1 or n * SMALLEST <= size] for size in self.plane]
         return ((rows, columns, False) for rows in counts[0] for columns in counts[1])
 
-    def _bands(self) -> Iterator[_Grid]:
+    def _bands(self) -> Iterator[Grid]:
         """Those of bands, alone and in tiles."""
         half, long, (size, other) = self._half, self._long, self.plane[:: -1 if self._long else 1]
         for bands in _COUNTS[1:]:
@@ -324,23 +256,79 @@ class Codings(ABC):
                 if tiles == 1 or tiles * SMALLEST <= other:
                     yield (tiles, bands, True) if long else (bands, tiles, True)
 
-    def _sizes(self, grid: _Grid) -> NDArray[np.int64]:
-        """Bytes [row, column] that tiles remember."""
-        down, across = self._axes(grid)
-        return (down * self._per_cell) @ across.T
+    def cut(self, grid: Grid) -> Cut:
+        if grid not in self._cuts:
+            down, across = self._axes(grid)
+            frames = down[:, None] * across[None] * self._cell_bytes  # [row, column, memory]
+            sizes = packed(frames) @ self._frames
+            row, column = divmod(int(sizes.argmax()), grid[1])
+            self._cuts[grid] = Cut(
+                (row, column),
+                int(sizes.max()),
+                int(sizes.sum()),
+                self._handed_across(grid[0 if self._long else 1]) if grid[2] else 0,
+                FLOOR * int(frames[row, column].max()),
+            )
+        return self._cuts[grid]
+
+    def _handed_across(self, tiles: int) -> int:
+        """Bytes that bands hand on for every latent, where so many tiles lie across them."""
+        if tiles not in self._handed:
+            widest = int(self._along(0 if self._long else 1, tiles).sum(axis=1).argmax())
+            band = self._line((tiles, 2, True) if self._long else (2, tiles, True), widest)[0]
+            self._handed[tiles] = vae_footprint.handed_bytes(band, self.spec, self.dtype, self._half.frames)
+        return self._handed[tiles]
 
     @cached_property
-    def _per_cell(self) -> NDArray[np.int64]:
-        """Bytes that each memory has for a cell."""
-        of = (m.frames * m.shape[0] * self.dtype.itemsize for m in self._whole_memories)
-        return np.array([*of], dtype=np.int64)
+    def _cell_bytes(self) -> NDArray[np.int64]:
+        """Of a frame that each memory keeps."""
+        return np.array([m.shape[0] * self.dtype.itemsize for m in self._whole_memories])
+
+    @cached_property
+    def _frames(self) -> NDArray[np.int64]:
+        """That each memory keeps."""
+        return np.array([m.frames for m in self._whole_memories])
+
+    # ---- a run
+
+    def tile(self, grid: Grid) -> int:
+        """Scratch of the largest tile."""
+        if grid not in self._tiles:
+            tile, before = self._largest(grid)
+            run = partial(self.tile_scratch, tile, before)
+            scratch = self.measured(run, "tile", *self._of_half, tile.window, repr(tile))
+            self._tiles[grid] = scratch + self.under_way(tile)
+        return self._tiles[grid]
+
+    def _largest(self, grid: Grid) -> tuple[Tile, Tile | None]:
+        """The largest tile, and the band before it."""
+        row, column = self.cut(grid).largest
+        if grid[2]:
+            line, band = (row, column) if self._long else (column, row)
+            bands = self._line(grid, line)
+            return bands[band], bands[band - 1] if band else None
+        rows, columns = Tiling(*grid[:2]).spans(self._half.tiled, self._input)
+        return make_tile(self._half.tiled, self._input, rows[row], columns[column]), None
+
+    def _line(self, grid: Grid, number: int) -> list[Tile]:
+        """The bands of one tile across them."""
+        half, size = self._half, self._input
+        across = Tiling(*grid[:2]).spans(half.tiled, size)[0 if self._long else 1][number]
+        return make_bands(half.tiled, size, 3 + self._long, grid[self._long], half.cells, across)
+
+    @property
+    def _input(self) -> tuple[int, int]:
+        """Cells of the plane that tiles are given."""
+        return self.plane[0] * self._half.cells, self.plane[1] * self._half.cells
+
+    # ---- the half
 
     @property
     def _long(self) -> int:
         """The axis of the plane along which bands lie, 1 for columns."""
         return long_axis(self.plane) - 3
 
-    def _axes(self, grid: _Grid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _axes(self, grid: Grid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Cells [tile, memory] along rows and along columns."""
         rows, columns, banded = grid
         return self._along(0, rows, banded and not self._long), self._along(
@@ -361,13 +349,6 @@ class Codings(ABC):
         return self._along_axis[what]
 
     @cached_property
-    def _handed(self) -> int:
-        """Bytes handed from band to band for every latent, where bands cross the whole plane."""
-        rows, columns, _ = next(iter(self._bands()))
-        first = self._half.tiles(Tiling(rows, columns, banded=True), self.plane)[0]
-        return self.measured(partial(self.borders, first), "borders", *self._of_half, repr(first))
-
-    @cached_property
     def _half(self) -> Half:
         return self.half
 
@@ -384,10 +365,6 @@ class Codings(ABC):
     def _whole_memories(self) -> list[Memory]:
         (whole,) = self._half.tiles(Tiling(), self.plane)
         return tile_memories(whole, self._shapes)
-
-    @cached_property
-    def _whole(self) -> int:
-        return packed_size(self._whole_memories, self.dtype)
 
     @cached_property
     def _plane(self) -> int:

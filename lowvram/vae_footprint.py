@@ -21,6 +21,7 @@ from lowvram.models import vae, vae_clip
 from lowvram.models.vae_attention import KEYS, QUERIES, attend
 from lowvram.models.vae_bands import Borders
 from lowvram.models.vae_clip import Half
+from lowvram.models.vae_handed import handed_on
 from lowvram.models.vae_history import Memory, PackedHistory, memories, tile_memories
 from lowvram.models.vae_layers import History, Weights
 from lowvram.models.vae_middle import Middle, keys_on_device
@@ -39,13 +40,16 @@ class _UnderWay(PackedHistory):
 
 def _under_way(found: Sequence[Memory], dtype: torch.dtype) -> _UnderWay:
     places = {
-        m.name: tuple(
-            torch.empty(1, 1, *m.shape[1:], m.shape[0], dtype=dtype).permute(0, 4, 1, 2, 3)
-            for _ in range(m.frames)
-        )
+        m.name: tuple(_channels_last((m.shape[0], 1, *m.shape[1:]), dtype) for _ in range(m.frames))
         for m in found
     }
     return _UnderWay(frames=dict(places), places=places)
+
+
+def _channels_last(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """[1, C, T, H, W], as layers leave their results."""
+    channels, *others = shape
+    return torch.empty(1, *others, channels, dtype=dtype).permute(0, 4, 1, 2, 3)
 
 
 # ---- the middle block
@@ -134,7 +138,6 @@ def strips_scratch(
     scratch, handed = 0, 0
     with torch.no_grad():
         for strips, enter in zip(middle.strips(count, plane), (ends[0], inner), strict=True):
-            borders = Borders()
 
             def run(like: Tensor, strip: Tile, history: History, enter: Enter = enter) -> None:
                 held = vae.statistics(spec, like)
@@ -142,17 +145,12 @@ def strips_scratch(
                 vae.run(strip.layers, enter(like, (rows.size, columns.size)), w, history)
                 del held
 
-            # what is handed on has its place from now on
-            run(like, strips[0], _visited(spec, strips[0], borders, dtype))
-            largest = max(
-                strips[1:-1],
-                key=lambda strip: strip.window[0].size * strip.window[1].size,
-                default=strips[0],
-            )
-            for strip in (strips[0], largest, strips[-1]):
-                history = _visited(spec, strip, borders, dtype)
-                scratch = max(scratch, peak(partial(run, strip=strip, history=history), like))
-            handed = max(handed, sum(allocated_size(c.nbytes) for left in borders.values() for c in left))
+            cells = [strip.window[0].size * strip.window[1].size for strip in strips]
+            largest = max(range(1, count - 1), key=lambda n: cells[n], default=0)
+            for n in {0, largest, count - 1}:
+                history = _visited(spec, strips[n], strips[n - 1] if n else None, dtype)
+                scratch = max(scratch, peak(partial(run, strip=strips[n], history=history), like))
+            handed = max(handed, handed_bytes(strips[0], spec, dtype, 1))
     cell = middle.channels * dtype.itemsize
     held = keys_on_device(middle, plane, dtype)
     there = (
@@ -179,11 +177,11 @@ def _attend_scratch(
 
 
 def decode_scratch(
-    spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile] = ()
+    spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Tile | None = None
 ) -> int:
     """Transient bytes of one visit of a decoder tile, its window and the conversion of frames to bytes included.
 
-    The first frame tells: what waits for the frames after it is already there. before: of a band, those that hand on.
+    The first frame tells: what waits for the frames after it is already there. before: the band that hands on to it, if any.
     """
 
     def run(tile: Tile, like: Tensor, w: Weights, history: History) -> None:
@@ -191,17 +189,7 @@ def decode_scratch(
         next(_decoded(spec, tile, like, w, history))
         del statistics
 
-    return _tile_scratch(run, spec, weights, tile, dtype, before)
-
-
-def decode_borders(spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
-    """Bytes that `band`, the first of a plane, hands on for every latent that passes."""
-
-    def run(tile: Tile, like: Tensor, w: Weights, history: History) -> None:
-        for _ in _decoded(spec, tile, like, w, history):
-            pass
-
-    return _borders(run, spec, weights, band, dtype)
+    return _tile_scratch(run, spec, weights, tile, dtype, before, frames=1)
 
 
 def _decoded(spec: VaeSpec, tile: Tile, like: Tensor, w: Weights, history: History) -> Iterator[None]:
@@ -213,18 +201,14 @@ def _decoded(spec: VaeSpec, tile: Tile, like: Tensor, w: Weights, history: Histo
 
 
 def encode_scratch(
-    spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile] = ()
+    spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Tile | None = None
 ) -> int:
     """Transient bytes of one visit of an encoder tile: four frames, its window of them and the result included.
 
-    before: of a band, those that hand on.
+    before: the band that hands on to it, if any.
     """
-    return _tile_scratch(partial(_encoded, spec), spec, weights, tile, dtype, before)
-
-
-def encode_borders(spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
-    """Bytes that `band`, the first of a plane, hands on for every latent that passes."""
-    return _borders(partial(_encoded, spec), spec, weights, band, dtype)
+    run = partial(_encoded, spec)
+    return _tile_scratch(run, spec, weights, tile, dtype, before, vae_clip.FRAMES)
 
 
 def _encoded(spec: VaeSpec, tile: Tile, like: Tensor, w: Weights, history: History) -> None:
@@ -242,36 +226,43 @@ Visit = Callable[[Tile, Tensor, Weights, History], None]
 
 
 def _tile_scratch(
-    run: Visit, spec: VaeSpec, weights: Group, tile: Tile, dtype: torch.dtype, before: Sequence[Tile]
+    run: Visit,
+    spec: VaeSpec,
+    weights: Group,
+    tile: Tile,
+    dtype: torch.dtype,
+    before: Tile | None,
+    frames: int,
 ) -> int:
-    borders = Borders()
+    """frames: that enter the tile for a latent."""
     with META:
         w = Dense(meta_params(weights), dtype)
         like = torch.empty((), dtype=dtype)
+    history = _visited(spec, tile, before, dtype, frames)
     with torch.no_grad():
-        for band in (
-            (*before, tile) if tile.flow else ()
-        ):  # what is handed on has its place already, planned apart
-            run(band, like, w, _visited(spec, band, borders, dtype))
-        history = _visited(spec, tile, borders, dtype)
         return peak(lambda like: run(tile, like, w, history), like)
 
 
-def _borders(run: Visit, spec: VaeSpec, weights: Group, band: Tile, dtype: torch.dtype) -> int:
+def _visited(
+    spec: VaeSpec, tile: Tile, before: Tile | None, dtype: torch.dtype, frames: int = 1
+) -> _UnderWay:
+    """The history of a tile that is visited again. What is handed on has its place already, planned apart: a band finds
+    what the one `before` left for it, and leaves as much."""
     borders = Borders()
     with META:
-        w = Dense(meta_params(weights), dtype)
-        like = torch.empty((), dtype=dtype)
-    with torch.no_grad():
-        run(band, like, w, _visited(spec, band, borders, dtype))
-    return sum(allocated_size(cells.nbytes) for left in borders.values() for cells in left)
-
-
-def _visited(spec: VaeSpec, tile: Tile, borders: Borders, dtype: torch.dtype) -> _UnderWay:
-    with META:
         history = _under_way(tile_memories(tile, spec.shapes()), dtype)
+        for left in handed_on(before or tile, spec.shapes(), frames) if tile.flow else ():
+            borders[left.name] = [_channels_last(left.shape, dtype) for _ in range(left.times)]
     history.band = tile.band(borders)
     return history
+
+
+def handed_bytes(band: Tile, spec: VaeSpec, dtype: torch.dtype, frames: int) -> int:
+    """What a band hands on for every latent, of which so many frames enter it."""
+    return sum(
+        left.times * allocated_size(prod(left.shape) * dtype.itemsize)
+        for left in handed_on(band, spec.shapes(), frames)
+    )
 
 
 def remembered_cells(half: Half, spec: VaeSpec, size: int, count: int, banded: bool) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,9 @@ class Tracker:
             self._peak_live = tuple(sorted(found, key=lambda live: (-live.nbytes, live.where)))
         return self._peak_live
 
-    def made(self, tensor: Tensor, existing: set[int], where: str) -> None:
-        """Count the storage of an operation's result, unless it is one of its inputs' (`existing`)."""
+    def made(self, tensor: Tensor, existing: set[int], says: Callable[[], str]) -> None:
+        """Count the storage of an operation's result, unless it is one of its inputs' (`existing`). says: where it was
+        made."""
         if tensor.device.type != self._device:
             return
         storage = tensor.untyped_storage()
@@ -149,11 +151,13 @@ class Tracker:
             known = self._live.get(key)
             if known is not None and known[0]() is storage:
                 if known[1].nbytes != nbytes:  # resized in place, as `out=` does
+                    where = says()
                     self._leave_peak()
                     self._live[key] = (known[0], Live(nbytes, where))
                     self._place(key, nbytes)
                     self._grow(nbytes - known[1].nbytes, where)
             elif key not in existing:
+                where = says()
                 self._live[key] = (weakref.ref(storage), Live(nbytes, where))
                 weakref.finalize(storage, self._gone, key).atexit = False
                 self._place(key, nbytes)
@@ -199,6 +203,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tracker, self._imagine = tracker, imagine
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._whole: set[Any] = set()  # operations that have no parts
+        self._effects: dict[Any, str] = {}
+        self._alike: dict[Any, torch.dtype] = {}  # what pointwise operations make of tensors that are alike
         self._made: dict[Any, tuple[Sequence[int], Sequence[int], torch.dtype]] = {}
         self._torch_folder = str(Path(torch.__file__).parent)
 
@@ -227,28 +233,39 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if parts is not NotImplemented:
                 return parts
             self._whole.add(func)
+        if func not in self._effects:
+            self._effects[func] = "new" if constant else _effect(func)
+        if self._effects[func] != "new":
+            return inputs[0] if self._imagine and self._effects[func] == "writes" else func(*args, **named)
         if self._imagine and named.get("device") is not None and torch.device(named["device"]).type != "meta":
             return func(
                 *args, **named | {"device": torch.device("meta")}
             )  # it leaves the device: not counted
         result = self._results(func, args, named) if self._imagine else func(*args, **named)
         existing = set() if constant else {t.untyped_storage()._cdata for t in inputs}
-        where = ""
         for tensor in _tensors(result):
-            where = where or f"{func} at {self._caller()}"
-            self._tracker.made(tensor, existing, where)
+            self._tracker.made(tensor, existing, lambda: f"{func} at {self._caller()}")
         return result
 
     def _results(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """What `func` returns. Networks repeat themselves, and torch takes a millisecond to say what some operations
-        would make: it is asked once for every combination of operation and arguments."""
+        would make: it is asked once for every combination of operation and arguments, and of pointwise operations once
+        for all tensors of a kind."""
         what = func, _signature(args), _signature(tuple(named.items()))
         if what in self._made:
             shape, stride, dtype = self._made[what]
             return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        inputs = _tensors((args, named))
+        kind = _kind(func, args, named) if _are_alike(inputs) else None
+        if kind in self._alike:
+            return torch.empty_strided(
+                inputs[0].shape, inputs[0].stride(), dtype=self._alike[kind], device="meta"
+            )
         result = func(*args, **named)
-        if isinstance(result, Tensor) and _is_new(result, _tensors((args, named))):
+        if isinstance(result, Tensor) and _is_new(result, inputs):
             self._made[what] = result.shape, result.stride(), result.dtype
+            if kind is not None and _are_alike([*inputs, result]):
+                self._alike[kind] = result.dtype
         return result
 
     def _as_meta(self, tensor: Tensor) -> Tensor:
@@ -269,6 +286,24 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+def _effect(func: Any) -> str:
+    """What an operation returns: "new" memory, a "view" of its input, or its first input after it "writes" to it."""
+    tags, returns = set(func.tags), func._schema.returns
+    aliases = bool(returns) and all(r.alias_info is not None for r in returns)
+    if not aliases or tags & {torch.Tag.out, torch.Tag.inplace_view}:  # those may change the size of an input
+        return "new"
+    return "writes" if torch.Tag.inplace in tags else "view"
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors lie in memory in the same way, without holes: a pointwise result of them does so too."""
+    if not tensors:
+        return False
+    shape, stride = tensors[0].shape, tensors[0].stride()
+    extent = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    return extent == prod(shape) and all(t.shape == shape and t.stride() == stride for t in tensors[1:])
+
+
 def _is_new(result: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether `result` has memory of its own that holds nothing else."""
     storage = result.untyped_storage()
@@ -279,11 +314,23 @@ def _is_new(result: Tensor, inputs: Sequence[Tensor]) -> bool:
 
 
 def _signature(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """What the size of a result depends on. Numbers are told apart by type: 1, 1.0 and True are equal otherwise."""
+    """What the size of a result depends on."""
+    return _described(arguments, lambda t: (t.shape, t.stride(), t.dtype))
+
+
+def _kind(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """What the dtype of a pointwise result depends on; None if `func` is no pointwise operation."""
+    if torch.Tag.pointwise not in func.tags:
+        return None
+    return func, _described((args, tuple(named.items())), lambda t: t.dtype)
+
+
+def _described(arguments: Sequence[Any], of_tensor: Callable[[Tensor], Any]) -> tuple[Any, ...]:
+    """Arguments as something to remember by. Numbers are told apart by type: 1, 1.0 and True are equal otherwise."""
     return tuple(
-        (a.shape, a.stride(), a.dtype)
+        of_tensor(a)
         if isinstance(a, Tensor)
-        else _signature(a)
+        else _described(a, of_tensor)
         if isinstance(a, (list, tuple))
         else (type(a), a)
         for a in arguments

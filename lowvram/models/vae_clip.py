@@ -36,6 +36,8 @@ class Half:
     """Cells on the side of a latent that `tiled` is given."""
     made: int
     """Cells on the side of a latent that `tiled` gives."""
+    frames: int
+    """That enter `tiled` for a latent."""
 
     def tiles(self, tiling: Tiling, plane: tuple[int, int]) -> list[Tile]:
         """The tiles on a `plane` of latents, row by row."""
@@ -53,14 +55,16 @@ def decoder(spec: VaeSpec) -> Half:
     """The middle block first, then upsampling in tiles."""
     top = spec.decoder_base * vae.MULTIPLIERS[-1]
     middle = split(vae.decoder_middle(spec), top)
-    return Half(vae.decoder_upsampling(spec), middle, cells=1, made=spec.stride[1] // spec.patch)
+    return Half(vae.decoder_upsampling(spec), middle, cells=1, made=spec.stride[1] // spec.patch, frames=1)
 
 
 def encoder(spec: VaeSpec) -> Half:
     """Downsampling in tiles first, then the middle block."""
     cells = spec.stride[1] // spec.patch
     top = spec.base * vae.MULTIPLIERS[-1]
-    return Half(vae.encoder_downsampling(spec), split(vae.encoder_middle(spec), top), cells, made=1)
+    return Half(
+        vae.encoder_downsampling(spec), split(vae.encoder_middle(spec), top), cells, made=1, frames=FRAMES
+    )
 
 
 # ---- decode

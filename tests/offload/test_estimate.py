@@ -109,6 +109,25 @@ def test_an_operation_seen_before_is_counted_like_the_first_time() -> None:
     assert peak_memory(repeated, x).peak_bytes == real_peak(repeated, x).peak_bytes
 
 
+def test_pointwise_results_of_other_sizes_are_counted_like_the_first() -> None:
+    def pointwise(x: Tensor) -> list[Tensor]:
+        kept = []
+        for part in (x[:8], x[8:], x[:, :5], x[:, ::2].transpose(0, 1), x[0]):
+            kept += [
+                part * 2,
+                part > 0,
+                part.to(torch.bfloat16) + 1,
+                part + torch.ones(1),
+            ]
+            kept[-2].mul_(2).add_(kept[-2])
+        return kept
+
+    x = torch.randn(30, 30)
+    fake, real = peak_memory(pointwise, x), real_peak(pointwise, x)
+    assert fake.peak_bytes == real.peak_bytes
+    assert [live.nbytes for live in fake.live] == [live.nbytes for live in real.live]
+
+
 def test_out_arguments_are_counted_as_large_as_they_become() -> None:
     def grown(x: Tensor) -> Tensor:
         out = torch.empty(0)

@@ -1,6 +1,6 @@
 """Wan-Animate as a library: a folder of driving videos becomes a video of any length.
 
-pipe = Runtime(vram="16GB", ram="24GB").load("wan2.2-animate-14b", single="...", ...)
+pipe = Runtime(vram="16GB", ram="24GB").load("wan2.2-animate-14b")
 pipe.animate("preprocessed", mode="replace").save("out.mp4")
 """
 
@@ -24,6 +24,7 @@ from lowvram.media.join import join
 from lowvram.media.sound import check_sound
 from lowvram.media.video import VideoWriter, check_size, check_target, read_frames, write_behind
 from lowvram.model import with_loras
+from lowvram.offload.io import user_path
 from lowvram.planning.plan import Plan
 from lowvram.preview import Preview
 from lowvram.quant.spec import ModelSpec
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Animation:
-    """A job on driving videos, planned and ready to run."""
+    """A job on driving videos, planned and ready to run: `save` makes the video, of any length, and writes it."""
 
     pipeline: Pipeline
     job: Job
@@ -53,7 +54,7 @@ class Animation:
 
         Finished segments wait in a folder beside it, which is removed in the end.
         """
-        target = Path(path)
+        target = user_path(path)
         check_target(target, overwrite)
         with tempfile.TemporaryDirectory(
             prefix=f".{target.stem}.", dir=target.parent, ignore_cleanup_errors=True

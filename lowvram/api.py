@@ -1,11 +1,4 @@
-"""Runtime, Pipeline, Video: the product as a library.
-
-runtime = Runtime(vram="16GB", ram="24GB")
-pipe = runtime.load("nano")
-print(pipe.plan("a red circle moves left on a black background"))
-video = pipe("a red circle moves left on a black background", seed=1)
-video.save("out.mp4")
-"""
+"""Runtime, Pipeline, Video: the product as a library. `help(lowvram)` shows how they are used."""
 
 from __future__ import annotations
 
@@ -36,12 +29,13 @@ from lowvram.media.video import VideoWriter, check_size, check_target, write_beh
 from lowvram.model import Model, imagined_model, open_model, with_loras
 from lowvram.offload.budget import Budget, Ledger, format_bytes, parse_bytes
 from lowvram.offload.device import CpuDevice, Device
+from lowvram.offload.io import user_path
 from lowvram.offload.kept import KeptBytes
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
 from lowvram.preview import Decoder, Preview, open_decoder
 from lowvram.quant.encodings.registry import encoding_by_name
-from lowvram.report import Report, Sample
+from lowvram.report import Report, Sample, StageReport
 from lowvram.sampling.presets import few_step, model_preset
 from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.denoise import State
@@ -56,13 +50,15 @@ DEFAULT_WEIGHTS = "bf16"
 
 
 class Runtime:
-    """A budget on a machine.
+    """A budget on this machine, which no job exceeds.
 
-    vram, ram   sizes such as "16GB" or bytes; None takes what is free now
+    vram, ram   caps on the whole job, as texts such as "16GB" or in bytes; None takes what is free now
     device      "cuda" or "cpu"; None takes CUDA if there is any
-    cache       whether prompts that were encoded before are taken from disk, and those of new jobs are kept there
-    keep        how much of the RAM holds transformer weights from one job to the next, such as "16GB": a job with another
-                LoRA, prompt or seed then reads from disk only what is not there yet. Jobs have the rest of the RAM.
+    cache       whether the features of prompts (not their words) are kept in the user's cache folder and taken from there
+    keep        how much of `ram` holds transformer weights from one job to the next, such as "16GB": a job with another
+                LoRA, prompt or seed then reads from disk only what is not there yet. Jobs have the rest of `ram`.
+
+    UsageError for a size without a unit, or a device that is not here. CUDA is initialised here.
     """
 
     def __init__(
@@ -92,11 +88,20 @@ class Runtime:
         progress: Callable[[Path], None] = lambda path: None,
         **files: str | None,
     ) -> Pipeline:
-        """The model called `model`, or the one in the folder `model`: headers are read, no weights.
+        """The model called `model` ("nano", "wan2.2-t2v-a14b", ...), or the one in the folder `model`.
 
-        Parts that are not named are looked for as `lowvram.discovery.find` says, which takes the other settings.
+        Its parts are looked for where other programs keep such files. Headers are read, no weights.
 
-        files: "high", "low", "single", "vae", "text", "clip", "tokenizer" name single files instead of found ones.
+        models_dirs  more folders to look in, before the usual ones
+        weights      the encoding to take where several are here, such as "fp8"
+        preset       the few-step preset of the jobs to come: transformers made for it are taken where they are here
+        force        whether to take experts whose names contradict the part they are given as
+        progress     called with every file whose header is about to be read for the first time
+        files        single files instead of found ones, by part: high, low, single (the only transformer), vae, text,
+                     clip, tokenizer
+
+        UsageError for an unknown name, or where several files fit equally; FileError for a part that is missing or is
+        not what it should be.
         """
         given = {part: path for part, path in files.items() if path}
         found = discovery.find(
@@ -167,7 +172,7 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A model, ready to plan and to run jobs."""
+    """A model, ready to plan and to run jobs: see `job` for their settings."""
 
     runtime: Runtime
     model: Model
@@ -178,10 +183,31 @@ class Pipeline:
     """Where LoRAs of a preset are looked for besides the usual places."""
 
     def job(self, prompt: str = "", *, force: bool = False, **settings: Any) -> Job:
-        """A job on this model; `settings` are those of `lowvram.job.make_job`, pictures as paths.
+        """A job on this model, settled and checked. What is left out, or None, is the model's own default:
 
-        The few-step preset is that of the files, where they are known and nothing of the schedule is set. UsageError if
-        settings and files contradict each other (see `lowvram.fewstep`), unless `force`.
+        negative        what the video should not show
+        width           pixels, a multiple of 16 (of 32 for TI2V-5B)
+        height          likewise
+        area            about so many pixels in a frame, in the shape of `image`, instead of width and height
+        frames          4n + 1; of one segment in a driven job
+        fps             frames a second of the video that is written, 1 to 120
+        seed            0 to 2**63 - 1; the same on every machine
+        steps           of the denoise, 1 to 1000
+        solver          "unipc", "dpm++", "euler" or "renoise"
+        shift           of the noise schedule, 0.001 to 1000: larger spends more steps at high noise
+        guidance        scale, or those of the (high, low) noise expert; 1 takes half the time
+        preset          a few-step schedule such as "lightning-4", instead of steps, solver and shift. Where files are known
+                        to be made for one and nothing of the schedule is set, it is theirs.
+        loras           tuple of `LoraChoice`
+        image           path of a picture that the video begins with
+        last_image      path of a picture that it ends with
+        attention       "auto", "sdpa", "int8", "int8-fp16", "int8-fp8", "sparse", "sage", "flash" or "kitchen"
+        attention_ends  the mode of the first and last step and the first block: "sdpa" or "int8"
+        matmul          "auto", "exact", "int8" or "fp8"
+        residual        "auto", or "fp32" for a residual stream in float32
+
+        UsageError for what cannot be made, and if settings and files contradict each other (a LoRA of 4 steps in a job
+        of 20), unless `force`; FileError for a picture that cannot be read.
         """
         settings = fewstep.with_preset(_with_preset_loras(self, _with_pictures(settings)), self.files)
         settings["attention"] = self.runtime.attention(
@@ -194,7 +220,10 @@ class Pipeline:
         return job
 
     def plan(self, prompt: str = "", **settings: Any) -> Plan:
-        """What the job would claim, move and take."""
+        """What the job would claim, move and take; `settings` as for `job`. Nothing is loaded.
+
+        BudgetError, with the least budget that would do and settings that fit, if it does not fit.
+        """
         return self.plan_job(self.job(prompt, **settings))
 
     def plan_job(self, job: Job, preview: Decoder | None = None) -> Plan:
@@ -205,7 +234,11 @@ class Pipeline:
         return make_plan(job, model, budget, machine, text_cached=cached, preview=preview)
 
     def __call__(self, prompt: str, *, listener: Listener | None = None, **settings: Any) -> Video:
-        """Text and denoise: the finished latent. Frames are decoded when the video is saved or iterated."""
+        """Make a video as far as its latent; `settings` as for `job`. Frames are decoded when it is saved or iterated.
+
+        listener: told of progress. BudgetError before anything is loaded if the job does not fit; OutOfMemoryError,
+        DeviceLostError, NonFiniteError, FileError and StorageError for what goes wrong on the way.
+        """
         return self.run(self.job(prompt, **settings), listener=listener)
 
     def animate(
@@ -220,17 +253,24 @@ class Pipeline:
         listener: Listener | None = None,
         **settings: Any,
     ) -> Animation:
-        """A video of the character in `folder`, which Wan-Animate's preprocessing wrote: see `lowvram.driving`.
+        """A video of the character in `folder`, planned: nothing is computed before it is saved.
 
-        carried: frames that every segment takes over from the one before it, 1 or 5. match_colours: whether they
-        hold its colours. sound: a video or a sound file whose sound the result gets. Nothing is computed before it is saved.
+        folder          what Wan-Animate's preprocessing wrote: src_pose.mp4, src_face.mp4, src_ref.png, and for
+                        "replace" src_bg.mp4 and src_mask.mp4
+        mode            "animate": the character moves like the video's person; "replace": it takes that person's place
+        carried         frames that every segment takes over from the one before it, 1 or 5
+        match_colours   whether every segment is held to the colours of the one before
+        sound           a video or a sound file whose sound the result gets
+        settings        as for `job`, without a size and pictures: those are the folder's
+
+        FileError for a folder or video that cannot be used, BudgetError if a segment does not fit.
         """
         driving = open_folder(
-            Path(folder).expanduser(),
+            user_path(folder),
             mode,
             carried=carried,
             match_colours=match_colours,
-            sound=None if sound is None else Path(sound).expanduser(),
+            sound=None if sound is None else user_path(sound),
         )
         job = self.driven_job(driving, prompt, **settings)
         return Animation(self, job, self.plan_job(job), listener or Silent())
@@ -253,10 +293,11 @@ class Pipeline:
         plan: Plan | None = None,
         preview: Preview | None = None,
     ) -> Video:
-        """Run `job`, from `state` on if it was interrupted; `save` is called after every step.
+        """Run `job`, in a plan made before if there is one; a job that was interrupted goes on with the same numbers.
 
-        made: its condition, if that was made before; `keep` is called if it is made now. preview: is shown what becomes of
-        the latent.
+        state, save     where the denoise was; called with where it is after every step
+        made, keep      what was made of the job's pictures; called with it if it is made now
+        preview         shown every so many steps what the video will be
         """
         check_complete(self.model.spec, job)
         model = with_loras(self.model, job.loras)
@@ -286,7 +327,7 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """A finished latent, decoded as often as asked."""
+    """A finished latent, decoded as often as asked: `save` writes an mp4, `frames` yields arrays."""
 
     pipeline: Pipeline
     job: Job
@@ -295,38 +336,57 @@ class Video:
     """[C, F, H, W] float32 on the host."""
     listener: Listener = field(default_factory=Silent)
     clock: Callable[[], float] = time.monotonic
-    reports: list[Any] = field(default_factory=list)
+    reports: list[StageReport] = field(default_factory=list)
+    """What every stage took that was done for the latent, or by `frames`."""
     notes: list[str] = field(default_factory=list)
+    """What went otherwise than planned meanwhile."""
     samples: list[Sample] = field(default_factory=list)
+    """The memory meanwhile."""
 
     def frames(self) -> Iterator[NDArray[np.uint8]]:
-        """Frames [H, W, 3] uint8 RGB in order, decoded as they are taken. What is kept of them is no part of the budget."""
-        return self._frames(alone=False)
+        """Frames [height, width, 3] uint8 RGB in order, decoded as they are taken.
 
-    def _frames(self, *, alone: bool) -> Iterator[NDArray[np.uint8]]:
+        Memory of the frames that the caller keeps is no part of the budget.
+        """
+        with self._decoding(self.reports, self.notes, self.samples, alone=False) as frames:
+            yield from frames
+
+    @contextmanager
+    def _decoding(
+        self, reports: list[StageReport], notes: list[str], samples: list[Sample], *, alone: bool
+    ) -> Iterator[Iterator[NDArray[np.uint8]]]:
+        """The frames as they are decoded; what that takes comes to these lists.
+
+        alone: whether all that the process takes meanwhile is held against the budget.
+        """
         runtime = self.pipeline.runtime
         with runtime.device() as device:
-            run = replace(
-                runtime.begin(device, self.pipeline.model, self.plan, self.listener, self.clock),
-                reports=self.reports,
-                notes=self.notes,
-                samples=self.samples,
-                alone=alone,
-            )
-            for chunk in decode.decode(run, self.pipeline.model, self.job, self.latent):
-                yield from chunk
+            run = runtime.begin(device, self.pipeline.model, self.plan, self.listener, self.clock)
+            run = replace(run, reports=reports, notes=notes, samples=samples, alone=alone)
+            chunks = decode.decode(run, self.pipeline.model, self.job, self.latent)
+            yield (frame for chunk in chunks for frame in chunk)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Report:
-        """Decode into an mp4 that is verified before it takes its name; what happened, stage by stage."""
-        target = Path(path)
+        """Decode into an mp4 (H.264) that is decoded once more and checked before it takes its name.
+
+        The report is of all stages: those before, and this decode. It prints with `lowvram.report.table`.
+
+        UsageError for a name that does not end in .mp4, or a file that exists, unless `overwrite`; StorageError if it
+        cannot be written: the frames so far are kept beside it as NAME.partial.mp4.
+        """
+        target = user_path(path)
         check_target(target, overwrite)
         check_size(self.job.width, self.job.height)
         facts = {"comment": json.dumps(describe(self.job, __version__), ensure_ascii=False)}
-        with VideoWriter(
-            target, self.job.width, self.job.height, self.job.fps, facts, overwrite=overwrite
-        ) as writer:
-            write_behind(writer, (frame[None] for frame in self._frames(alone=True)))
-        return Report(tuple(self.reports), tuple(self.notes), tuple(self.samples))
+        reports, notes, samples = [*self.reports], [*self.notes], [*self.samples]
+        with (
+            VideoWriter(
+                target, self.job.width, self.job.height, self.job.fps, facts, overwrite=overwrite
+            ) as writer,
+            self._decoding(reports, notes, samples, alone=True) as frames,
+        ):
+            write_behind(writer, (frame[None] for frame in frames))
+        return Report(tuple(reports), tuple(notes), tuple(samples))
 
 
 def plan_without_files(
@@ -367,7 +427,7 @@ def plan_without_files(
 def _with_pictures(settings: dict[str, Any]) -> dict[str, Any]:
     """Paths of pictures become what their headers say."""
     paths = {name: settings[name] for name in ("image", "last_image") if settings.get(name) is not None}
-    return settings | {name: open_picture(Path(path).expanduser()) for name, path in paths.items()}
+    return settings | {name: open_picture(user_path(path)) for name, path in paths.items()}
 
 
 def _with_preset_loras(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:
@@ -411,7 +471,17 @@ def _budget(vram: str | int | None, ram: str | int | None, machine: Machine) -> 
 
 
 def _size(value: str | int, flag: str) -> int:
-    return value if isinstance(value, int) else parse_bytes(value, flag=flag)
+    """Bytes, typed with a unit or given as a whole number. UsageError for anything else."""
+    if isinstance(value, str):
+        return parse_bytes(value, flag=flag)
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(
+            f"{value!r} bytes",
+            where=flag,
+            expected='a size such as "16GB", or a whole number of bytes',
+            advice='write it with its unit, such as "16GB"',
+        )
+    return value
 
 
 def _beside(budget: Budget, kept: int) -> Budget:

@@ -291,7 +291,7 @@ def _beside(found: Checkpoint, source: Path, is_folder: bool, to: str) -> dict[s
     with FileReader(config) as reader:
         try:
             settings = json.loads(reader.read_at(0, min(reader.size, 1 << 20)))
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
     kind = encoding_by_name(to)
     if not isinstance(settings, dict) or not (isinstance(kind, Plain) or to in ("nf4", "fp4")):

@@ -22,7 +22,7 @@ from lowvram.library.parts import FLAGS, PARTS, typed
 from lowvram.library.places import Place, given_places, machine_drives, usual_places
 from lowvram.library.scan import Library, scan
 from lowvram.library.walk import INDEX_SUFFIX
-from lowvram.offload.io import FileReader
+from lowvram.offload.io import FileReader, user_path
 from lowvram.quant.spec import ModelSpec
 from lowvram.sampling.presets import few_step, load_models, preset_of_file, unknown_name
 
@@ -84,8 +84,15 @@ def find(
     if a part is not there.
     """
     chosen = {part: path for part, path in (given or {}).items() if path}
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise UsageError(
+            f'"{unknown[0]}" is no part of a model',
+            where=chosen[unknown[0]],
+            expected=", ".join(PARTS),
+            advice="name the file after one of these",
+        )
     for part, path in chosen.items():
-        if not Path(path).expanduser().exists():
+        if not user_path(path).exists():
             raise FileError("no such file or folder", where=path, advice=f"check {FLAGS[part]}")
     folder = _folder(model)
     if is_embedded(model):
@@ -97,9 +104,9 @@ def find(
     else:
         found = _by_name(model, chosen, models_dirs, weights, preset, progress)
     parts = _without_other_transformers(found.paths, chosen) | chosen
-    if "text" in chosen and "tokenizer" not in chosen and _has_tokenizer(Path(chosen["text"]).expanduser()):
+    if "text" in chosen and "tokenizer" not in chosen and _has_tokenizer(user_path(chosen["text"])):
         parts.pop("tokenizer", None)  # a found one may be of another vocabulary
-    paths = {part: str(Path(path).expanduser().absolute()) for part, path in parts.items()}
+    paths = {part: str(user_path(path).absolute()) for part, path in parts.items()}
     _check_experts(paths, chosen, force)
     reasons = {part: why for part, why in found.reasons.items() if part in paths and part not in chosen}
     return ModelFiles(paths, reasons)
@@ -273,7 +280,7 @@ def _folder(model: str) -> Path | None:
     names = load_models()
     if model in names:
         return None
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_dir():
         return path
     if path.exists():

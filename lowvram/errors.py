@@ -41,6 +41,16 @@ class LowvramError(Exception):
         lines.append(self.advice)
         return "\n".join(lines)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """For pickle, so that another process can raise it: `__init__` takes facts, not the text."""
+        return _made_again, (type(self), str(self), dict(self.__dict__))
+
+
+def _made_again(kind: type[LowvramError], text: str, facts: dict[str, object]) -> LowvramError:
+    error = kind.__new__(kind, text)
+    error.__dict__.update(facts)
+    return error
+
 
 class UsageError(LowvramError):
     """A flag, a value or a combination that cannot be meant."""
@@ -110,6 +120,6 @@ class BusyError(LowvramError):
 
 
 class InternalError(LowvramError):
-    """A bug of ours."""
+    """A bug of lowvram itself: please report it."""
 
     exit_code = 70

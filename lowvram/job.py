@@ -24,6 +24,8 @@ MAX_FRAMES = 4 * 1023 + 1
 """The rotary table has 1024 positions per axis."""
 SMALL = 832 * 480
 """Pixels of a frame at 480p."""
+EXPERTS = ("high", "low", "both")
+"""What a LoRA may act on: the high-noise or the low-noise transformer, or all there are."""
 RESIDUALS = ("auto", "fp32")
 """What the residual stream may be kept in: what networks compute in (bf16 on a card), or float32 as in the authors' code
 (wan-models 1.6)."""
@@ -35,7 +37,7 @@ class LoraChoice:
 
     path: str
     expert: str = "both"
-    """"high", "low", or "both"."""
+    """One of EXPERTS."""
     strength: float | tuple[float, ...] = 1.0
     """One number, or one for each equal share of the steps."""
     partial: bool = False
@@ -109,7 +111,7 @@ def make_job(
     steps: int | None = None,
     solver: str | None = None,
     shift: float | None = None,
-    guidance: tuple[float, float] | None = None,
+    guidance: float | tuple[float, float] | None = None,
     preset: str | None = None,
     attention: Choice | None = None,
     matmul: Matmul | None = None,
@@ -117,8 +119,11 @@ def make_job(
 ) -> Job:
     """A job on a model of `spec`; None means the model's own default. UsageError for what cannot be made.
 
-    area: about so many pixels in a frame, in the shape of `image`; without width and height only.
+    area: about so many pixels in a frame, in the shape of `image`; without width and height only. guidance: one scale,
+    or those of the (high, low) expert.
     """
+    if isinstance(guidance, int | float):
+        guidance = (float(guidance), float(guidance))
     check_pictures(spec, image, last_image)
     if image is not None and width is None and height is None:
         width, height = size_for(spec, image.width, image.height, area or spec.width * spec.height)
@@ -152,6 +157,13 @@ def make_job(
                 where="--lora",
                 expected="a number",
                 advice="1.0 is the usual strength",
+            )
+        if lora.expert not in EXPERTS:
+            raise UsageError(
+                f'a LoRA for the expert "{lora.expert}"',
+                where="--lora",
+                expected=", ".join(EXPERTS),
+                advice="leave it out for both",
             )
         if spec.experts == 1 and lora.expert != "both":
             raise UsageError(

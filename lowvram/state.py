@@ -77,7 +77,7 @@ class JobFolder:
         return (self.path / "done").exists()
 
     def save(self, saved: Saved) -> None:
-        write_atomic(self.path / "job.json", msgspec.json.encode(saved))
+        write_atomic(self.path / "job.json", _encoded(saved))
 
     def load(self) -> Saved:
         path = self.path / "job.json"
@@ -129,6 +129,7 @@ def jobs_root() -> Path:
 
 def new_job(saved: Saved, root: Path, stamp: str) -> JobFolder:
     """A new folder under `root` named after `stamp`, a time that sorts as text; old finished jobs are removed."""
+    _encoded(saved)  # what cannot be saved leaves no folder behind
     try:
         root.mkdir(parents=True, exist_ok=True)
         job = JobFolder(_new_folder(root, stamp))
@@ -143,6 +144,18 @@ def new_job(saved: Saved, root: Path, stamp: str) -> JobFolder:
     for old in [j for j in list_jobs(root) if j.finished][:-KEPT]:
         shutil.rmtree(old.path, ignore_errors=True)
     return job
+
+
+def _encoded(saved: Saved) -> bytes:
+    try:
+        return msgspec.json.encode(saved)
+    except UnicodeEncodeError as problem:
+        around = problem.object[max(0, problem.start - 40) : problem.end + 40]
+        raise UsageError(
+            f'the job cannot be saved: "{around}" holds bytes that are not UTF-8',
+            expected="a prompt and names of files in UTF-8",
+            advice="write it anew, or rename the file or folder",
+        ) from None
 
 
 def _new_folder(root: Path, stamp: str) -> Path:

@@ -44,11 +44,12 @@ class TextCache:
                 if reader.size != _DIGEST + nbytes:
                     return None
                 data = reader.read_at(0, reader.size)
-            os.utime(path)  # what is used stays
         except (LowvramError, OSError):
             return None
         if data[:_DIGEST] != _digest(key, data[_DIGEST:]):
             return None
+        with suppress(OSError):
+            os.utime(path)  # what was used last is dropped last
         return torch.frombuffer(bytearray(data[_DIGEST:]), dtype=dtype).view(shape)
 
     def store(self, key: str, features: Tensor) -> None:

@@ -308,6 +308,11 @@ def try_lock(file: BinaryIO | FileIO) -> bool:
     return True
 
 
+def user_path(path: str | Path) -> Path:
+    """The path with the user's home for "~". A file may also be called "~name" without there being such a user."""
+    return Path(os.path.expanduser(path))
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that can still be written where `path` is to be. StorageError if there is no such drive (Windows)."""
     whole = Path(os.path.realpath(path))

@@ -66,12 +66,13 @@ def animate(
     from lowvram.cli.work import start
     from lowvram.driving import open_folder
     from lowvram.media.sound import check_sound
+    from lowvram.offload.io import user_path
 
     out = Output(output, overwrite, as_json, quiet, report, preview, preview_decoder)
     out.check()
     # the videos first: what is wrong with them is known before a model is looked for
-    sound = None if audio_from is None else audio_from.expanduser()
-    driving = open_folder(folder.expanduser(), mode, carried=carry, match_colours=match_colours, sound=sound)
+    sound = None if audio_from is None else user_path(audio_from)
+    driving = open_folder(user_path(folder), mode, carried=carry, match_colours=match_colours, sound=sound)
     if sound is not None:
         check_sound(sound)
     start(flags, prompt, settings, out, weights=weights, driving=driving)

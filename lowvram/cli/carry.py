@@ -15,7 +15,7 @@ from lowvram.media.video import check_target
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.io import write_atomic
 from lowvram.planning.plan import Plan
-from lowvram.report import Report, table
+from lowvram.report import Report, Sample, table
 from lowvram.state import JobFolder
 from lowvram.timeline import draw
 
@@ -110,8 +110,10 @@ def check_report(path: Path) -> None:
 
 def write_report(report: Report, plan: Plan, path: Path) -> None:
     """The report as JSON, or as a drawing of the memory over time if the name ends with .svg."""
-    drawn = path.suffix.lower() == ".svg" and report.samples
-    said = draw(report.samples, plan.budget) if drawn else json.dumps(report.to_json(), indent=2) + "\n"
+    if path.suffix.lower() == ".svg":
+        said = draw(report.samples or (Sample(0.0, "", 0, 0, 0),), plan.budget)
+    else:
+        said = json.dumps(report.to_json(), indent=2) + "\n"
     write_atomic(path, said.encode())
 
 

@@ -358,8 +358,10 @@ class Progress:
         from rich.table import Table
         from rich.text import Text
 
-        status = self.status()
         grid = Table.grid(padding=(0, 1))
+        if not self._forecast:
+            return grid
+        status = self.status()
         bar = ProgressBar(total=max(1, status.steps), completed=status.step, width=24)
         grid.add_row(bar, Text(status.line(), no_wrap=True, overflow="ellipsis"))
         return grid

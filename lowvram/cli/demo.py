@@ -38,7 +38,9 @@ def demo(
         start(flags, prompt, flags.settings(), out)
         return
     from lowvram.driving import copy_sample, open_folder
+    from lowvram.offload.io import user_path
 
-    copy_sample(drive.expanduser())
+    folder = user_path(drive)
+    copy_sample(folder)
     flags = o.JobFlags(seed=seed, vram=vram, model="nano-animate")
-    start(flags, "", flags.settings(), out, driving=open_folder(drive.expanduser(), "animate"))
+    start(flags, "", flags.settings(), out, driving=open_folder(folder, "animate"))

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from lowvram.errors import UsageError
+from lowvram.offload.io import user_path
 
 Model = Annotated[
     str,
@@ -333,7 +334,7 @@ def parse_loras(texts: list[str] | None, partial: bool = False) -> dict[str, Any
 
     choices = []
     for text in texts:
-        whole = Path(text).expanduser()
+        whole = user_path(text)
         if "@" in text and whole.is_file():  # a name may hold what else would be a strength
             choices.append(LoraChoice(path=str(whole.absolute()), partial=partial))
             continue
@@ -350,7 +351,7 @@ def parse_loras(texts: list[str] | None, partial: bool = False) -> dict[str, Any
             ) from None
         assert match is not None
         # Absolute: a job that goes on from another folder must find it again.
-        path = str(Path(match["path"]).expanduser().absolute())
+        path = str(user_path(match["path"]).absolute())
         expert = match["expert"] or "both"
         strength = strengths if len(strengths) > 1 else strengths[0]
         choices.append(LoraChoice(path=path, expert=expert, strength=strength, partial=partial))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +10,7 @@ import typer
 from lowvram.cli import options as o
 from lowvram.errors import UsageError
 from lowvram.library.parts import FLAGS
+from lowvram.offload.io import user_path
 from lowvram.sampling.presets import load_models, unknown_name
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _refuse_files(model: str, given: Mapping[str, str], flag: str) -> None:
     """A plan for files that are not here knows a model by its name only."""
     if not given and model in load_models():
         return
-    if not given and not Path(model).expanduser().exists():
+    if not given and not user_path(model).exists():
         raise unknown_name("model", model, load_models(), where="--model")
     named = " and ".join(FLAGS[part] for part in given) or f"--model {model}"
     raise UsageError(

@@ -57,19 +57,24 @@ class Cache:
 
     def entries(self, path: Path, stamps: tuple[Stamp, ...]) -> tuple[Entry, ...] | None:
         """What is known of a checkpoint; None if nothing is, or if it changed since."""
-        record = self.records.get(str(path))
+        record = self.records.get(_key(path))
         return record.entries if record is not None and record.stamps == stamps else None
 
     def keep(self, path: Path, stamps: tuple[Stamp, ...], entries: tuple[Entry, ...]) -> None:
-        self.records[str(path)] = Record(stamps, entries)
+        self.records[_key(path)] = Record(stamps, entries)
 
     def sha256(self, path: Path, stamp: Stamp) -> str:
         """The hash of a file; empty if it was never computed, or if the file changed since."""
-        hashed = self.hashes.get(str(path))
+        hashed = self.hashes.get(_key(path))
         return hashed.sha256 if hashed is not None and hashed.stamp == stamp else ""
 
     def keep_sha256(self, path: Path, stamp: Stamp, sha256: str) -> None:
-        self.hashes[str(path)] = Hashed(stamp, sha256)
+        self.hashes[_key(path)] = Hashed(stamp, sha256)
+
+
+def _key(path: Path) -> str:
+    """A path from wherever it is looked at."""
+    return str(path.absolute())
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from lowvram.errors import FileError, LowvramError
-from lowvram.offload.io import read_small_text
+from lowvram.offload.io import read_small_text, user_path
 
 MODELS_VARIABLE = "LOWVRAM_MODELS"
 """Folders to look in instead of the usual places, separated as in PATH."""
@@ -60,7 +60,7 @@ def usual_places(environ: Mapping[str, str], home: Path, drives: Iterable[Path] 
     """
     told = environ.get(MODELS_VARIABLE)
     if told is not None:
-        given = (Place(Path(each).expanduser(), MODELS_VARIABLE) for each in told.split(os.pathsep) if each)
+        given = (Place(user_path(each), MODELS_VARIABLE) for each in told.split(os.pathsep) if each)
         return _distinct(given)
     return _distinct(_usual(environ, home, list(drives)))
 
@@ -79,7 +79,7 @@ def given_places(folders: Iterable[str]) -> list[Place]:
     """
     found: list[Place] = []
     for text in folders:
-        folder = Path(text).expanduser().absolute()
+        folder = user_path(text).absolute()
         if not folder.is_dir():
             raise FileError("no such folder", where=text, advice="check --models-dir")
         found += [Place(folder, "--models-dir"), *_yaml_places(folder)]
@@ -89,9 +89,9 @@ def given_places(folders: Iterable[str]) -> list[Place]:
 def hub_cache(environ: Mapping[str, str], home: Path) -> Path:
     """Where huggingface_hub keeps its files: HF_HUB_CACHE, HF_HOME/hub, or its own default."""
     if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(cache).expanduser()
+        return user_path(cache)
     if root := environ.get("HF_HOME"):
-        return Path(root).expanduser() / "hub"
+        return user_path(root) / "hub"
     base = environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else home / ".cache") / "huggingface" / "hub"
 
@@ -123,7 +123,7 @@ def _parents(home: Path, drives: list[Path]) -> list[Path]:
 
 def _installed(program: str, parents: list[Path], environ: Mapping[str, str]) -> Iterator[Path]:
     if program == "ComfyUI" and (told := environ.get("COMFYUI_PATH")):
-        yield Path(told).expanduser()
+        yield user_path(told)
     if program == "Stability Matrix" and (data := environ.get("APPDATA")):
         yield Path(data) / "StabilityMatrix"
     for parent in parents:

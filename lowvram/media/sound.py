@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lowvram.errors import FileError
 from lowvram.media.probe import open_sound
 
 RATE = 48_000
@@ -22,7 +23,13 @@ Samples = NDArray[np.float32]
 
 def check_sound(path: Path) -> None:
     """FileError if the file at `path`, a video or sound alone, has no sound that can be decoded."""
-    next(samples(path), None)
+    if next(samples(path), None) is None:
+        raise FileError(
+            "its sound is empty: no sound at all",
+            where=str(path),
+            expected="a video with sound, or a sound file",
+            advice="leave --audio-from out",
+        )
 
 
 def fitted(path: Path, seconds: Fraction) -> Iterator[Samples]:

@@ -66,3 +66,13 @@ def test_published_experts_are_named(expert: str) -> None:
 
     named = [k.name for k in known_files() if expert in k.name.lower()]
     assert len(named) >= 5 and all(expert_of(Path("/") / name) == expert for name in named)
+
+
+def test_what_is_verified_by_a_relative_path_is_known_by_its_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.pth").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    cache = Cache()
+    (verdict,) = verify(Path("a.pth"), cache)
+    assert cache.sha256(tmp_path / "a.pth", stamp_of(tmp_path / "a.pth")) == verdict.sha256 != ""

@@ -303,3 +303,13 @@ def test_the_mode_follows_flags_and_terminal(
 )
 def test_memory_is_shown_in_a_unit_that_shows_it(used: int, budget: int, shown: str) -> None:
     assert console.used_of(used, budget) == shown
+
+
+def test_work_without_a_forecast_can_be_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All segments of a driven video are made, and only their joining is left."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Progress([], GB, Clock(), "live") as progress:
+        progress.note("joining")
+    assert "joining" in capsys.readouterr().err

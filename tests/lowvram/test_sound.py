@@ -94,3 +94,11 @@ def test_a_video_without_sound_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="no sound") as refused:
         check_sound(path)
     assert refused.value.exit_code == 3
+
+
+def test_a_file_whose_sound_is_empty_has_none(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        container.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        container.start_encoding()
+    with pytest.raises(FileError, match="no sound"):
+        check_sound(tmp_path / "a.wav")

@@ -146,3 +146,14 @@ def test_a_job_that_asked_for_no_cache_keeps_nothing_when_it_goes_on(
         assert cli("generate", "a red circle", *flags).code == 6
     assert cli("resume", "last").code == 0
     assert not (jobs.parent / "cache" / "texts").exists()
+
+
+def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = TextCache(tmp_path)
+    cache.store("key", torch.ones(2, 2))
+
+    def refused(*given: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert cache.load("key", (2, 2), torch.float32) is not None

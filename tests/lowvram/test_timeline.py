@@ -10,9 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from lowvram import Runtime
 from lowvram.cli import work
+from lowvram.cli.carry import write_report
 from lowvram.offload.budget import Budget
-from lowvram.report import Sample
+from lowvram.report import Report, Sample
 from lowvram.timeline import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -101,3 +103,9 @@ def test_a_resumed_job_writes_its_report(
     found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert [stage["name"] for stage in found["stages"]] == ["text", "prepare", "denoise", "decode"]
     assert found["stages"][0]["disk_read"] == 0  # the text came from the cache
+
+
+def test_a_report_of_nothing_is_drawn_as_nothing(tmp_path: Path) -> None:
+    plan = Runtime("500MB", "2GB", "cpu").load("nano").plan("a red circle", steps=1, frames=1)
+    write_report(Report(()), plan, tmp_path / "a.svg")
+    assert "VRAM" in texts((tmp_path / "a.svg").read_text())

@@ -132,7 +132,8 @@ class Transformer:
                 group, inner = self._split(delta.target)
                 added = deltas.setdefault(group, {})
                 index = len(added.get(inner, ()))
-                added[inner] = (*added.get(inner, ()), strength)
+                ratio = 1.0 if delta.pair is None else lora.ratios[delta.pair]
+                added[inner] = (*added.get(inner, ()), strength * ratio)
                 _add(refs[group], delta_name(inner, index), delta.part)
         return {g: Group(tuple(r.values()), branches.get(g, {}), deltas.get(g, {})) for g, r in refs.items()}
 

@@ -29,6 +29,7 @@ _NO_FOLDER_SYNC = frozenset(
     {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 )
 """What file systems answer that open no folder, or sync none. The file is in its place all the same."""
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 _LOCKED_BYTE = 1 << 30
 """Windows locks bytes, and what it locks nobody can read: one far behind the process number in a lock file."""
 _REPLACE_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -289,9 +290,10 @@ def replacing(path: Path) -> Iterator[FileIO]:
 
 
 def try_lock(file: BinaryIO | FileIO) -> bool:
-    """Lock an open file for this process; False if it is locked. Closing it unlocks.
+    """Lock an open file for this process; False if another has locked it. Closing it unlocks.
 
-    The system's own lock: it ends with the process, however that ends, so none is ever left behind.
+    The system's own lock: it ends with the process, however that ends, so none is ever left behind. True also where the
+    file system has no locks (some network ones).
     """
     try:
         if sys.platform == "win32":
@@ -303,8 +305,8 @@ def try_lock(file: BinaryIO | FileIO) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in _NO_LOCKS
     return True
 
 

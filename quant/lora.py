@@ -44,7 +44,8 @@ _ROLE = re.compile(
             | \.lora_linear_layer\.up\.weight )
   | (?P<alpha>  \.alpha )
   | (?P<diff>   \.diff )
-  | (?P<diff_b> \.diff_b | \.lora_B(\.\w+)?\.bias )
+  | (?P<diff_b> \.diff_b )
+  | (?P<bias>   \.lora_B(\.\w+)?\.bias )
   | (?P<diff_m> \.diff_m )
   | (?P<lokr>   \.lokr_\w+ )
   | (?P<loha>   \.hada_\w+ )
@@ -56,7 +57,20 @@ _ROLE = re.compile(
 )
 _HINTS = ("lora", ".alpha", ".diff", ".lokr_", ".hada_", ".dora_")
 """One of these is in every name that _ROLE matches: a quick way out for the others."""
-_ROLES = ("down", "up", "alpha", "diff", "diff_b", "diff_m", "lokr", "loha", "dora", "magnitude", "locon")
+_ROLES = (
+    "down",
+    "up",
+    "alpha",
+    "bias",
+    "diff",
+    "diff_b",
+    "diff_m",
+    "lokr",
+    "loha",
+    "dora",
+    "magnitude",
+    "locon",
+)
 _MAGNITUDES = ("dora", "magnitude")
 _UNSUPPORTED: Mapping[str, str] = {
     "lokr": "LoKr",
@@ -87,11 +101,13 @@ class LoraPair:
 
 @dataclass(frozen=True, slots=True)
 class LoraDelta:
-    """A full difference for one parameter (`.diff`, `.diff_b`, `.diff_m`): added times strength, no alpha."""
+    """A full difference for one parameter (`.diff`, `.diff_b`, `.diff_m`, `.lora_B.bias`): added times strength."""
 
     target: str
     """Native name of the parameter."""
     part: Part
+    pair: str | None = None
+    """Target of the pair whose alpha / rank multiplies it too: it is the bias of that pair's up factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +228,7 @@ class _Match:
             self._add_pair(spelled, native, roles)
         else:
             self.unused += [roles[role][0].name for role in ("alpha", *_MAGNITUDES) if role in roles]
-        for role in ("diff", "diff_b", "diff_m"):
+        for role in ("bias", "diff", "diff_b", "diff_m"):
             if role in roles:
                 self._add_delta(native, role, *roles[role])
         if "other" in roles:
@@ -271,7 +287,8 @@ class _Match:
     def _add_delta(self, native: str | None, role: str, tensor: StoredTensor, file: Path) -> None:
         # Modulations and position tables have no ".weight" of their own.
         whole = native is not None and native in self.shapes
-        target = f"{native}.bias" if role == "diff_b" else f"{native}" if whole else f"{native}.weight"
+        is_bias = role in ("bias", "diff_b")
+        target = f"{native}.bias" if is_bias else f"{native}" if whole else f"{native}.weight"
         shape = self._wanted(native, target, [tensor.name])
         if shape is None:
             return
@@ -284,7 +301,8 @@ class _Match:
         elif target in self.deltas:
             _refuse(self.where, f"two differences for {target}")
         else:
-            self.deltas[target] = LoraDelta(target, _part("diff", tensor, file))
+            pair = f"{native}.weight" if role == "bias" and f"{native}.weight" in self.pairs else None
+            self.deltas[target] = LoraDelta(target, _part("diff", tensor, file), pair)
 
     def _wanted(self, native: str | None, target: str, names: list[str]) -> Shape | None:
         """Shape of the target if this transformer has it; else the tensors are put aside."""

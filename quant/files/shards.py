@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
@@ -128,13 +128,13 @@ def _open_index(path: Path, open_reader: OpenReader) -> list[Header]:
     if missing:
         found = f"{len(missing)} of {len(files)} files are missing: {_few(missing)}"
         _refuse(path, found, "all of them beside the index", "finish the download")
-    headers = [_read(path.parent / name, open_reader) for name in files]
+    headers = _read_all([path.parent / name for name in files], path, open_reader, _AGAIN)
     held = {header.path.name: {tensor.name for tensor in header.tensors} for header in headers}
     lost = [tensor for tensor, name in weight_map.items() if tensor not in held[name]]
     if lost:
         found = f"{len(lost)} tensors are not in the file the index names: {_few(lost)}"
         _refuse(path, found, "", _AGAIN)
-    return _disjoint(headers, path, _AGAIN)
+    return headers
 
 
 def _open_folder(path: Path, open_reader: OpenReader) -> list[Header]:
@@ -151,8 +151,7 @@ def _open_folder(path: Path, open_reader: OpenReader) -> list[Header]:
     if len(weights) > MAX_SHARDS:
         _refuse(path, f"{len(weights):,} model files", "one checkpoint", "give the file to use")
     _check_numbering(path, weights)
-    headers = [_read(file, open_reader) for file in weights]
-    return _disjoint(headers, path, "the folder holds several checkpoints: give the file to use")
+    return _read_all(weights, path, open_reader, "the folder holds several checkpoints: give the file to use")
 
 
 def _check_numbering(folder: Path, files: list[Path]) -> None:
@@ -175,14 +174,20 @@ def _read(path: Path, open_reader: OpenReader) -> Header:
         return with_notes(reader, read_header(reader))
 
 
-def _disjoint(headers: list[Header], path: Path, advice: str) -> list[Header]:
-    seen: dict[str, Path] = {}
-    for header in headers:
+def _read_all(files: Iterable[Path], path: Path, open_reader: OpenReader, advice: str) -> list[Header]:
+    """The headers of the files of a checkpoint at `path`; FileError if a tensor is in two, or all hold too many."""
+    headers: list[Header] = []
+    holder: dict[str, Path] = {}
+    for file in files:
+        header = _read(file, open_reader)
+        headers.append(header)
         for tensor in header.tensors:
-            other = seen.setdefault(tensor.name, header.path)
+            other = holder.setdefault(tensor.name, header.path)
             if other is not header.path:
                 found = f"tensor {shown(tensor.name)} is in {other.name} and in {header.path.name}"
                 _refuse(path, found, "every tensor once", advice)
+        if len(holder) > MAX_TENSORS:
+            _refuse(path, f"more than {MAX_TENSORS:,} tensors in its files", "one checkpoint", advice)
     return headers
 
 

@@ -83,6 +83,18 @@ def test_a_tensor_in_two_shards_is_refused(shards, pack, refusal):
     assert "'a' is in" in refusal(shards)
 
 
+def test_shards_that_hold_too_much_together_are_refused_before_all_are_read(
+    tmp_path, pack, open_file, monkeypatch
+):
+    monkeypatch.setattr("lowvram.quant.files.shards.MAX_TENSORS", 5)
+    for n in range(9):
+        (tmp_path / f"{n}.safetensors").write_bytes(pack({f"{n}a": ("F32", ()), f"{n}b": ("F32", ())}))
+    opened = []
+    with pytest.raises(FileError, match="more than 5 tensors"):
+        open_checkpoint_files(tmp_path, lambda path: opened.append(path) or open_file(path))
+    assert len(opened) == 3
+
+
 def test_unrelated_checkpoints_in_a_folder_are_not_mixed(tmp_path, pack, refusal):
     for name in ("high", "low"):
         (tmp_path / f"{name}.safetensors").write_bytes(pack(FIRST))

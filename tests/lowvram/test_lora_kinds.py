@@ -28,6 +28,8 @@ RANK, ALPHA = 4, 6.0
 SHAPES = model_preset("nano").dit.shapes()
 PAIRS = ["blocks.0.self_attn.q", "blocks.3.ffn.2", "blocks.5.cross_attn.k", "patch_embedding", "head.head",
          "time_projection.1"]  # fmt: skip
+BIASED = "blocks.3.ffn.2"
+"""Its up factor has a bias, which peft (`lora_bias=True`) scales as it does their product."""
 DORAS = {
     "blocks.0.ffn.0": "dora_scale",
     "blocks.1.self_attn.o": "lora_magnitude_vector",
@@ -57,6 +59,7 @@ def parts() -> Weights:
             made[f"{module}.{DORAS[module]}"] = 0.5 + torch.rand(
                 size, generator=torch.Generator().manual_seed(i)
             )
+    made[f"{BIASED}.lora_B.bias"] = noise(SHAPES[f"{BIASED}.bias"], 300) / 16
     for i, name in enumerate(DIFFS):
         module, _, kind = name.rpartition(".")
         suffix = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[kind]
@@ -86,6 +89,7 @@ def merged(weights: Weights, parts: Weights, strength: float) -> Weights:
         rows = m.shape[0] > 1
         norm = (w if rows and DORAS[module] == "dora_scale" else v).norm(dim=1 if rows else 0, keepdim=True)
         made[f"{module}.weight"] = w + strength * (v * m / norm - w)
+    made[f"{BIASED}.bias"] += strength * ALPHA / RANK * p[f"{BIASED}.lora_B.bias"]
     for name in DIFFS:
         module, _, kind = name.rpartition(".")
         made[name] += (

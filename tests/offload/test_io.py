@@ -12,7 +12,7 @@ import pytest
 
 from lowvram.errors import FileError, StorageError
 from lowvram.offload.faults import FaultPlan, Faults
-from lowvram.offload.io import FileReader, free_bytes, read_small_text, seek_and_read, write_atomic
+from lowvram.offload.io import FileReader, free_bytes, read_small_text, seek_and_read, try_lock, write_atomic
 from lowvram.quant.refs import Reader
 
 DATA = bytes(range(256)) * 40
@@ -256,6 +256,21 @@ def test_a_file_system_that_syncs_no_folders_is_good_enough(
     monkeypatch.setattr(os, call, unless_folder)
     write_atomic(tmp_path / "state", b"new")
     assert (tmp_path / "state").read_bytes() == b"new"
+
+
+@posix
+@pytest.mark.parametrize(("answer", "locked"), [(errno.EWOULDBLOCK, False), (errno.ENOSYS, True)])
+def test_only_a_lock_that_another_holds_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, answer: int, locked: bool
+) -> None:
+    """Some network file systems have no locks: there nobody can hold one."""
+
+    def flock(file: object, how: int) -> None:
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with path.open("rb") as file:
+        assert try_lock(file) is locked
 
 
 @posix

@@ -127,6 +127,15 @@ def test_differences_of_weights_biases_and_modulations_are_found(match):
     assert found.matched == found.total == 27 and not found.unused
 
 
+def test_a_bias_of_the_up_factor_is_scaled_with_its_pair(match):
+    bias = {"blocks.0.ffn.0.lora_B.bias": ("BF16", (768,)), "blocks.0.norm3.diff_b": ("BF16", (256,))}
+    found = match(pairs() | bias)
+    assert [(delta.target, delta.pair) for delta in found.deltas] == [
+        ("blocks.0.ffn.0.bias", "blocks.0.ffn.0.weight"),
+        ("blocks.0.norm3.bias", None),
+    ]
+
+
 def test_a_convolution_has_factors_of_its_own_shape(match):
     entries = pairs() | {
         "patch_embedding.lora_A.weight": ("F32", (RANK, 16, 1, 2, 2)),

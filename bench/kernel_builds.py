@@ -131,7 +131,7 @@ def _producers(arch: str) -> Iterator[Build]:
             norm_rope_triton.norm_rope_kernel,
             f"factor={'given' if given else 'found'} int8={int8} centred={centred}",
             arch,
-            {"x": "*bf16", "weight": "*fp32", "rope": "*fp32", "factor": "*fp32", "matrix": "*bf16",
+            {"x": "*bf16", "weight": "*fp32", "rope": "*fp32", "factor": "*fp32",
              "centre": "*fp32", "out": "*i8" if int8 else "*bf16", "scale": "*fp32"},
             {"EPS": EPS, "LEAST": LEAST, "HEADS": 40, "GIVEN": given, "INT8": int8, "CENTRED": centred,
              "BLOCK": norm_rope_triton.ROWS},

@@ -1,4 +1,5 @@
-"""The rotation of `hadamard` inside kernels: products with small matrices of 1 and -1 that are made in registers."""
+"""Rotations inside kernels, that of `hadamard` and that of `norm_rope`: products with matrices of 1 and -1 that are made in
+registers."""
 
 from __future__ import annotations
 
@@ -15,6 +16,17 @@ def hadamard(SIZE: tl.constexpr):
     if SIZE == 64:
         matrix *= tl.where((i // 16)[:, None] + (i // 16)[None, :] == 3, -1.0, 1.0)
     return matrix
+
+
+@triton.jit
+def sylvester(SIZE: tl.constexpr):
+    """[SIZE, SIZE] of 1 and -1, SIZE at most 256: -1 where the numbers of row and column share an odd number of bits."""
+    n = tl.arange(0, SIZE)
+    shared = n[:, None] & n[None, :]
+    shared ^= shared >> 4
+    shared ^= shared >> 2
+    shared ^= shared >> 1
+    return 1 - 2 * (shared & 1)
 
 
 @triton.jit

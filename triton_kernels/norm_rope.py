@@ -62,12 +62,16 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def hadamard(like: Tensor) -> Tensor:
-    """The Hadamard matrix of 128 in Sylvester's order, entries 1 and -1, in the dtype and on the device of `like`."""
-    two = like.new_tensor([[1, 1], [1, -1]])
-    matrix = two
-    while matrix.shape[0] < HEAD_DIM:
-        matrix = torch.kron(matrix, two)
-    return matrix
+    """The Hadamard matrix of 128 in Sylvester's order, entries 1 and -1, in the dtype and on the device of `like`.
+
+    Entry (i, j) says how many bits i and j share: -1 if an odd number. Made on the device: a matrix that comes from the
+    host would make it wait for the queue.
+    """
+    n = torch.arange(HEAD_DIM, dtype=torch.int32, device=like.device)
+    shared = n[:, None] & n
+    for half in (4, 2, 1):
+        shared = shared ^ (shared >> half)
+    return (1 - 2 * (shared & 1)).to(like.dtype)
 
 
 def centre_of(k: Tensor) -> Tensor:

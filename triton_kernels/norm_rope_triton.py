@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lowvram.triton_kernels.attention import HEAD_DIM, KEY_TILE, V_PEAK, V_RUN
-from lowvram.triton_kernels.norm_rope import EPS, LEAST, hadamard
+from lowvram.triton_kernels.hadamard_triton import sylvester
+from lowvram.triton_kernels.norm_rope import EPS, LEAST
 
 ROWS = 16
 """Tokens of a program: the least that a tensor core multiplies by the Hadamard matrix."""
@@ -35,7 +36,6 @@ def norm_rope_kernel(
     weight,  # [HEADS * 128]
     rope,  # [n, 64, 2] float32
     factor,  # [n] float32; read if GIVEN
-    matrix,  # [128, 128] 1 and -1, in the dtype of x; read if INT8
     centre,  # [HEADS, 128] float32; read if CENTRED
     out,  # [HEADS, n, 128]
     scale,  # [HEADS, n] float32; written if INT8
@@ -72,7 +72,7 @@ def norm_rope_kernel(
     cos = tl.load(angle, mask=inside[:, None], other=0)
     sin = tl.load(angle + 1, mask=inside[:, None], other=0)
     if INT8:
-        rotation = tl.load(matrix + d[:, None] * D + d[None, :])
+        rotation = sylvester(D).to(dtype)
     place = out + rows[:, None] * out_row + d[None, :]
     place_of_scale = scale + rows
     for h in range(HEADS):
@@ -161,8 +161,7 @@ def norm_rope(
     anything = rope  # a pointer where none is read
     grid = (triton.cdiv(n, ROWS),)
     norm_rope_kernel[grid](
-        x, weight, rope, anything if factor is None else factor,
-        anything if scale is None else hadamard(x), anything if centre is None else centre,
+        x, weight, rope, anything if factor is None else factor, anything if centre is None else centre,
         out, anything if scale is None else scale,
         n, x.stride(0), out.stride(0), out.stride(1), 0 if scale is None else scale.stride(0),
         1 / math.sqrt(HEAD_DIM),

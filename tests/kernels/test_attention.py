@@ -94,6 +94,7 @@ def test_a_mode_stores_less_than_bfloat16(name: str) -> None:
 def test_the_hadamard_matrix_is_orthogonal_and_its_own_transpose() -> None:
     matrix = hadamard(torch.empty(0))
     assert torch.equal(matrix, matrix.mT) and torch.equal(matrix @ matrix, 128 * torch.eye(128))
+    assert torch.equal(matrix, torch.kron(torch.tensor([[1.0, 1], [1, -1]]), matrix[:64, :64]))
 
 
 def test_a_balance_changes_no_product_and_makes_the_smallest_lengths() -> None:

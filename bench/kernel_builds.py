@@ -184,8 +184,8 @@ def _producers(arch: str) -> Iterator[Build]:
         modulate_triton.gelu_kernel,
         "",
         arch,
-        {"x": "*bf16", "bias": "*bf16"},
-        {"BIASED": False, "BLOCK": modulate_triton.BLOCK},
+        {"x": "*bf16"},
+        {"BLOCK": modulate_triton.BLOCK},
         modulate_triton.WARPS,
     )
     for channels in (96, 384, 1024):

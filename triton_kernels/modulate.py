@@ -60,13 +60,13 @@ def _(x: Tensor, y: Tensor, gate: Tensor) -> None:
 
 
 @torch.library.custom_op("lowvram::gelu_", mutates_args=("x",))
-def gelu_(x: Tensor, bias: Tensor | None) -> None:
-    """gelu(x + bias) into x [n, width]; the sum is not rounded."""
+def gelu_(x: Tensor) -> None:
+    """`gelu` into x [n, width]."""
     from lowvram.triton_kernels import modulate_triton
 
-    modulate_triton.gelu(x, bias)
+    modulate_triton.gelu(x)
 
 
 @gelu_.register_fake
-def _(x: Tensor, bias: Tensor | None) -> None:
+def _(x: Tensor) -> None:
     return None

@@ -58,13 +58,11 @@ def gated_kernel(x, y, gate, width, x_row, y_row, gate_row, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def gelu_kernel(x, bias, width, x_row, BIASED: tl.constexpr, BLOCK: tl.constexpr):
+def gelu_kernel(x, width, x_row, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < width
     y = tl.load(x + row * x_row + d, mask=inside, other=0).to(tl.float32)
-    if BIASED:
-        y += tl.load(bias + d, mask=inside, other=0).to(tl.float32)
     tl.store(x + row * x_row + d, gelu_of(y).to(x.dtype.element_ty), mask=inside)
 
 
@@ -87,12 +85,10 @@ def gated(x: Tensor, y: Tensor, gate: Tensor) -> None:
     )
 
 
-def gelu(x: Tensor, bias: Tensor | None) -> None:
+def gelu(x: Tensor) -> None:
     """Launch with tensors as `modulate.gelu_` describes them."""
     n, width = x.shape
-    gelu_kernel[(n, triton.cdiv(width, BLOCK))](
-        x, x if bias is None else bias, width, x.stride(0), BIASED=bias is not None, BLOCK=BLOCK, num_warps=WARPS
-    )  # fmt: skip
+    gelu_kernel[(n, triton.cdiv(width, BLOCK))](x, width, x.stride(0), BLOCK=BLOCK, num_warps=WARPS)
 
 
 def row_step(x: Tensor) -> int:

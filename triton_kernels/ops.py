@@ -120,7 +120,7 @@ def _quantise_values_(out: Tensor, scale: Tensor, v: Tensor, v_format: str) -> N
 
 
 def _fused_gelu(x: Tensor) -> Tensor:
-    m.gelu_(x, None)
+    m.gelu_(x)
     return x
 
 

@@ -54,7 +54,7 @@ def launched(arch: str, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     norm.norm_rope(small(40, N, 128), wide(40, N), x, weight, rope, wide(N, 1), wide(40, 128))
     modulate.modulate(x, row, wide(1, 5120))
     modulate.gated(x, empty(N, 5120), row)
-    modulate.gelu(hidden, None)
+    modulate.gelu(hidden)
     for v_format, by_arch in ATTENTION.items():
         if arch not in by_arch:
             continue

@@ -227,7 +227,7 @@ def test_a_broken_file_is_told_of_where_it_may_be_the_one_that_is_missing(
     os.truncate(path, 12_345_678_901)
     with pytest.raises(FileError, match="the download is not complete"):
         find("wan2.2-animate-14b")
-    with pytest.raises(FileError, match="lowvram models pull wan2.1-flf2v-14b"):
+    with pytest.raises(FileError, match=r"lowvram models pull wan2\.1-flf2v-14b"):
         find("wan2.1-flf2v-14b")
 
 

@@ -6,7 +6,7 @@ Traps of the interpreter (Triton 3.7.1), and what is done about them, in tests o
   them exactly, and rounds the result once.
 - float32 to bfloat16 truncates where hardware rounds; to float8 it loses the carry of its rounding. `convert` lets
   torch do both.
-- bfloat16 knows no arithmetic: kernels turn what they load into float32 at once.
+- bfloat16 knows no arithmetic, and an integer cast to it keeps its bits: kernels go through float32 either way.
 - float32 to float8 does not saturate, to int8 it wraps around: kernels clamp first, and tests overflow on purpose.
 - A masked load without `other` gives 0, on hardware anything: kernels always give `other`.
 """

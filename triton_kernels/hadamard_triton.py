@@ -26,7 +26,7 @@ def sylvester(SIZE: tl.constexpr):
     shared ^= shared >> 4
     shared ^= shared >> 2
     shared ^= shared >> 1
-    return 1 - 2 * (shared & 1)
+    return tl.where((shared & 1) == 1, -1.0, 1.0)
 
 
 @triton.jit

@@ -403,7 +403,7 @@ def plan_without_files(
 ) -> Plan:
     """A plan for a known model whose files are not here, on a machine that may not be here either.
 
-    preview_decoder: the file of a small decoder that makes previews, which is here.
+    What is here: pictures and LoRAs among the settings, and preview_decoder, the small decoder that makes previews.
     """
     spec = model_preset(name)
     preview = None if preview_decoder is None else open_decoder(preview_decoder, spec.vae)
@@ -418,9 +418,11 @@ def plan_without_files(
     settings["matmul"] = dispatch.choose_matmul(
         settings.get("matmul") or "auto", where.arch, partial(unfit_for, model=model)
     )
-    job = make_job(spec, model=name, files={}, prompt=prompt, **_with_pictures(settings))
+    settings = fewstep.with_preset(_with_pictures(settings), {})
+    job = make_job(spec, model=name, files={}, prompt=prompt, **settings)
     if not force:
         fewstep.check(job, spec)
+    model = with_loras(model, job.loras)
     return make_plan(job, model, _budget(vram, ram, where), where, preview=preview)
 
 

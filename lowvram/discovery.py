@@ -91,6 +91,7 @@ def find(
             expected=", ".join(PARTS),
             advice="name the file after one of these",
         )
+    given_places(models_dirs)  # a folder that is not there is told, also where none is looked through
     for part, path in chosen.items():
         if not user_path(path).exists():
             raise FileError("no such file or folder", where=path, advice=f"check {FLAGS[part]}")

@@ -122,6 +122,9 @@ def make_job(
     area: about so many pixels in a frame, in the shape of `image`; without width and height only. guidance: one scale,
     or those of the (high, low) expert.
     """
+    for name, said in (("prompt", prompt), ("--negative", negative or "")):
+        if any("\ud800" <= letter <= "\udfff" for letter in said):
+            raise UsageError("bytes that are not UTF-8", where=name, expected="text", advice="type it anew")
     if isinstance(guidance, int | float):
         guidance = (float(guidance), float(guidance))
     check_pictures(spec, image, last_image)

@@ -302,8 +302,12 @@ def parse_size(text: str | None, pictured: bool = False) -> dict[str, int]:
         return {"area": _AREAS[text.strip().lower()]}
     match = re.fullmatch(r"(\d{1,5})[xX*×](\d{1,5})", text.strip())
     if match is None:
+        area = text.strip().lower() in _AREAS
         raise UsageError(
-            f'"{text}"', where="--size", expected="WIDTHxHEIGHT", advice="for example --size 1280x720"
+            f'"{text}" without a picture, whose shape it takes' if area else f'"{text}"',
+            where="--size",
+            expected="WIDTHxHEIGHT",
+            advice="for example --size 1280x720" + (", or give --image FILE" if area else ""),
         )
     return {"width": int(match[1]), "height": int(match[2])}
 
@@ -340,8 +344,9 @@ def parse_loras(texts: list[str] | None, partial: bool = False) -> dict[str, Any
             continue
         match = re.fullmatch(r"(?P<path>.+?)(?::(?P<expert>high|low))?(?:@(?P<strength>[^@/\\]+))?", text)
         try:
-            given = match["strength"].split(",") if match and match["strength"] else ["1"]
-            strengths = tuple(map(float, given))
+            if match is None:
+                raise ValueError
+            strengths = tuple(map(float, (match["strength"] or "1").split(",")))
         except ValueError:
             raise UsageError(
                 f'"{text}"',
@@ -349,7 +354,6 @@ def parse_loras(texts: list[str] | None, partial: bool = False) -> dict[str, Any
                 expected="FILE[:high|:low][@STRENGTH]",
                 advice="STRENGTH is a number, or several for equal shares of the steps: @1,0.5,0",
             ) from None
-        assert match is not None
         # Absolute: a job that goes on from another folder must find it again.
         path = str(user_path(match["path"]).absolute())
         expert = match["expert"] or "both"

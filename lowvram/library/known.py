@@ -29,7 +29,9 @@ def known_files() -> tuple[KnownFile, ...]:
 
 
 def known_file(sha256: str) -> KnownFile | None:
-    """The published file with these contents; None if the table has none."""
+    """The published file with these contents; None if the table has none, or if the hash is empty: not known."""
+    if not sha256:
+        return None
     return next((known for known in known_files() if known.sha256 == sha256), None)
 
 
@@ -42,6 +44,6 @@ def stored_hash(path: Path) -> str:
     """The sha256 that the Hugging Face cache names its files by; empty if `path` is not a link into it."""
     try:
         real = path.resolve()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         return ""
     return real.name if real.parent.name == "blobs" and _SHA256.fullmatch(real.name) else ""

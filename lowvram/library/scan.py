@@ -91,6 +91,7 @@ def scan(
     heard = {number: clock() for number in range(len(all_places))}
     read: list[_Read] = []
     missed: list[_Missed] = []
+    parsing = False
     while heard:
         oldest = min(heard.values())
         try:
@@ -108,6 +109,10 @@ def scan(
         match event:
             case _Looking(path=path):
                 progress(path)
+                if not parsing:
+                    parsing = True
+                    load_parsers()
+                    heard = dict.fromkeys(heard, clock())  # places wait for it too, and are not silent
             case _Read():
                 # Here and not where it was read: a place that was given up may still answer while the cache is saved.
                 cache.keep(event.found.path, event.stamps, event.entries)
@@ -117,6 +122,11 @@ def scan(
             case _Done():
                 del heard[event.place]
     return _library(all_places, read, missed, cache)
+
+
+def load_parsers() -> None:
+    """What reads headers, torch among it: from a slow disk that takes longer than any place may be silent."""
+    from lowvram.quant import identify, lora  # noqa: F401 imported where a header is read
 
 
 def _look_through(

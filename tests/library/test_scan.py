@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lowvram.library import scan as module
 from lowvram.library.cache import Cache, load_cache, save_cache
 from lowvram.library.places import Place, given_places, usual_places, yaml_places
 from lowvram.library.scan import Library, scan
@@ -266,3 +267,18 @@ def test_the_command_lists_what_is_here(
         assert said.out.count(".safetensors") >= 9 and "sd_xl" not in said.out
     else:
         assert "ready" in said.out
+
+
+def test_the_time_to_load_the_parsers_is_no_silence_of_a_place(
+    tmp_path: Path, files: Any, sparse: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def load() -> None:  # torch from a slow disk, for the first time
+        nonlocal now
+        now += 100.0
+
+    monkeypatch.setattr(module, "load_parsers", load)
+    sparse(tmp_path / "vae.safetensors", files["bf16"](T2V.vae.shapes()))
+    library = scan([Place(tmp_path, "here")], Cache(), clock=lambda: now)
+    assert len(library.entries) == 1 and library.unreadable == ()

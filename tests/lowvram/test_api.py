@@ -84,3 +84,8 @@ def test_names_of_users_there_are_not_are_names_of_files(pipe: Pipeline) -> None
             pipe.job(PROMPT, image=path)
         with pytest.raises(lowvram.FileError, match=r"a\.png"):
             pipe.runtime.load("nano", vae=path)
+
+
+def test_a_folder_of_models_that_is_not_there_is_refused_even_where_none_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(lowvram.FileError, match="--models-dir"):
+        Runtime("500MB", "2GB", "cpu").load("nano", models_dirs=[str(tmp_path / "none")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,19 @@ class PlanDocument(msgspec.Struct, forbid_unknown_fields=True):
     blocks: Blocks
     choices: dict[str, str]
     advice: list[str]
+
+
+def test_loras_are_planned_beside_weights_that_are_not_here(cli: Callable[..., Any], tmp_path: Path) -> None:
+    asked = ("plan", "--model", "nano", "--machine", "rtx4090", "--json")
+    folder = Path(str(files("lowvram") / "assets" / "nano" / "loras"))
+    loras = [f"{folder}/lightning-4-{expert}.safetensors:{expert}" for expert in ("high", "low")]
+    (plain,), (beside,) = cli(*asked).objects, cli(*asked, "--lora", loras[0], "--lora", loras[1]).objects
+    reads = [
+        sum(stage["h2d"] for stage in plan["stages"] if stage["name"] == "denoise")
+        for plan in (plain, beside)
+    ]
+    assert reads[0] < reads[1]
+    assert cli(*asked, "--lora", tmp_path / "none.safetensors").code == 3
 
 
 def check_sums(plan: PlanDocument, n_blocks: int) -> None:

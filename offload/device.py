@@ -25,8 +25,8 @@ from lowvram.offload.faults import FaultKind, Faults
 
 _PAGE = 4096
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""How the driver (at a launch, or when it loads a kernel), Triton, cuBLAS and cuDNN say it, none of them with torch's error
-for it."""
+"""What stands in the errors of the driver (at a launch, or when it loads a kernel), Triton, cuBLAS and cuDNN when memory is
+missing: none of them is torch.OutOfMemoryError."""
 
 
 class Event(Protocol):
@@ -193,8 +193,8 @@ class Device(ABC):
         return self.ledger.used + self.memory_free()
 
     def release_unused(self) -> None:  # noqa: B027 most devices keep nothing
-        """Give memory that nothing uses back to the system, where an allocator keeps it: what is measured from now on,
-        and what other sizes of buffers find, is not what was needed before."""
+        """Give memory that an allocator keeps although nothing uses it back to the system, and forget the peak so far: what
+        was needed before stands neither in the way of new buffers nor in what is measured from now on."""
 
     @abstractmethod
     def close(self) -> None:

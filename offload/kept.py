@@ -1,4 +1,4 @@
-"""KeptBytes: what one job read of its weights, for the next."""
+"""KeptBytes: weights that one job has read, kept in host memory for the next job."""
 
 from __future__ import annotations
 

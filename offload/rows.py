@@ -22,8 +22,8 @@ class HostRows:
     kept     if not 0: rows 0, kept, 2 * kept.. lie on the device as well, and `rows[::kept]` gives those at no cost
 
     `rows[i:j]` is a device tensor, good until the slice after the next is asked for; the run behind it is fetched
-    meanwhile. `rows[i:j] = value` writes one; changes to a slice
-    itself are kept by writing it back. Order between the queues is kept by events; the host never waits.
+    meanwhile. `rows[i:j] = value` writes one; what was changed in a slice itself is kept by writing the slice back.
+    Order between the queues is kept by events; the host never waits.
     Raises OutOfMemoryError if there is no room, DeviceLostError if a copy cannot be queued.
     """
 

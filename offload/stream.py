@@ -1,10 +1,10 @@
 """BlockStream: disk -> host ring -> device slots -> residents, for all visits of a job, known in advance.
 
-Two threads. The *reader*, which has helpers (`lowvram.offload.reading`), works through `Traffic.loads` strictly in order, filling ring buffers and RAM seats;
-it waits for a free buffer, for a seat's old block to be done, and for the copy out of a buffer before it
-overwrites it. The *consumer*, the thread that iterates, queues copies to the device as soon as data and a
-destination are there, ahead of the visit that needs them, and waits only for the reader. Order on the device
-is kept by events alone.
+Two threads. The *reader*, which has helpers (`lowvram.offload.reading`), works through `Traffic.loads` strictly in
+order, filling ring buffers and RAM seats; it waits for a free buffer, for a seat's old block to be done, and for the
+copy out of a buffer before it overwrites it. The *consumer*, the thread that iterates, queues copies to the device as
+soon as data and a destination are there, ahead of the visit that needs them, and waits only for the reader. Order on
+the device is kept by events alone.
 """
 
 from __future__ import annotations

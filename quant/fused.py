@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
+from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding, rows_columns
 from lowvram.quant.encodings.fp8 import Fp8
 from lowvram.quant.encodings.int4 import ConvrotInt4, QuantoInt4
 from lowvram.quant.encodings.int8 import BNB_FACTOR, Int8
@@ -33,7 +33,7 @@ _ROWS = 160
 def _fp8(encoding: Fp8, parts: Parts, out: Tensor) -> None:
     weight, form = parts["weight"].view(torch.uint8), "e4m3" if encoding.code == "F8_E4M3" else "e5m2"
     flat = encoding.scaling in ("none", "tensor") or out.dim() < 2
-    shape = (1, -1) if flat else (out.shape[0], numel(tuple(out.shape[1:])))
+    shape = (1, -1) if flat else rows_columns(tuple(out.shape))
     weight, target = weight.reshape(shape), out.view(shape)
     if encoding.scaling == "none":
         dequant.scaled_(target, weight, weight, form, "none", [1, 1], 1.0)
@@ -52,7 +52,7 @@ def _int8(encoding: Int8, parts: Parts, out: Tensor) -> None:
         dequant.rotated_(out, parts["weight"], parts["scale"].reshape(-1), encoding.group)
         return
     factor, scale = (BNB_FACTOR, parts["scb"]) if encoding.scaling == "absmax" else (1.0, parts["scale"])
-    shape = (1, -1) if encoding.scaling == "tensor" else (out.shape[0], numel(tuple(out.shape[1:])))
+    shape = (1, -1) if encoding.scaling == "tensor" else rows_columns(tuple(out.shape))
     weight = parts["weight"].reshape(shape)
     dequant.scaled_(out.view(shape), weight, scale.reshape(-1), "int8", "row", [1, 1], factor)
 

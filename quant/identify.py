@@ -14,7 +14,7 @@ from lowvram.quant.encodings import registry
 from lowvram.quant.encodings.base import Recognised, StoredPart
 from lowvram.quant.encodings.fp8 import Fp8
 from lowvram.quant.encodings.plain import Plain
-from lowvram.quant.files.header import Header, shown
+from lowvram.quant.files.header import Header, few
 from lowvram.quant.files.shards import OpenReader, open_checkpoint_files
 from lowvram.quant.lora import is_lora
 from lowvram.quant.names import (
@@ -106,7 +106,7 @@ def identify(headers: Sequence[Header], want: Kind | None = None) -> Checkpoint:
     groups = group_by_weight(headers)
     names = [tensor.name for header in headers for tensor in header.tensors]
     if is_lora(names):
-        # The names of its factors mean nothing of what they mean beside a weight.
+        # Here ".alpha" and the like are the LoRA's own: nothing stands beside a quantised weight.
         single = {t.name: {"weight": Stored(t, h.path)} for h in headers for t in h.tensors}
         return _lora(want, single, headers, where)
     styles = {style.kind: style for style in detect_styles(groups)}
@@ -259,13 +259,13 @@ def _check_complete(expected: Shapes, actual: Shapes, extra: list[str], where: P
     wrong = [name for name, shape in actual.items() if name in expected and shape != expected[name]]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} tensors are missing ({_few(missing)})")
+        problems.append(f"{len(missing)} tensors are missing ({few(missing)})")
     if wrong:
         name = wrong[0]
         detail = f"{name} is {list(actual[name])} instead of {list(expected[name])}"
         problems.append(f"{len(wrong)} tensors have a wrong shape ({detail})")
     if extra:
-        problems.append(f"{len(extra)} tensors belong to no Wan model we know ({_few(extra)})")
+        problems.append(f"{len(extra)} tensors belong to no Wan model we know ({few(extra)})")
     if not problems:
         return
     if missing:
@@ -328,15 +328,10 @@ def _refuse_unknown(groups: Mapping[str, Group], held: list[str], want: Kind | N
         raise FileError(
             found, where=str(where), advice="use a text-to-video or image-to-video model of Wan 2.1 or 2.2"
         )
-    first = _few(list(groups)) or "none"
+    first = few(list(groups)) or "none"
     found = f"not a model that lowvram knows: {len(groups)} tensors, the first are {first}"
     expected = "a Wan 2.1 or 2.2 transformer, VAE or text encoder, or a LoRA"
     raise FileError(found, where=str(where), expected=expected, advice="check that the right file was given")
-
-
-def _few(names: Sequence[str]) -> str:
-    text = ", ".join(shown(name) for name in names[:3])
-    return text if len(names) <= 3 else f"{text}, ..."
 
 
 def _refuse(where: Path, found: str, expected: str) -> NoReturn:

@@ -40,7 +40,7 @@ def gather_rows(
 def _read(
     part: Part, vocab: int, rows: Sequence[int], open_reader: Callable[[Path], AbstractContextManager[Reader]]
 ) -> Tensor:
-    """The rows of a part that has one for each of the table, or all of a part that has not."""
+    """The wanted rows of a part that has a row for each of the table; the whole of any other, such as one scale for all."""
     per_row = bool(part.shape) and part.shape[0] == vocab
     size = part.nbytes // vocab if per_row else part.nbytes
     wanted = [part.offset + row * size for row in rows] if per_row else [part.offset]

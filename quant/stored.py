@@ -1,4 +1,4 @@
-"""The stored tensors of one weight, taken together: which they are, what they say of themselves, what they make."""
+"""The stored tensors that belong to one weight (codes, scales, notes): grouped by name, recognised as an encoding."""
 
 from __future__ import annotations
 

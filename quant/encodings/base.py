@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowvram.errors import NonFiniteError
 from lowvram.quant.refs import Shape, stored_bytes
+from lowvram.quant.spec import numel
 from lowvram.triton_kernels.gemm import QuantisedMatrix
 from lowvram.triton_kernels.quantise import Form
 
@@ -24,6 +25,9 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )  # fmt: skip
 """torch dtype of each dtype code that parts are given to `decode` in."""
+
+FLOAT_CODES = ("F32", "BF16", "F16")
+"""Dtype codes that scales come in."""
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements converted at once through float32: bounds the temporary memory of decode and encode to 16 MiB."""
@@ -58,7 +62,6 @@ class Encoding(ABC):
     def layout(self, shape: Shape) -> tuple[PartLayout, ...]:
         """The parts that store a tensor of the logical `shape`."""
 
-    @abstractmethod
     def decode(
         self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
@@ -68,10 +71,27 @@ class Encoding(ABC):
         shape and dtype) the result is written there and nothing of the size of the tensor is allocated;
         without, the result may share memory with a part that already is it.
         """
+        if out is None:
+            out = torch.empty(shape, dtype=dtype, device=next(iter(parts.values())).device)
+        check_shape(tuple(out.shape), shape, "out")
+        self._decode(parts, shape, out)
+        return out
 
     @abstractmethod
+    def _decode(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor) -> None:
+        """Write the numbers into `out`, which has `shape`."""
+
     def encode(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The parts of `tensor`, as `layout` lists them. Raises NonFiniteError on NaN or infinity."""
+        """The parts of `tensor`, as `layout` lists them. NonFiniteError on NaN or infinity, ValueError for a tensor
+        that does not fit."""
+        shape = tuple(tensor.shape)
+        if not self.fits(shape):
+            raise ValueError(f"{self.name} cannot hold a tensor of shape {list(shape)}")
+        return self._encode(tensor, shape)
+
+    @abstractmethod
+    def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
+        """The parts of a tensor that fits."""
 
     def nbytes(self, shape: Shape) -> int:
         """Stored bytes of a tensor of the logical `shape`."""
@@ -131,6 +151,11 @@ class Family:
     """Stored tensors of one weight by role -> what they are; None if they are not of this family."""
     formats: Mapping[str, bool] = field(default_factory=dict)
     """Names this family has in ComfyUI's per-layer notes, and whether a layer of that format may be rotated."""
+
+
+def rows_columns(shape: Shape) -> tuple[int, int]:
+    """Sizes of a tensor taken as a matrix of its rows: [N, everything else]; of a scalar 1 and 1."""
+    return (shape[0], numel(shape[1:])) if shape else (1, 1)
 
 
 def check_shape(found: Shape, expected: Shape, what: str) -> None:

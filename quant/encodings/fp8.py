@@ -18,16 +18,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowvram.quant.encodings.base import (
+    FLOAT_CODES,
     TORCH_DTYPES,
     Encoding,
     Family,
     PartLayout,
     Recognised,
     StoredPart,
-    check_shape,
     finite_peak,
     part_layout,
     row_chunks,
+    rows_columns,
 )
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
@@ -39,7 +40,6 @@ Scaling = Literal["none", "tensor", "row", "block", "tile"]
 _CODES = ("F8_E4M3", "F8_E5M2")
 _TILE = 128
 """Rows and columns of the tiles met in files."""
-_SCALE_CODES = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,33 +95,25 @@ class Fp8(Encoding):
         scale = parts["scale"].to(torch.float32).reshape(-1)
         return QuantisedMatrix(weight, scale.expand(shape[0]).contiguous(), 0)
 
-    def decode(
-        self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        """Without scales one exact cast; with scales the product in float32, rounded once to `dtype`."""
+    def _decode(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor) -> None:
+        """Without scales one exact cast; with scales the product in float32, rounded once."""
         weight = parts["weight"].reshape(shape)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=weight.device)
-        check_shape(tuple(out.shape), shape, "out")
         if self.scaling == "none":
-            return out.copy_(weight)
+            out.copy_(weight)
+            return
         scale = parts["scale"].to(torch.float32).reshape(self._scale_shape(shape))
         source, target = weight.reshape(self._matrix(shape)), out.view(self._matrix(shape))
-        for rows in row_chunks(*self._rows_columns(shape)):
+        for rows in row_chunks(*rows_columns(shape)):
             part = self._scale_of(scale, rows, shape)
             target[rows].copy_(source[rows].to(torch.float32).mul_(part))
-        return out
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
         """Rounds to nearest even. Scales are amax / largest value; without scales values saturate."""
-        shape = tuple(tensor.shape)
-        if not self.fits(shape):
-            raise ValueError(f"{self.name} cannot hold a tensor of shape {list(shape)}")
         source = tensor.reshape(self._matrix(shape))
         weight = torch.empty_like(source, dtype=TORCH_DTYPES[self.code])
         largest = torch.finfo(weight.dtype).max
         scale = self._make_scale(source, largest)
-        for rows in row_chunks(*self._rows_columns(shape)):
+        for rows in row_chunks(*rows_columns(shape)):
             values = source[rows].to(torch.float32)
             if scale is not None:
                 values = values / self._scale_of(scale, rows, shape).to(torch.float32)
@@ -168,11 +160,8 @@ class Fp8(Encoding):
 
     def _matrix(self, shape: Shape) -> Shape:
         """The tensor as a matrix of rows; blocks of columns get a dimension of their own."""
-        rows, columns = self._rows_columns(shape)
+        rows, columns = rows_columns(shape)
         return (rows, columns // self.block, self.block) if self.scaling == "block" else (rows, columns)
-
-    def _rows_columns(self, shape: Shape) -> tuple[int, int]:
-        return (shape[0], numel(shape[1:])) if shape else (1, 1)
 
 
 def _recognise(stored: Mapping[str, StoredPart]) -> Recognised | None:
@@ -182,7 +171,7 @@ def _recognise(stored: Mapping[str, StoredPart]) -> Recognised | None:
     if scale is None:
         return Recognised(Fp8(weight.dtype, "none"), weight.shape, ("weight",))
     shape = weight.shape
-    if scale.dtype not in _SCALE_CODES or not shape:
+    if scale.dtype not in FLOAT_CODES or not shape:
         return None
     roles = ("weight", "scale")
     if scale.shape in ((), (1,), (1, 1)):

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from lowvram.quant.encodings.base import (
+    FLOAT_CODES,
     TORCH_DTYPES,
     Encoding,
     Family,
     PartLayout,
     Recognised,
     StoredPart,
-    check_shape,
     finite_peak,
     part_layout,
     row_chunks,
 )
-from lowvram.quant.encodings.notes import FLOAT_CODES, rotation_of
+from lowvram.quant.encodings.notes import rotation_of
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
 from lowvram.triton_kernels.hadamard import is_rotation, root, rotate, rotate_whole
@@ -56,14 +56,9 @@ class QuantoInt4(Encoding):
     def fits(self, shape: Shape) -> bool:
         return len(shape) == 2 and shape[1] % self.group == 0
 
-    def decode(
-        self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        """The formula in float32, rounded once to `dtype`."""
+    def _decode(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor) -> None:
+        """The formula in float32, rounded once."""
         packed = parts["packed"]
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=packed.device)
-        check_shape(tuple(out.shape), shape, "out")
         groups, half = numel(shape) // self.group, packed.shape[0]
         scale = parts["scale"].to(torch.float32).reshape(groups, 1)
         shift = parts["shift"].to(torch.float32).reshape(groups, 1)
@@ -72,7 +67,6 @@ class QuantoInt4(Encoding):
             for rows in row_chunks(stop - start, self.group):
                 here = slice(start + rows.start, start + rows.stop)
                 target[here].copy_(self._decode_groups(packed[rows], high, scale[here], shift[here]))
-        return out
 
     def _decode_groups(self, packed: Tensor, high: bool, scale: Tensor, shift: Tensor) -> Tensor:
         q = packed >> 4 if high else packed & 15
@@ -80,11 +74,10 @@ class QuantoInt4(Encoding):
             return (q - shift).mul_(scale)
         return (q * scale).sub_(shift)
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
         """Each group from its least to its largest value; scale and shift are rounded to their dtype first."""
-        shape = tuple(tensor.shape)
-        if not self.fits(shape) or self.shift_code == "I8":
-            raise ValueError(f"{self.name} cannot encode a tensor of shape {list(shape)}")
+        if self.shift_code == "I8":
+            raise ValueError(f"{self.name} with whole shifts is only read")
         if tensor.numel():
             finite_peak(tensor)
         source = tensor.reshape(-1, self.group)
@@ -127,24 +120,15 @@ class ConvrotInt4(Encoding):
     def fits(self, shape: Shape) -> bool:
         return len(shape) == 2 and shape[1] % self.group == 0
 
-    def decode(
-        self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        """float32, rounded once to `dtype`. The rotation is undone on the integers, so it adds no error."""
+    def _decode(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor) -> None:
+        """float32, rounded once. The rotation is undone on the integers, so it adds no error."""
         weight = parts["weight"].reshape(shape[0], shape[1] // 2)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=weight.device)
-        check_shape(tuple(out.shape), shape, "out")
         scale = parts["scale"].to(torch.float32).reshape(shape[0], 1) / root(self.group)
         for rows in row_chunks(*shape):
             out[rows].copy_(rotate_whole(_signed(weight[rows]), self.group).mul_(scale[rows]))
-        return out
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
         """Rounds to nearest even; scales are amax / 7 of the rotated rows."""
-        shape = tuple(tensor.shape)
-        if not self.fits(shape):
-            raise ValueError(f"{self.name} cannot hold a tensor of shape {list(shape)}")
         if tensor.numel():
             finite_peak(tensor)
         weight = torch.empty(shape[0], shape[1] // 2, dtype=torch.int8, device=tensor.device)

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 from lowvram.quant.encodings.base import (
+    FLOAT_CODES,
     TORCH_DTYPES,
     Encoding,
     Family,
     PartLayout,
     Recognised,
     StoredPart,
-    check_shape,
     finite_peak,
     part_layout,
     row_chunks,
+    rows_columns,
 )
-from lowvram.quant.encodings.notes import FLOAT_CODES, rotation_of
+from lowvram.quant.encodings.notes import rotation_of
 from lowvram.quant.refs import Shape
-from lowvram.quant.spec import numel
 from lowvram.triton_kernels.gemm import QuantisedMatrix
 from lowvram.triton_kernels.hadamard import is_rotation, root, rotate, rotate_whole
 from lowvram.triton_kernels.quantise import GROUPS, Form
@@ -94,15 +94,10 @@ class Int8(Encoding):
             parts["weight"].reshape(shape), scale.expand(shape[0]).contiguous(), self.group
         )
 
-    def decode(
-        self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        """q * scale in float32, rounded once to `dtype`. A rotation is undone on the integers, so it adds no error."""
+    def _decode(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor) -> None:
+        """q * scale in float32, rounded once. A rotation is undone on the integers, so it adds no error."""
         weight = parts["weight"].reshape(shape)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=weight.device)
-        check_shape(tuple(out.shape), shape, "out")
-        matrix = (shape[0], numel(shape[1:])) if shape else (1, 1)
+        matrix = rows_columns(shape)
         scale = parts[self._scale_role].to(torch.float32)
         scale = scale.reshape(()) if self.scaling == "tensor" else scale.reshape(shape[0], 1)
         if self.group:
@@ -114,7 +109,6 @@ class Int8(Encoding):
             if zero is not None:
                 q = q - (zero if self.scaling == "tensor" else zero[rows])
             target[rows].copy_(self._decode_rows(q, part))
-        return out
 
     def _decode_rows(self, q: Tensor, scale: Tensor) -> Tensor:
         """float32, as large as q; scale is [] or [rows, 1]."""
@@ -123,12 +117,9 @@ class Int8(Encoding):
         values = q * scale.expand(q.shape[0], 1)
         return values.mul_(BNB_FACTOR) if self.scaling == "absmax" else values
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
         """Rounds to nearest even; scales are amax / 127 (for "scb": amax) of the rotated weight."""
-        shape = tuple(tensor.shape)
-        if not self.fits(shape):
-            raise ValueError(f"{self.name} cannot hold a tensor of shape {list(shape)}")
-        source = tensor.reshape((shape[0], numel(shape[1:])) if shape else (1, 1))
+        source = tensor.reshape(rows_columns(shape))
         if tensor.numel():
             finite_peak(tensor)
         weight = torch.empty_like(source, dtype=torch.int8)

@@ -83,26 +83,18 @@ class Blocks(Encoding):
     def by_rows(self) -> bool:
         return True
 
-    def decode(
-        self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        """gguf-py's numbers in float32, rounded once to `dtype`."""
+    def _decode(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor) -> None:
+        """gguf-py's numbers in float32, rounded once."""
         form = _FORMATS[self.kind]
         blocks = parts["weight"].reshape(-1, form.nbytes)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=blocks.device)
-        check_shape(tuple(out.shape), shape, "out")
         target = out.view(-1, form.elements)
         check_shape((blocks.shape[0],), (target.shape[0],), f"blocks of {self.kind}")
         for rows in row_chunks(blocks.shape[0], form.elements):
             target[rows].copy_(form.unpack(blocks[rows]))
-        return out
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
         """Errors as the base class; also NonFiniteError if a scale is too large for fp16."""
-        shape, form = tuple(tensor.shape), _FORMATS[self.kind]
-        if not self.fits(shape):
-            raise ValueError(f"{self.name} cannot hold a tensor of shape {list(shape)}")
+        form = _FORMATS[self.kind]
         if tensor.numel():
             finite_peak(tensor)
         source = tensor.reshape(-1, form.elements)

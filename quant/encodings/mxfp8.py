@@ -19,7 +19,6 @@ from lowvram.quant.encodings.base import (
     PartLayout,
     Recognised,
     StoredPart,
-    check_shape,
     finite_peak,
     part_layout,
     row_chunks,
@@ -57,27 +56,18 @@ class Mxfp8(Encoding):
         """Weights are padded to 32s, and a padded file no longer says what they were."""
         return len(shape) == 2 and not shape[0] % _GROUP and not shape[1] % _GROUP
 
-    def decode(
-        self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        """The product in float32, where it is exact, rounded once to `dtype`."""
+    def _decode(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor) -> None:
+        """The product in float32, where it is exact, rounded once."""
         rows, columns = shape
         weight = parts["weight"].view(torch.uint8).reshape(shape).view(_E4M3)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=weight.device)
-        check_shape(tuple(out.shape), shape, "out")
         exponents = from_tiles(parts["scale"].view(torch.uint8), rows, columns // _GROUP)
         scales = torch.where(exponents == 0, 0.0, exponents.view(_E8M0).to(torch.float32)).unsqueeze(2)
         for chunk in row_chunks(rows, columns):
             values = weight[chunk].to(torch.float32).view(-1, columns // _GROUP, _GROUP)
             out[chunk].copy_(values.mul_(scales[chunk]).view(-1, columns))
-        return out
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
         """The smallest power of two with which a group fits e4m3; then nearest, ties to even."""
-        shape = tuple(tensor.shape)
-        if not self.fits(shape):
-            raise ValueError(f"{self.name} cannot hold a tensor of shape {list(shape)}")
         rows, columns = shape
         if tensor.numel():
             finite_peak(tensor)

@@ -21,7 +21,6 @@ from lowvram.quant.encodings.base import (
     PartLayout,
     Recognised,
     StoredPart,
-    check_shape,
     finite_peak,
     part_layout,
     row_chunks,
@@ -82,26 +81,18 @@ class Bnb4(Encoding):
         """bitsandbytes has blocks that end in the middle; the layers of Wan never do."""
         return len(shape) >= 2 and numel(shape) % self.block == 0
 
-    def decode(
-        self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        """The formula in float32, in the order of bitsandbytes, rounded once to `dtype`."""
+    def _decode(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor) -> None:
+        """The formula in float32, in the order of bitsandbytes, rounded once."""
         packed = parts["weight"].reshape(-1, self.block // 2)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=packed.device)
-        check_shape(tuple(out.shape), shape, "out")
         table = pair_table(parts["quant_map"].to(torch.float32), high_first=True)
         scale = self._scales(parts).unsqueeze(1)
         target = out.view(-1, self.block)
         for rows in row_chunks(target.shape[0], self.block):
             target[rows].copy_(look_up(table, packed[rows]).mul_(scale[rows]))
-        return out
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
         """Nearest levels. Nested scales are rounded to 256 even steps around `offset`, a table of our own."""
-        shape, device = tuple(tensor.shape), tensor.device
-        if not self.fits(shape):
-            raise ValueError(f"{self.name} cannot hold a tensor of shape {list(shape)}")
+        device = tensor.device
         source = tensor.reshape(-1, self.block)
         absmax = finite_peak(source, 1).squeeze(1) if tensor.numel() else torch.empty(0, device=device)
         levels = torch.tensor(_LEVELS[self.kind], dtype=torch.float32, device=device)

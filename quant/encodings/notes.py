@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from lowvram.quant.encodings.base import StoredPart
 
-FLOAT_CODES = ("F32", "BF16", "F16")
-"""Dtype codes that scales come in."""
-
 _DEFAULT_GROUP = 256
 
 

@@ -17,17 +17,16 @@ import torch
 from torch import Tensor
 
 from lowvram.quant.encodings.base import (
+    FLOAT_CODES,
     Encoding,
     Family,
     PartLayout,
     Recognised,
     StoredPart,
-    check_shape,
     finite_peak,
     part_layout,
     row_chunks,
 )
-from lowvram.quant.encodings.notes import FLOAT_CODES
 from lowvram.quant.encodings.pairs import look_up, pack_pairs, pair_table
 from lowvram.quant.encodings.tiles import from_tiles, tiled_shape, to_tiles
 from lowvram.quant.refs import Shape
@@ -82,15 +81,10 @@ class Nvfp4(Encoding):
         padded = self.tensorwide == "scale" and len(shape) == 2 and shape[0] % 16
         return len(shape) == 2 and shape[1] % _GROUP == 0 and not padded
 
-    def decode(
-        self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        """e2m1 * (e4m3 * scale of the tensor) in float32, rounded once to `dtype`."""
+    def _decode(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor) -> None:
+        """e2m1 * (e4m3 * scale of the tensor) in float32, rounded once."""
         rows, columns = shape
         packed = parts["weight"].reshape(rows, columns // 2)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=packed.device)
-        check_shape(tuple(out.shape), shape, "out")
         table = pair_table(_levels(packed.device), high_first=self.tensorwide == "scale")
         scales = from_tiles(parts["scale"].view(torch.uint8), rows, columns // _GROUP)
         tensor_scale = self.tensor_scale(parts)
@@ -98,13 +92,11 @@ class Nvfp4(Encoding):
         for chunk in row_chunks(rows, columns):
             scale = tensor_scale * scales[chunk].view(_E4M3).to(torch.float32)
             out[chunk].copy_(_decode_rows(packed[chunk], table, scale, factors))
-        return out
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
         """Group scales amax / 6, rounded to e4m3; then nearest e2m1, ties to even, as comfy-kitchen does."""
-        shape = tuple(tensor.shape)
-        if not self.fits(shape) or self.column_code:
-            raise ValueError(f"{self.name} cannot encode a tensor of shape {list(shape)}")
+        if self.column_code:
+            raise ValueError(f"{self.name} with column scales is only read")
         rows, columns = shape
         peak = finite_peak(tensor) if tensor.numel() else torch.zeros((), device=tensor.device)
         whole = peak / (_LARGEST * _LARGEST_SCALE)

@@ -16,7 +16,6 @@ from lowvram.quant.encodings.base import (
     PartLayout,
     Recognised,
     StoredPart,
-    check_shape,
     finite_peak,
     part_layout,
 )
@@ -45,13 +44,14 @@ class Plain(Encoding):
     def decode(
         self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        weight = parts["weight"].reshape(shape)
         if out is None:
-            return weight.to(dtype)
-        check_shape(tuple(out.shape), shape, "out")
-        return out.copy_(weight)
+            return parts["weight"].reshape(shape).to(dtype)
+        return Encoding.decode(self, parts, shape, dtype, out)
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def _decode(self, parts: Mapping[str, Tensor], shape: Shape, out: Tensor) -> None:
+        out.copy_(parts["weight"].reshape(shape))
+
+    def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
         """One rounding to nearest even; a finite value beyond float16 is refused like an infinite one."""
         weight = tensor.to(TORCH_DTYPES[self.code])
         if weight.numel():

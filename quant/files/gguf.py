@@ -37,15 +37,16 @@ MAX_DIMS = 5
 MAX_ALIGNMENT = 1 << 16
 
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-_PLAIN: Mapping[int, tuple[str, int]] = MappingProxyType(
+PLAIN_TYPES: Mapping[int, tuple[str, int]] = MappingProxyType(
     {0: ("F32", 4), 1: ("F16", 2), 24: ("I8", 1), 25: ("I16", 2), 26: ("I32", 4), 27: ("I64", 8), 28: ("F64", 8),
      30: ("BF16", 2)}
 )  # fmt: skip
 """Types without blocks: dtype code and bytes."""
-_BLOCKS: Mapping[int, str] = MappingProxyType(
+BLOCK_TYPES: Mapping[int, str] = MappingProxyType(
     {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K",
      14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS"}
 )  # fmt: skip
+"""Types of blocks."""
 _UNSUPPORTED: Mapping[int, str] = MappingProxyType(
     {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
      29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
@@ -314,19 +315,19 @@ def _read_tensor(cursor: _Cursor, shapes: Mapping[str, Shape]) -> StoredTensor:
 
 def _stored_as(name: str, kind: int, shape: Shape) -> tuple[str, int]:
     """Dtype code and bytes."""
-    if kind in _PLAIN:
-        dtype, size = _PLAIN[kind]
+    if kind in PLAIN_TYPES:
+        dtype, size = PLAIN_TYPES[kind]
         return dtype, numel(shape) * size
-    if kind not in _BLOCKS:
+    if kind not in BLOCK_TYPES:
         known = f" ({_UNSUPPORTED[kind]})" if kind in _UNSUPPORTED else ""
         raise Malformed(
-            f"tensor {shown(name)} is of type {kind}{known}, not supported", ", ".join(_BLOCKS.values())
+            f"tensor {shown(name)} is of type {kind}{known}, not supported", ", ".join(BLOCK_TYPES.values())
         )
-    elements, nbytes = BLOCK_SIZES[_BLOCKS[kind]]
+    elements, nbytes = BLOCK_SIZES[BLOCK_TYPES[kind]]
     row = shape[-1] if shape else 1
     if row % elements:
         raise Malformed(f"tensor {shown(name)} has rows of {row:,}", f"a multiple of {elements}")
-    return _BLOCKS[kind], numel(shape) // elements * nbytes
+    return BLOCK_TYPES[kind], numel(shape) // elements * nbytes
 
 
 def _aligned(offset: int, alignment: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,3 +43,9 @@ class Header:
 def shown(text: str, limit: int = 80) -> str:
     """Text from a file made fit for a terminal: quoted, ASCII, clipped to `limit` characters."""
     return ascii(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three of names from a file, made fit for a message."""
+    text = ", ".join(shown(name) for name in names[:3])
+    return text if len(names) <= 3 else f"{text}, ..."

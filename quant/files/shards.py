@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from lowvram.errors import FileError
 from lowvram.quant.files.gguf import MAGIC, read_gguf_header
-from lowvram.quant.files.header import Header, shown
+from lowvram.quant.files.header import Header, few, shown
 from lowvram.quant.files.notes import with_notes
 from lowvram.quant.files.safetensors import MAX_TENSORS, read_header
 from lowvram.quant.files.sniff import HEAD_BYTES, recognise_content
@@ -126,13 +126,13 @@ def _open_index(path: Path, open_reader: OpenReader) -> list[Header]:
     files = sorted(set(weight_map.values()))
     missing = [name for name in files if not (path.parent / name).is_file()]
     if missing:
-        found = f"{len(missing)} of {len(files)} files are missing: {_few(missing)}"
+        found = f"{len(missing)} of {len(files)} files are missing: {few(missing)}"
         _refuse(path, found, "all of them beside the index", "finish the download")
     headers = _read_all([path.parent / name for name in files], path, open_reader, _AGAIN)
     held = {header.path.name: {tensor.name for tensor in header.tensors} for header in headers}
     lost = [tensor for tensor, name in weight_map.items() if tensor not in held[name]]
     if lost:
-        found = f"{len(lost)} tensors are not in the file the index names: {_few(lost)}"
+        found = f"{len(lost)} tensors are not in the file the index names: {few(lost)}"
         _refuse(path, found, "", _AGAIN)
     return headers
 
@@ -143,7 +143,7 @@ def _open_folder(path: Path, open_reader: OpenReader) -> list[Header]:
     if len(indices) == 1:
         return _open_index(indices[0], open_reader)
     if indices:
-        found = f"{len(indices)} index files: {_few([file.name for file in indices])}"
+        found = f"{len(indices)} index files: {few([file.name for file in indices])}"
         _refuse(path, found, "one", "give the index file to use")
     weights = [file for file in files if file.name.endswith((*_SUFFIXES, _GGUF_SUFFIX))]
     if not weights:
@@ -189,12 +189,6 @@ def _read_all(files: Iterable[Path], path: Path, open_reader: OpenReader, advice
         if len(holder) > MAX_TENSORS:
             _refuse(path, f"more than {MAX_TENSORS:,} tensors in its files", "one checkpoint", advice)
     return headers
-
-
-def _few(names: list[str]) -> str:
-    """The first three of `names`, fit for a message."""
-    text = ", ".join(shown(name) for name in names[:3])
-    return text if len(names) <= 3 else f"{text}, ..."
 
 
 def _refuse(path: Path, found: str, expected: str, advice: str) -> NoReturn:

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lowvram.quant.encodings.kquants import BLOCK_SIZES
+from lowvram.quant.files.gguf import BLOCK_TYPES, PLAIN_TYPES
 from lowvram.quant.refs import DTYPE_BITS, Shape, stored_bytes
 from lowvram.quant.spec import numel
 
 GGUF_ALIGNMENT = 32
 _GGUF_TYPES: Mapping[str, int] = MappingProxyType(
-    {"F32": 0, "F16": 1, "BF16": 30, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11,
-     "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23}
-)  # fmt: skip
+    {dtype: kind for kind, (dtype, _) in PLAIN_TYPES.items()}
+    | {name: kind for kind, name in BLOCK_TYPES.items()}
+)
 _UINT32, _STRING = 4, 8
 
 

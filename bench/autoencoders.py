@@ -15,7 +15,7 @@ from lowvram.codings import Decodings
 from lowvram.model import imagined_model, vae_group
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
-from lowvram.offload.budget import Ledger, exact_size, segment_size
+from lowvram.offload.budget import Ledger, segment_size
 from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.estimate import track
 from lowvram.quant.names import vae_renames
@@ -82,8 +82,7 @@ def _tilings(spec: VaeSpec, shape: tuple[int, ...], kind: str, dtype: torch.dtyp
     model = imagined_model("wan2.2-t2v-a14b", model_preset("wan2.2-t2v-a14b"), "bf16")
     group, (_, z, latents, rows, columns) = vae_group(model, vae.DECODER), shape
     frame = 3 * 64 * rows * columns
-    rounding = exact_size if kind == "cpu" else segment_size
-    ways = Decodings(spec, group, (z, latents, rows, columns), frame, dtype, rounding)
+    ways = Decodings(spec, group, (z, latents, rows, columns), frame, dtype, segment_size)
     fixed = GB // 2 + sum(ref.nbytes for ref in group.refs)
     yield ways.choose(BUDGET - fixed, 32 * GB, lambda cost: forecast(cost, 8, 20 * GB)).tiling
 

@@ -50,14 +50,13 @@ def run_trials(
     device: str | None,
     repeats: int,
     ballast: bool = False,
-    limit: float = LIMIT,
 ) -> Iterator[Tried]:
     """Do what the file does not hold yet; it is saved after every trial."""
     for trial in trials:
         if is_done(results, trial):
             continue
         request = Request(trial, dict(source(trial)), device, repeats, ballast)
-        outcome = run_module("lowvram.bench.measure", [msgspec.json.encode(request).decode()], limit)
+        outcome = run_module("lowvram.bench.measure", [msgspec.json.encode(request).decode()], LIMIT)
         if not outcome.result:
             yield Tried(trial, None, outcome.why)
             continue

@@ -6,7 +6,6 @@ shows what its prompt says is computed from its frames alone: colour, direction 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -48,13 +47,6 @@ def split(held_out: int = 48, seed: int = 7) -> tuple[list[Scene], list[Scene]]:
     order = np.random.default_rng(seed).permutation(len(scenes))
     chosen = set(order[:held_out].tolist())
     return [s for i, s in enumerate(scenes) if i not in chosen], [scenes[i] for i in sorted(chosen)]
-
-
-def parse_caption(text: str) -> Scene:
-    match = re.fullmatch(r"an? (\w+) (\w+) moves (\w+) on a (\w+) background", text.strip().lower())
-    if match is None:
-        raise ValueError(f"not a caption of this world: {text!r}")
-    return Scene(*match.groups())
 
 
 def coverage(shape: str, cx: np.ndarray, cy: np.ndarray, radius: np.ndarray, size: int = SIZE) -> np.ndarray:

@@ -23,6 +23,7 @@ Floats = NDArray[np.float32]
 FACE_PIXELS = 512
 MARGIN = 15
 """Pixels that the middle of a shape keeps from the border."""
+FPS = 8
 REACH = 20
 """Half the side of the square around the cross that replace mode may paint."""
 
@@ -110,14 +111,14 @@ def face(mouth: float, x: float = 0.0, y: float = 0.0) -> Floats:
     return out
 
 
-def write_folder(driven: Driven, folder: Path, fps: int = 8) -> None:
+def write_folder(driven: Driven, folder: Path) -> None:
     """What Wan-Animate's preprocessing would write of it, `src_bg.mp4` and `src_mask.mp4` included."""
     folder.mkdir(parents=True, exist_ok=True)
     hole = np.repeat(2 * driven.hole()[:, None] - 1, 3, axis=1)
     videos = {"pose": driven.pose(), "face": driven.faces(), "bg": driven.emptied(), "mask": hole}
     for name, video in videos.items():
         frames = to_bytes(video)
-        with VideoWriter(folder / f"src_{name}.mp4", *frames.shape[2:0:-1], fps, overwrite=True) as writer:
+        with VideoWriter(folder / f"src_{name}.mp4", *frames.shape[2:0:-1], FPS, overwrite=True) as writer:
             writer.write(frames)
     Image.fromarray(to_bytes(driven.picture()[None])[0]).save(folder / "src_ref.png")
 

@@ -166,7 +166,7 @@ class Group:
     """By name of a parameter: the strength of each difference that is added to it."""
 
     @property
-    def kind(self) -> Hashable:
+    def kind(self) -> tuple[Hashable, ...]:
         """What a footprint depends on: names, shapes and encodings, but not where the bytes lie."""
         return tuple((ref.name, ref.shape, ref.encoding) for ref in self.refs)
 
@@ -177,11 +177,13 @@ def vae_group(model: Model, prefixes: tuple[str, ...]) -> Group:
 
 
 def kinds(groups: Iterable[Group]) -> list[Group]:
-    """One group of every make: those alike in names, shapes and encodings need the same memory.
+    """One group of every make: those alike in names, shapes and encodings need the same memory, and what another has
+    beside more needs no more.
 
-    The blocks of a network may be stored differently, by depth or by expert, and have different LoRA branches.
+    The blocks of a network may be stored differently, by depth or by expert, and have different LoRA branches or none.
     """
-    return list({group.kind: group for group in groups}.values())
+    found = {frozenset(group.kind): group for group in groups}
+    return [group for kind, group in found.items() if not any(kind < other for other in found)]
 
 
 def branch_name(linear: str, index: int, role: str) -> str:

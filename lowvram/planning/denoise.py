@@ -1,46 +1,19 @@
-"""The denoise stage: ways to run the forward, and blocks placed in what memory a way leaves."""
+"""The denoise stage: the fastest way to run the forward that fits, and blocks placed in what memory it leaves."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from lowvram import footprint
-from lowvram.conditions.contract import kept
-from lowvram.models.self_attention import CHUNK
-from lowvram.offload.budget import allocated_size
+from lowvram.offload.budget import Budget
 from lowvram.offload.placement import BlockId, Buffers, Placement, Where, plan_buffers, spread, visits_of
-from lowvram.offload.rows import WINDOWS
-from lowvram.offload.slab import BlockLayout, build_layout
+from lowvram.offload.slab import BlockLayout
 from lowvram.planning.facts import Facts, Transformers
 from lowvram.planning.plan import Lean, StagePlan
-from lowvram.planning.prepare import kept_claims
 from lowvram.planning.visits import order_of, step_visits
-from lowvram.quant.spec import HEAD_DIM, numel
+from lowvram.planning.ways import Way, claims, every_way, least_claims, ram_claims
 from lowvram.sampling.guidance import needs_uncond
-from lowvram.sampling.solvers import kept_tensors
-from lowvram.stages.condition import conditioning, held_claims
-from lowvram.triton_kernels.keys import sample_stride, stored_bytes
-from lowvram.triton_kernels.ops import ops_for
-
-CHUNKS = (CHUNK, CHUNK // 2, CHUNK // 4)
-"""Tokens at once. The first, wherever it fits, so that a budget does not change how a matmul is cut."""
-GROUPS = (8, 4, 2, 1)
-"""Heads at once, where not all are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One way to run the forward, and what it takes whatever the placement."""
-
-    lean: Lean
-    slots: int
-    """Device buffers for blocks that move; 1 leaves no copy to overlap with."""
-    claims: Mapping[str, int]
-    """Device memory that does not move."""
-    ram_claims: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,209 +27,66 @@ class Room:
     """Of each expert."""
 
 
-# ---- ways
+# ---- the choice of a way
 
 
-def ways(facts: Facts) -> Iterator[Way]:
+def ways(facts: Facts) -> list[Way]:
     """From the fastest to the slowest, by forecast; of equals, the one that moves less first.
 
     Every way with chunks of full length comes before any with shorter ones.
     """
-    return (facts.once(_way, *way) for way in facts.once(_by_time))
+    return facts.once(_by_time)
 
 
-def _way(facts: Facts, lean: Lean, slots: int) -> Way:
-    return Way(lean, slots, facts.once(_claims, lean), facts.once(_ram_claims, lean))
+def _by_time(facts: Facts) -> list[Way]:
+    def slowness(way: Way) -> tuple[int, float]:
+        return -way.lean.chunk, _seconds(facts, way, _carried(facts, way, Room()).h2d)
+
+    return sorted(every_way(facts), key=slowness)
 
 
-def _by_time(facts: Facts) -> list[tuple[Lean, int]]:
-    """Every lean and its slots, in the order of `ways`."""
-    packed = facts.once(_unpacked_bytes) > 0
-    found = [(lean, slots) for lean in _leans(facts, packed) for slots in (2, 1)]
-
-    def slowness(way: tuple[Lean, int]) -> tuple[int, float]:
-        lean, slots = way
-        return -lean.chunk, _seconds(facts, lean, slots, _carried(facts, lean, slots, Room()).h2d)
-
-    return sorted(found, key=slowness)
-
-
-def _leans(facts: Facts, packed: bool) -> list[Lean]:
-    """packed: whether any weight has to be decoded before it is used."""
-    heads, guided = facts.spec.dit.heads, facts.passes == 2
-    groups = [g for g in GROUPS if g < heads and heads % g == 0]
-    found = []
-    for chunk in CHUNKS:
-        small = Lean(together=not guided, chunk=chunk, unpacked=not packed)
-        found += [Lean(chunk=chunk)] + ([Lean(together=False, chunk=chunk)] if guided else [])
-        found += [small] if packed else []
-        found += [replace(small, group=g) for g in groups]
-        found += [replace(small, group=g, away=True) for g in (0, *groups)]
-    return found
+def fastest(facts: Facts, budget: Budget, among: Sequence[Way]) -> Way:
+    """The first that fits; if none does, the one that `lowvram.planning.choose.Planner` says."""
+    for way in among:
+        if _fits(facts, way, budget):
+            return way
+    in_ram = [way for way in among if _least(facts, way).ram <= budget.ram]
+    if not in_ram:
+        for way in sorted(among, key=lambda way: _least(facts, way).ram):
+            if _fits(facts, way, Budget(budget.vram, _least(facts, way).ram)):
+                return way
+    return _smallest(facts, in_ram or among)
 
 
-def _claims(facts: Facts, lean: Lean) -> dict[str, int]:
-    spec, tokens = facts.spec.dit, facts.tokens
-    heads = lean.group or spec.heads
-    stored = [stored_bytes(mode, heads, tokens, facts.dtype) for mode in facts.job.attention.modes()]
-    state = kept_tensors(facts.job.schedule.solver)
-    # in the blocks: the latent, what the solver keeps, and the velocity of the pass before
-    latents = 1 + state + (0 if lean.together else facts.passes - 1)
-    solving = 3 + facts.passes + state - latents  # between the blocks of two steps
-    scratch = facts.once(_scratch, lean.chunk, lean.group > 0, lean.unpacked)
-    claims = {
-        **_residual_claims(facts, lean),
-        "keys": allocated_size(max(keys for keys, _ in stored)),
-        "values": allocated_size(max(values for _, values in stored)),
-        "attention output": allocated_size(tokens * spec.dim * facts.dtype.itemsize),
-        "rotary table": allocated_size(4 * tokens * HEAD_DIM),
-        "token order": allocated_size(8 * tokens),
-        "latents": latents * _latent_bytes(facts),
-        "scratch": max(scratch, solving * _latent_bytes(facts) + _preview_scratch(facts)),
-    }
-    claims |= facts.once(_preview_weights)
-    unpacked = facts.once(_unpacked_bytes) if lean.unpacked else 0
-    if unpacked:
-        claims["unpacked block"] = allocated_size(unpacked)
-    claims |= facts.once(_condition)
-    if not lean.group:
-        del claims["attention output"]
-    if not facts.job.attention.selects:
-        del claims["token order"]
-    return kept_claims(facts) | claims
+def _smallest(facts: Facts, among: Sequence[Way]) -> Way:
+    """The one with the least VRAM. Blocks run only for those that may be it: a run takes a twentieth of a second."""
+    ordered = sorted(among, key=lambda way: _least(facts, way).vram)
+    best = ordered[0]
+    for way in ordered[1:]:
+        found = stage_plan(facts, best, Room()).vram
+        if _least(facts, way).vram >= found:
+            break
+        best = way if stage_plan(facts, way, Room()).vram < found else best
+    return best
 
 
-def _condition(facts: Facts) -> dict[str, int]:
-    condition = conditioning(facts.spec, facts.job)
-    return {} if condition is None else {"condition": kept(condition, facts)}
+def _fits(facts: Facts, way: Way, budget: Budget) -> bool:
+    return _least(facts, way).inside(budget) and stage_plan(facts, way, Room()).inside(budget)
 
 
-def _residual_claims(facts: Facts, lean: Lean) -> dict[str, int]:
-    """On the device: the residual streams, or what passes of those in RAM."""
-    row = facts.spec.dit.dim * facts.residual.itemsize
-    if not lean.away:
-        return {"residual": _streams(facts, lean) * allocated_size(facts.tokens * row)}
-    claims = {"residual window": WINDOWS * allocated_size(min(lean.chunk, facts.tokens) * row)}
-    if any(mode.quantised for mode in facts.job.attention.modes()):
-        sampled = -(-facts.tokens // sample_stride(facts.tokens))
-        claims["residual sample"] = allocated_size(sampled * row)
-    return {name: _streams(facts, lean) * nbytes for name, nbytes in claims.items()}
-
-
-def _ram_claims(facts: Facts, lean: Lean) -> dict[str, int]:
-    stream = facts.tokens * facts.spec.dit.dim * facts.residual.itemsize
-    away = {f"ram residual {n}": stream for n in range(_streams(facts, lean))} if lean.away else {}
-    return facts.once(held_claims) | facts.once(_preview_ram) | away
-
-
-def _streams(facts: Facts, lean: Lean) -> int:
-    """Residual streams at once."""
-    return facts.passes if lean.together else 1
-
-
-def _scratch(facts: Facts, chunk: int, grouped: bool, unpacked: bool) -> int:
-    """Transient bytes of a block or of the head, whichever takes more.
-
-    Groups of fewer heads take no more than the largest, so that one stands for all.
-    """
-    spec, tokens, n = facts.spec.dit, facts.tokens, min(facts.tokens, 2 * chunk)
-    group = next(g for g in GROUPS if g < spec.heads and spec.heads % g == 0) if grouped else 0
-    per_frame = tokens // facts.latent[1] if facts.time_rows > 1 else 0
-    found, machine, matmul = [], facts.machine, facts.job.matmul
-    for block in facts.transformers.blocks:
-        what = n, per_frame, max(facts.lengths), facts.dtype
-        for mode in facts.job.attention.modes():
-            measure = partial(
-                footprint.block_scratch, spec, block, *what, group=group, chunk=chunk,
-                unpacked=unpacked, attention=mode, matmul=matmul, ops=ops_for(machine.arch, machine.unfused),
-                residual=facts.residual,
-            )  # fmt: skip
-            how = (
-                group,
-                chunk,
-                unpacked,
-                mode.name,
-                matmul.mode,
-                machine.arch,
-                machine.unfused,
-                facts.residual,
-            )
-            inside = facts.measured(measure, "block", block.kind, *what, *how)
-            factors = footprint.factor_bytes(tokens) - footprint.factor_bytes(n) if group else 0
-            found.append(inside + factors)
-        if spec.face_blocks:
-            face = tokens, facts.latent[1], facts.dtype, chunk, facts.residual
-            attend = partial(footprint.attend_scratch, spec, block, *face)
-            found.append(facts.measured(attend, "face", block.kind, *face))
-    found.append(facts.once(_ends_scratch, chunk))
-    return max(found) + allocated_size(2 * spec.layers)  # two truths a block
-
-
-def _ends_scratch(facts: Facts, chunk: int) -> int:
-    """Of what is before the blocks and behind them."""
-    found = []
-    for outer in facts.transformers.outers:
-        ends, key = (facts.spec.dit, outer, facts.grid), (outer.kind, facts.grid)
-        head = partial(footprint.head_scratch, *ends, facts.residual, chunk=chunk)
-        behind = facts.measured(head, "head", *key, facts.residual, chunk)
-        slabs = facts.job.attention.selects
-        embed = partial(footprint.embed_scratch, *ends, facts.dtype, slabs=slabs)
-        before = facts.measured(embed, "embed", *key, facts.dtype, slabs)
-        found += [behind + _latent_bytes(facts), before]
-    return max(found)
-
-
-def _preview_weights(facts: Facts) -> dict[str, int]:
-    if facts.preview is None:
-        return {}
-    return {"preview weights": facts.footprint(build_layout(facts.preview.weights.refs).nbytes)}
-
-
-def _preview_scratch(facts: Facts) -> int:
-    """Of a preview by a decoder, made between two steps: the scratch of the blocks is free then."""
-    if facts.preview is None:
-        return 0
-    what = facts.latent, facts.dtype
-    measure = partial(footprint.preview_scratch, facts.preview, *what)
-    return facts.measured(measure, "preview", facts.preview.weights.kind, *what)
-
-
-def _preview_ram(facts: Facts) -> dict[str, int]:
-    """The decoder on its way to the device, and the pictures it makes."""
-    if facts.preview is None:
-        return {}
-    pictures = facts.preview.pictures_bytes(facts.latent[1], facts.latent[2:])
-    nbytes = build_layout(facts.preview.weights.refs).nbytes
-    return {"ram preview": nbytes, "preview pictures": pictures}
-
-
-def _unpacked_bytes(facts: Facts) -> int:
-    """Of a block's matrices in the compute dtype; 0 if they are stored in it."""
-    dtype, matmul = facts.dtype, facts.job.matmul
-    return max(
-        facts.measured(
-            partial(footprint.unpacked_nbytes, block, dtype, matmul),
-            "unpacked",
-            block.kind,
-            dtype,
-            matmul.mode,
-        )
-        for block in facts.transformers.blocks
-    )
-
-
-def _latent_bytes(facts: Facts) -> int:
-    return allocated_size(4 * numel(facts.latent))
+def _least(facts: Facts, way: Way) -> StagePlan:
+    """Known without a run: the RAM of the way, and VRAM that it takes no less than."""
+    return facts.once(_stage_plan, way, Room(), least_claims)
 
 
 # ---- time
 
 
-def _seconds(facts: Facts, lean: Lean, slots: int, moved: int) -> float:
+def _seconds(facts: Facts, way: Way, moved: int) -> float:
     """A forecast, if `moved` bytes of blocks are copied to the device."""
-    compute = facts.once(_compute, lean.group > 0)
-    copies = (moved + _passing(facts, lean)) / facts.machine.link
-    return compute + copies if slots == 1 else max(compute, copies)
+    compute = facts.once(_compute, way.lean.group > 0)
+    copies = (moved + _passing(facts, way.lean)) / facts.machine.link
+    return compute + copies if way.slots == 1 else max(compute, copies)
 
 
 def _evaluations(facts: Facts) -> int:
@@ -321,13 +151,13 @@ class Carried:
 
 def place(facts: Facts, way: Way, room: Room) -> Placement:
     """Residents, and of the others those held in RAM, spread evenly over the depth of every expert."""
-    return _carried(facts, way.lean, way.slots, room).placement
+    return _carried(facts, way, room).placement
 
 
-def _carried(facts: Facts, lean: Lean, slots: int, room: Room) -> Carried:
-    each = tuple(step_visits(facts.job, facts.spec, lean.together))
+def _carried(facts: Facts, way: Way, room: Room) -> Carried:
+    each = tuple(step_visits(facts.job, facts.spec, way.lean.together))
     passage = facts.of_transformers(_passage, facts.job.schedule.experts, each)
-    return facts.of_transformers(_carry, passage, slots, room, facts.machine.ram)
+    return facts.of_transformers(_carry, passage, way.slots, room, facts.machine.ram)
 
 
 def _passage(transformers: Transformers, experts: tuple[int, ...], each: tuple[int, ...]) -> Passage:
@@ -365,18 +195,21 @@ def _outgrows_cache(layouts: Mapping[BlockId, BlockLayout], where: Mapping[Block
 
 def stage_plan(facts: Facts, way: Way, room: Room) -> StagePlan:
     """The stage run this way, with blocks placed in this room."""
-    return facts.once(_stage_plan, way.lean, way.slots, room)
+    return facts.once(_stage_plan, way, room, claims)
 
 
-def _stage_plan(facts: Facts, lean: Lean, slots: int, room: Room) -> StagePlan:
-    carried = _carried(facts, lean, slots, room)
-    buffers, seconds = carried.buffers, _seconds(facts, lean, slots, carried.h2d)
+def _stage_plan(
+    facts: Facts, way: Way, room: Room, beside: Callable[[Facts, Lean], dict[str, int]]
+) -> StagePlan:
+    """beside: what it claims on the device beside blocks."""
+    carried = _carried(facts, way, room)
+    buffers, seconds = carried.buffers, _seconds(facts, way, carried.h2d)
     return StagePlan(
         "denoise",
         len(facts.job.schedule),
-        facts.context | facts.once(_claims, lean) | buffers.device_claims(facts.footprint),
-        facts.host(facts.once(_ram_claims, lean) | buffers.host_claims()),
+        facts.context | facts.once(beside, way.lean) | buffers.device_claims(facts.footprint),
+        facts.host(facts.once(ram_claims, way.lean) | buffers.host_claims()),
         carried.disk,
-        carried.h2d + _passing(facts, lean),
+        carried.h2d + _passing(facts, way.lean),
         max(seconds, carried.disk / facts.machine.disk),
     )

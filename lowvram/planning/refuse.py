@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from lowvram.errors import BudgetError
@@ -13,22 +13,25 @@ from lowvram.planning.once import Once
 from lowvram.planning.plan import StagePlan
 from lowvram.triton_kernels.modes import SDPA
 
-Least = Callable[[Facts, Budget], Iterator[StagePlan]]
-"""Every stage as small as a budget asks for; what it returns if none fits, `lowvram.planning.choose.Planner` says."""
+Planner = Callable[[Facts, Budget], Sequence[StagePlan]]
+"""Plans stages, none if the job has no such: each the fastest inside the budget. If nothing fits: the least VRAM inside
+the RAM, or else the least RAM inside the VRAM, or else the least VRAM."""
 
+ENDLESS = 2**62
+"""Bytes of RAM that hold anything."""
 SMALLER_WEIGHTS = ("fp8",)
 """What is proposed instead of larger ones, the better first."""
 SIXTEENTHS = range(15, 3, -1)
 """Of width and height: sizes that are proposed."""
 
 
-def refusal(facts: Facts, budget: Budget, least: Least) -> BudgetError:
-    """The error that says so. `budget` must not hold the job."""
-    need, job = minimum(facts, budget, least), facts.job
-    stages = list(least(facts, need))
+def refusal(facts: Facts, budget: Budget, planners: Sequence[Planner]) -> BudgetError:
+    """The error that says so. `budget` must not hold the job. planners: of all stages, the quickest first."""
+    need, job = minimum(facts, budget, planners), facts.job
     found, flags = [], []
     if need.vram > budget.vram:
-        stage = max(stages, key=lambda s: s.vram)
+        stages = (stage for plan in planners for stage in plan(facts, need))
+        stage = next(stage for stage in stages if stage.vram == need.vram)
         largest = max(stage.claims, key=lambda name: stage.claims[name])
         found.append(
             f"{format_bytes(need.vram)} of VRAM in stage {stage.name} (most of it {largest}), the budget is "
@@ -38,7 +41,7 @@ def refusal(facts: Facts, budget: Budget, least: Least) -> BudgetError:
     if need.ram > budget.ram:
         found.append(f"{format_bytes(need.ram)} of RAM, the budget is {format_bytes(budget.ram)}")
         flags.append(f"--ram {_up(need.ram)}")
-    settings = nearest(facts, budget, least)
+    settings = nearest(facts, budget, planners)
     instead = " or ".join(f"--{name} {value}" for name, value in settings.items())
     smaller = "no smaller video fits" if job.driving is None else "shorter segments do not fit either"
     return BudgetError(
@@ -51,19 +54,49 @@ def refusal(facts: Facts, budget: Budget, least: Least) -> BudgetError:
     )
 
 
-def minimum(facts: Facts, budget: Budget, least: Least) -> Budget:
-    """`budget` with VRAM raised to the least that its RAM allows; or else the RAM, for its VRAM; or else both."""
-    stages = list(least(facts, Budget(1, budget.ram)))
-    if all(s.ram <= budget.ram for s in stages):
-        return replace(budget, vram=max(s.vram for s in stages))
-    stages = list(least(facts, Budget(budget.vram, 1)))
-    if any(s.vram > budget.vram for s in stages):
-        budget = replace(budget, vram=max(s.vram for s in least(facts, Budget(1, 1))))
-        stages = list(least(facts, Budget(budget.vram, 1)))
-    return replace(budget, ram=max(s.ram for s in stages))
+def inside(stages: Iterable[StagePlan], budget: Budget) -> bool:
+    """Whether all fit."""
+    return all(stage.inside(budget) for stage in stages)
 
 
-def nearest(facts: Facts, budget: Budget, least: Least) -> dict[str, str]:
+def minimum(facts: Facts, budget: Budget, planners: Sequence[Planner]) -> Budget:
+    """`budget` with VRAM raised to the least that its RAM allows; or else the RAM, for its VRAM; or else both.
+
+    Each stage is asked to fit into what those before it need anyhow: only the most counts, and to look for the least of
+    all of them would take long.
+    """
+    found = _with_vram(facts, budget, planners) or _with_ram(facts, budget, planners)
+    if found is None:
+        endless = _with_vram(facts, replace(budget, ram=ENDLESS), planners)
+        assert endless is not None
+        found = _with_ram(facts, replace(budget, vram=endless.vram), planners)
+    assert found is not None
+    return found
+
+
+def _with_vram(facts: Facts, budget: Budget, planners: Sequence[Planner]) -> Budget | None:
+    """As much more as its RAM asks for; None if that is too little for any VRAM."""
+    for plan in planners:
+        stages = plan(facts, budget)
+        if any(stage.ram > budget.ram for stage in stages):
+            return None
+        budget = replace(budget, vram=max([budget.vram, *(stage.vram for stage in stages)]))
+    return budget
+
+
+def _with_ram(facts: Facts, budget: Budget, planners: Sequence[Planner]) -> Budget | None:
+    """As much more as its VRAM asks for; None if that is too little for any RAM."""
+    for plan in planners:
+        stages = plan(facts, budget)
+        if not inside(stages, budget):
+            stages = plan(facts, replace(budget, ram=1))  # the least RAM: nothing fits into that
+        if any(stage.vram > budget.vram for stage in stages):
+            return None
+        budget = replace(budget, ram=max([budget.ram, *(stage.ram for stage in stages)]))
+    return budget
+
+
+def nearest(facts: Facts, budget: Budget, planners: Sequence[Planner]) -> dict[str, str]:
     """By flag without its dashes: the value nearest to what was asked with which the job fits.
 
     A driven job has the size of its videos, and is as long: its segments may be shorter.
@@ -71,7 +104,7 @@ def nearest(facts: Facts, budget: Budget, least: Least) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def fits(other: Facts) -> bool:
-        return all(stage.inside(budget) for stage in least(other, budget))
+        return all(inside(plan(other, budget), budget) for plan in planners)
 
     job = facts.job
     carried = 0 if job.driving is None else job.driving.carried

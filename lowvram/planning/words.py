@@ -6,9 +6,10 @@ from collections import Counter
 
 from lowvram.models.self_attention import CHUNK
 from lowvram.offload.budget import Budget, format_bytes
-from lowvram.planning.denoise import Room, Way
+from lowvram.planning.denoise import Room
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import Lean, StagePlan
+from lowvram.planning.ways import Way
 
 
 def choices(facts: Facts, budget: Budget, stage: StagePlan, way: Way, room: Room) -> dict[str, str]:
@@ -30,7 +31,7 @@ def choices(facts: Facts, budget: Budget, stage: StagePlan, way: Way, room: Room
     weights = {}
     if not lean.unpacked:
         weights["weights"] = "decoded once a chunk: a whole block's do not fit beside the rest"
-    elif "unpacked block" in way.claims:
+    elif "unpacked block" in stage.claims:
         weights["weights"] = "decoded once a block, the fastest"
     slots = f"{way.slots} on the device, {room.ring} between disk and device"
     if way.slots == 1:

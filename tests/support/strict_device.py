@@ -153,7 +153,7 @@ class Meter:
         if cls.tracker is not None:
             existing = {t.raw.untyped_storage()._cdata for t in given}
             for t in results:
-                cls.tracker.made(t, existing, where)
+                cls.tracker.made(t, existing, lambda: where)
 
 
 @contextmanager

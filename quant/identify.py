@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,13 +71,6 @@ class Checkpoint:
     """How the file names its tensors: "native", "diffusers", "hf", "gguf"."""
     tokenizer: Part | Vocabulary | None = None
     """The sentencepiece model that ComfyUI text encoders carry, or the vocabulary of llama.cpp's."""
-
-
-def fingerprint(shapes: Shapes) -> str:
-    """MD5 of names and shapes, as DiffSynth-Studio publishes it for known files (checkpoint-formats 0.2)."""
-    lines = [f"{name}:{'_'.join(map(str, shape))}" for name, shape in shapes.items()]
-    text = b",".join(sorted(line.encode() for line in [*lines, *shapes]))
-    return hashlib.md5(text, usedforsecurity=False).hexdigest()
 
 
 def identify_path(path: Path, open_reader: OpenReader, want: Kind | None = None) -> Checkpoint:

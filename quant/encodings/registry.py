@@ -90,11 +90,11 @@ def keeps_precision(native_name: str, shape: Shape) -> bool:
     return len(shape) != 2 or not _SENSITIVE.isdisjoint(native_name.split("."))
 
 
-def planned_encoding(name: str, shape: Shape, weights_encoding: str, high: str = "bf16") -> Encoding:
+def planned_encoding(name: str, shape: Shape, weights_encoding: str) -> Encoding:
     """The encoding that `--weights weights_encoding` gives the tensor `name` of `shape`.
 
     A plain format holds for every tensor; any other for the tensors that may lose precision and fit it, the
-    rest being stored as `high`. GGUF formats choose a type per matrix as the mix of that name does, and keep what is
+    rest being stored as bf16. GGUF formats choose a type per matrix as the mix of that name does, and keep what is
     small and the patch embedding in float32, as published files do (checkpoint-formats 4.1).
     """
     chosen = encoding_by_name(weights_encoding)
@@ -106,7 +106,7 @@ def planned_encoding(name: str, shape: Shape, weights_encoding: str, high: str =
             return picked
     if isinstance(chosen, Blocks) and (len(shape) != 2 or numel(shape) <= _GGUF_SMALL):
         return encoding_by_name("fp32")
-    return encoding_by_name(high)
+    return encoding_by_name("bf16")
 
 
 _GGUF_SMALL = 1024

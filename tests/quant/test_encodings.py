@@ -254,7 +254,7 @@ def test_the_plan_keeps_what_cannot_be_quantised_in_high_precision():
     matrix, norm = "blocks.0.ffn.0.weight", "blocks.0.norm3.weight"
     assert planned_encoding(matrix, (64, 64), "fp8") == Fp8()
     assert planned_encoding(norm, (64,), "fp8") == Plain("BF16")
-    assert planned_encoding("head.head.weight", (64, 64), "fp8_row", high="fp32") == Plain("F32")
+    assert planned_encoding("head.head.weight", (64, 64), "fp8_row") == Plain("BF16")
     assert planned_encoding(norm, (64,), "fp32") == Plain("F32")
 
 

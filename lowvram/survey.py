@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import statistics
 import subprocess
@@ -68,12 +69,17 @@ def identify(device: str | None = None) -> Place:
 
 
 def _driver() -> str:
-    """Version of the NVIDIA driver; of the CUDA that it speaks where the driver's own is not told (Windows)."""
+    """Version of the NVIDIA driver; of the CUDA that it speaks where the driver's own is not told (Windows, WSL)."""
     text = read_kernel_text(Path("/sys/module/nvidia/version"))
     if text:
         return text.strip()
-    number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
-    return f"CUDA {number // 1000}.{number % 1000 // 10}"
+    number = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        driver.cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return ""
+    return f"CUDA {number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def memory(place: Place, limits: HostLimits | None = None) -> Memory:

@@ -288,11 +288,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _effect(func: Any) -> str:
     """What an operation returns: "new" memory, a "view" of its input, or its first input after it "writes" to it."""
-    tags, returns = set(func.tags), func._schema.returns
+    arguments, returns = func._schema.arguments, func._schema.returns
     aliases = bool(returns) and all(r.alias_info is not None for r in returns)
-    if not aliases or tags & {torch.Tag.out, torch.Tag.inplace_view}:  # those may change the size of an input
+    # those with `out`, and those that change the shape of an input, may change its size
+    if not aliases or torch.Tag.inplace_view in func.tags or any(a.is_out for a in arguments):
         return "new"
-    return "writes" if torch.Tag.inplace in tags else "view"
+    return "writes" if returns[0].alias_info.is_write else "view"
 
 
 def _are_alike(tensors: Sequence[Tensor]) -> bool:

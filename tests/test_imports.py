@@ -54,6 +54,28 @@ def modules() -> dict[str, ast.Module]:
 MODULES = modules()
 
 
+def names_of_torch(tree: ast.Module) -> Iterator[str]:
+    """What a module takes of torch by attribute, the longest chains."""
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and id(node) not in inner:
+            name = ast.unparse(node)
+            if re.fullmatch(r"torch(\.\w+)+", name) and not name.startswith("torch.ops."):
+                yield name
+
+
+def test_what_is_taken_of_torch_is_there() -> None:
+    """On a CPU too, where nothing runs that only a card reaches. `torch._C` is another in every build and version."""
+    import torch.nn.attention
+
+    for name, tree in MODULES.items():
+        for taken in names_of_torch(tree):
+            value: object = torch
+            for part in taken.split(".")[1:]:
+                assert part != "_C" and hasattr(value, part), f"{name}: {taken}"
+                value = getattr(value, part)
+
+
 def room_of(name: str) -> str:
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in ORDER else "lowvram"

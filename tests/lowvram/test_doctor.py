@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,27 @@ def test_what_the_doctor_measures_is_what_plans_use(cli: Callable[..., Any], tmp
     assert machine.disk == max(values["disk, direct reads"] or 0, values["disk, buffered reads"])
     assert machine.sources["disk"] == "measured by the doctor"
     assert list(tmp_path.iterdir()) == []  # what was written to be read is gone
+
+
+@pytest.mark.parametrize(("library", "version"), [(True, "CUDA 13.1"), (False, "")])
+def test_where_the_driver_tells_no_version_it_is_asked_for_its_cuda(
+    library: bool, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows and WSL; and a machine that has not even the library says nothing."""
+
+    def opened(name: str) -> Any:
+        if not library:
+            raise OSError(f"{name}: cannot open shared object file")
+
+        def get(number: Any) -> int:
+            number._obj.value = 13010
+            return 0
+
+        return SimpleNamespace(cuDriverGetVersion=get)
+
+    monkeypatch.setattr(survey, "read_kernel_text", lambda path: None)
+    monkeypatch.setattr("ctypes.CDLL", opened)
+    assert survey._driver() == version
 
 
 def test_rates_are_kept_until_device_driver_or_torch_changes() -> None:

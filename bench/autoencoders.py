@@ -21,7 +21,6 @@ from lowvram.offload.estimate import track
 from lowvram.quant.names import vae_renames
 from lowvram.quant.spec import VaeSpec
 from lowvram.sampling.presets import model_preset
-from lowvram.stages.decode import to_pixels
 from lowvram.stages.outbox import Outbox
 from lowvram.stages.tiles import Shelf
 from lowvram.survey import identify
@@ -112,7 +111,7 @@ def _decode(
         ):
             sent = None
             for piece in vae_clip.decode(spec, w, z, tiling, shelf, device.torch_device, dtype):
-                arriving = outbox.send(to_pixels(piece.pixels))
+                arriving = outbox.send(vae.to_uint8(piece.pixels))
                 if sent is not None:
                     sent.arrived()
                 sent = arriving

@@ -14,7 +14,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 
 from lowvram.errors import FileError, UsageError
-from lowvram.library.cache import cache_file, load_cache, save_cache
+from lowvram.library.cache import load_cache, models_cache, save_cache
 from lowvram.library.choose import choose, choose_loras, missing_error, needed_parts, possible_models
 from lowvram.library.entries import read_entries
 from lowvram.library.naming import expert_of
@@ -125,7 +125,7 @@ def look(models_dirs: Sequence[str] = (), progress: Callable[[Path], None] = lam
 
 
 def _scan(places: Sequence[Place], progress: Callable[[Path], None]) -> Library:
-    path = cache_file()
+    path = models_cache()
     cache = load_cache(path)
     before = dict(cache.records)
     library = scan(places, cache, progress)
@@ -250,11 +250,6 @@ def is_here(
     if is_embedded(model) or model not in load_models():
         return True
     return not choose(look(models_dirs, progress).entries, model, preset=preset).missing
-
-
-def default_spec(model: str) -> ModelSpec | None:
-    """The preset of a model asked for by name; None for a path."""
-    return load_models().get(model)
 
 
 def _embedded(model: str) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -11,9 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from lowvram.errors import FileError, StorageError
+from lowvram.folders import cache_folder
 from lowvram.offload.io import read_small_text, write_atomic
 from lowvram.sampling.presets import unknown_name
 
@@ -157,9 +155,8 @@ def this_machine(device: str | None = None) -> Machine:
 
 
 def rates_path(kind: str) -> Path:
-    """Where the rates of this machine are kept: in LOWVRAM_CACHE, or the user's cache folder."""
-    root = os.environ.get("LOWVRAM_CACHE") or platformdirs.user_cache_dir("lowvram", appauthor=False)
-    return Path(root) / f"machine-{kind}.json"
+    """Where the rates of this machine are kept."""
+    return cache_folder() / f"machine-{kind}.json"
 
 
 def save_rates(path: Path, rates: Rates) -> None:

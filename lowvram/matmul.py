@@ -14,10 +14,10 @@ from lowvram.triton_kernels.ops import Ops
 
 
 def unfit_for(form: str, model: Model) -> str:
-    """What the Linears in the blocks of a transformer are stored as, of one that has none in an 8-bit form that is
-    multiplied as it is stored; "" if all have some.
+    """Why the weights of `model` cannot be multiplied in the 8-bit `form` ("int8", "fp8"): what those of its first
+    transformer without any in that form usually are; "" if every transformer has some.
 
-    Files leave some layers in a longer format. Those are multiplied exactly.
+    Some are enough: files leave a few layers in a longer format, and those are multiplied exactly.
     """
     for name, transformer in model.transformers.items():
         stored = [
@@ -36,5 +36,6 @@ def unfit_for(form: str, model: Model) -> str:
 
 
 def as_multiplied(block: Params, how: Matmul, ops: Ops, dtype: torch.dtype) -> Params:
-    """A block whose 8-bit weights are multiplied as they are stored if that is how, by activations of `dtype`."""
+    """The block with its 8-bit weights multiplied as they are stored, by activations that are quantised from `dtype`;
+    the block itself if `how` is exact."""
     return block if how.exact else block.multiplied(W8A8_LINEARS, ops.w8a8(how.mode), dtype)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from lowvram.discovery import default_spec
 from lowvram.errors import FileError, UsageError
 from lowvram.fewstep import acts_on
 from lowvram.job import LoraChoice
@@ -230,8 +229,11 @@ class Model:
 
 
 def open_model(name: str, files: Mapping[str, str]) -> Model:
-    """Recognise the files of a model. FileError for a part that is missing or not what it should be."""
+    """Recognise the files of a model. FileError for a part that is missing or not what it should be, UsageError for one
+    transformer where the model has two, and the other way round."""
     experts = ("high", "low") if "high" in files or "low" in files else ("single",)
+    if (known := load_models().get(name)) is not None:
+        _check_count(name, known, experts)
     for part in (*experts, "vae", "text"):
         _check_found(part, name, files)
     for expert in experts:
@@ -382,7 +384,7 @@ def _imagined(shapes: Mapping[str, Shape], weights: str, file: Path) -> dict[str
 
 def _model_spec(name: str, dit: Checkpoint, experts: int) -> ModelSpec:
     """The defaults of a model: of its name, else of the first known model with the same transformers."""
-    preset = default_spec(name)
+    preset = load_models().get(name)
     if preset is not None:
         return preset
     for candidate in load_models().values():
@@ -396,6 +398,18 @@ def _model_spec(name: str, dit: Checkpoint, experts: int) -> ModelSpec:
         expected=", ".join(load_models()),
         advice="name the model it was made from with --model NAME, and give its files",
     )
+
+
+def _check_count(name: str, spec: ModelSpec, given: tuple[str, ...]) -> None:
+    """UsageError unless as many transformers are given as the model has."""
+    if len(given) != spec.experts:
+        has, wants = (" and ".join(FLAGS[part] for part in parts) for parts in (given, spec.expert_names()))
+        raise UsageError(
+            f"{has} for a model with {'two transformers' if spec.experts == 2 else 'one transformer'}",
+            where=name,
+            expected=wants,
+            advice=f"give {wants}, or the name of the model that the file belongs to",
+        )
 
 
 def _check_pair(found: Mapping[str, Checkpoint], files: Mapping[str, str]) -> None:

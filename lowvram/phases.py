@@ -25,7 +25,10 @@ def phase(job: Job, transformers: tuple[Transformer, ...], step: int) -> Phase:
 
 
 def outer_phase(job: Job, transformers: tuple[Transformer, ...], step: int) -> Phase:
-    """The weights outside the blocks in `step`: LoRAs that add nothing there count as if they never changed."""
+    """The weights outside the blocks in `step`.
+
+    A LoRA that changes nothing there keeps its first strength, so that steps which differ in it alone share a phase.
+    """
     now, first = phase(job, transformers, step), transformers[job.schedule.experts[step]].strengths
     loras = transformers[now.expert].loras
     return Phase(
@@ -38,7 +41,7 @@ def outer_phase(job: Job, transformers: tuple[Transformer, ...], step: int) -> P
 
 
 def outer_phases(job: Job, transformers: tuple[Transformer, ...], expert: int) -> list[Phase]:
-    """The different weights outside the blocks of one expert, in the order of its steps; one if it has no step."""
+    """The different weights outside the blocks that one expert runs with, in the order of its steps; one if it has none."""
     steps = [i for i, e in enumerate(job.schedule.experts) if e == expert]
     found = list(dict.fromkeys(outer_phase(job, transformers, i) for i in steps))
     return found or [Phase(expert, transformers[expert].strengths)]

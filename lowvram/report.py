@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from lowvram.columns import aligned
 from lowvram.drift import Colours, shift
 from lowvram.offload.budget import format_bytes
 
@@ -219,16 +220,7 @@ def table(report: Report) -> str:
     )
     heading = ("stage", "time", "peak VRAM", "planned", "disk", "to device", "waited")
     rows = [heading, *(_row(stage) for stage in (*report.stages, whole))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heading))]
-    last = len(heading) - 1
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in (0, last) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*lines, *report.notes])
+    return "\n".join([*aligned(rows, left=(0, len(heading) - 1)), *report.notes])
 
 
 def _row(stage: StageReport) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """What survives a kill: jobs on disk, one folder each, written after every step.
 
-job.json             the Job
-state.safetensors    latent and solver state after the last finished step, replaced atomically
+job.json               the Job, and where its video goes
+state.safetensors      latent and solver state after the last finished step, replaced atomically
 condition.safetensors  what was made of the job's pictures
 carried.safetensors    a driven video: the number of the segment under way, and the frames it begins with
 segment-00000.mp4 ...  a driven video: its finished segments
-latent.safetensors   the finished latent: from then on the job can always be decoded
-done                 the output was written and verified
+latent.safetensors     the finished latent: from then on the job can always be decoded
+lock                   held by the process that works on the job
+done                   the output was written and verified
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import platformdirs
 
 from lowvram.errors import BusyError, FileError, StorageError, UsageError
 from lowvram.job import Job
@@ -119,12 +119,6 @@ class JobFolder:
             file.write(str(os.getpid()).encode())
             file.flush()
             yield
-
-
-def jobs_root() -> Path:
-    """Where jobs are kept: LOWVRAM_STATE, or the user's state folder."""
-    root = os.environ.get("LOWVRAM_STATE")
-    return Path(root) if root else Path(platformdirs.user_state_dir("lowvram", appauthor=False)) / "jobs"
 
 
 def new_job(saved: Saved, root: Path, stamp: str) -> JobFolder:

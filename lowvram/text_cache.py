@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowvram import __version__
 from lowvram.errors import LowvramError
-from lowvram.library.cache import cache_file
+from lowvram.folders import cache_folder
 from lowvram.machine import Machine
 from lowvram.model import Model
 from lowvram.offload.io import FileReader, write_atomic
@@ -67,8 +67,8 @@ class TextCache:
 
 
 def text_cache() -> TextCache:
-    """That of this user: in LOWVRAM_CACHE, or the user's cache folder."""
-    return TextCache(cache_file().with_name("texts"))
+    """The cache of this user."""
+    return TextCache(cache_folder() / "texts")
 
 
 def text_key(model: Model, ids: Sequence[int], dtype: torch.dtype, machine: Machine) -> str:

@@ -182,7 +182,7 @@ def sample(basis: Patches, codec: Codec, scene: Driven, carried: int) -> dict[st
         "latent": torch.cat([shown, basis.encode(video[None])[0]], 1),
         "given": torch.cat([still, torch.cat([packed_mask(known), rest[1]])], 1),
         "pose": rest[0],
-        "picture": clip.look(SPEC.clip, picture),
+        "picture": clip.preprocess(SPEC.clip, picture),
         "mouth": torch.from_numpy(scene.mouth),
     }
 

@@ -43,7 +43,8 @@ def decode(
     from lowvram.cli.console import Forecast
     from lowvram.cli.work import load_latent, reopen
     from lowvram.errors import UsageError
-    from lowvram.state import find_latent, jobs_root
+    from lowvram.folders import jobs_folder
+    from lowvram.state import find_latent
 
     out = Output(output, overwrite, as_json, quiet, report)
     out.check()
@@ -62,7 +63,7 @@ def decode(
             expected="only a latent file takes it; a job brings its own",
             advice=f"leave {wrong[0]} out",
         )
-    folder = find_latent(job_name, jobs_root())
+    folder = find_latent(job_name, jobs_folder())
     saved, latent = folder.load(), load_latent(folder)
     job = saved.job
     if latent is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowvram.cli import options as o
+from lowvram.columns import aligned
 
 if TYPE_CHECKING:
     from lowvram.api import Pipeline
@@ -95,11 +96,11 @@ def verify(
     from lowvram.cli.console import emit, emit_json
     from lowvram.discovery import look
     from lowvram.errors import FileError
-    from lowvram.library.cache import cache_file, load_cache, save_cache
+    from lowvram.library.cache import load_cache, models_cache, save_cache
     from lowvram.library.verify import verify as verify_file
 
     paths = files or [Path(e.path) for e in look(models_dir or (), announce(quiet or as_json)).entries]
-    cache, count, wrong = load_cache(cache_file()), 0, 0
+    cache, count, wrong = load_cache(models_cache()), 0, 0
     progress = Percent(quiet or as_json)
     for path in dict.fromkeys(paths):
         for verdict in verify_file(path, cache, lambda file, done, size: progress(file.name, done, size)):
@@ -109,7 +110,7 @@ def verify(
             else:
                 told = "ok   " if verdict.ok else "WRONG"
                 emit(f"{told}  {printable(verdict.path)}: {printable(verdict.finding)}")
-        save_cache(cache_file(), cache)
+        save_cache(models_cache(), cache)
     if wrong:
         raise FileError(f"{wrong} of {count} files are not what they should be", advice="fetch them again")
 
@@ -280,14 +281,8 @@ def table(entries: Iterable[Entry]) -> str:
                 printable(entry.path),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    lines = []
-    for row in rows:
-        cells = [
-            c.rjust(w) if i == 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))
-        ]
-        lines.append("  ".join([*cells, row[-1]]).rstrip())
-    return "\n".join(lines)
+    size = rows[0].index("size")
+    return "\n".join(aligned(rows, left=[place for place in range(len(rows[0])) if place != size]))
 
 
 def remarks(library: Library) -> list[str]:

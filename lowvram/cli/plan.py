@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowvram.cli import options as o
+from lowvram.columns import aligned
 from lowvram.errors import UsageError
 from lowvram.library.parts import FLAGS
 from lowvram.offload.io import user_path
@@ -99,13 +100,6 @@ def table(plan: Plan) -> str:
     rows.append(
         ("whole job", format_bytes(plan.vram), format_bytes(plan.ram), "", "", clock_time(plan.seconds))
     )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
     rates = "measured here" if machine.measured else "times are a forecast from published rates"
     head = (
         f"{machine.label}: budget {format_bytes(budget.vram)} VRAM, {format_bytes(budget.ram)} RAM ({rates})"
@@ -116,7 +110,18 @@ def table(plan: Plan) -> str:
     kept = ", ".join(f"{name} {format_bytes(n)}" for name, n in plan.saved.items() if n)
     choices = [f"{name}: {why}" for name, why in plan.choices.items()]
     choices += [f"saved: {format_bytes(sum(plan.saved.values()))} on disk while it runs ({kept})"]
-    return "\n".join([head, "", *lines, "", f"peak ({largest.name}): {parts}", "", *choices, *plan.advice])
+    return "\n".join(
+        [
+            head,
+            "",
+            *aligned(rows, left=(0,)),
+            "",
+            f"peak ({largest.name}): {parts}",
+            "",
+            *choices,
+            *plan.advice,
+        ]
+    )
 
 
 def _merged(claims: Mapping[str, int]) -> dict[str, int]:

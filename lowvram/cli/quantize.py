@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowvram.cli import options as o
+from lowvram.columns import aligned
 
 if TYPE_CHECKING:
     from lowvram.conversion import Done
@@ -86,9 +87,8 @@ def table(done: Sequence[Done]) -> list[str]:
         block = worst.name.removesuffix(kind).rstrip(".") or worst.name
         rows.append((kind, encoding, str(len(found)), f"{mean:.3%}", f"{worst.error:.3%}", block))
     exact = sum(not tensor.error for tensor in done)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [*(lines if kinds else []), f"{exact} of {len(done)} tensors without any error"]
+    lines = aligned(rows, left=range(len(rows[0]))) if kinds else []
+    return [*lines, f"{exact} of {len(done)} tensors without any error"]
 
 
 def _kind(name: str) -> str:

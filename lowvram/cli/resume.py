@@ -24,9 +24,10 @@ def resume(
     from lowvram.cli.preview import preview_decoder as opened
     from lowvram.cli.work import reopen, work
     from lowvram.errors import UsageError
-    from lowvram.state import find_job, jobs_root
+    from lowvram.folders import jobs_folder
+    from lowvram.state import find_job
 
-    folder = find_job(name, jobs_root())
+    folder = find_job(name, jobs_folder())
     saved = folder.load()
     if folder.finished and saved.job.driving is not None:  # its segments are gone: it would begin anew
         raise UsageError(

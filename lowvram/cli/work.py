@@ -20,6 +20,7 @@ from lowvram.cli.tensors import damaged, load_tensors, save_tensors
 from lowvram.conditions.contract import Condition
 from lowvram.driving import Driving
 from lowvram.errors import StorageError
+from lowvram.folders import jobs_folder
 from lowvram.job import Job, check_complete
 from lowvram.model import open_model
 from lowvram.offload.budget import format_bytes
@@ -28,7 +29,7 @@ from lowvram.planning.plan import Plan
 from lowvram.report import Report
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.denoise import State
-from lowvram.state import JobFolder, Saved, jobs_root, new_job
+from lowvram.state import JobFolder, Saved, new_job
 
 
 def start(
@@ -50,7 +51,7 @@ def start(
         check_complete(pipe.model.spec, job)
     tell_preset(pipe, flags, job, silent)
     plan = pipe.plan_job(job, preview_decoder(out, pipe.model.spec))  # known before a folder is made
-    check_space(jobs_root(), plan)
+    check_space(jobs_folder(), plan)
     work(new_folder(pipe.runtime, job, out), pipe, job, plan, out)
 
 
@@ -92,7 +93,7 @@ def new_folder(runtime: Runtime, job: Job, out: Output) -> JobFolder:
         overwrite=out.overwrite,
         cache=runtime.texts is not None,
     )
-    return new_job(saved, jobs_root(), datetime.now(UTC).strftime("%Y%m%d-%H%M%S"))
+    return new_job(saved, jobs_folder(), datetime.now(UTC).strftime("%Y%m%d-%H%M%S"))
 
 
 def reopen(saved: Saved) -> Pipeline:

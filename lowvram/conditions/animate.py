@@ -17,9 +17,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lowvram.conditions.clip import clip_tokens, image_bytes, plan_clip
 from lowvram.conditions.contract import Condition, held, resting
-from lowvram.conditions.faces import hear, kv_shape, plan_faces
-from lowvram.conditions.look import image_bytes, look, plan_look
+from lowvram.conditions.faces import encode_faces, kv_shape, plan_faces
 from lowvram.driving import Driving
 from lowvram.job import Job
 from lowvram.media.clip import Clip, ClipReader
@@ -69,7 +69,7 @@ class Sources:
 
 @dataclass(frozen=True, slots=True)
 class Anew:
-    """Frames that are read anew whenever they are iterated over: memory may run out in an encode."""
+    """Frames that can be iterated over again, each time read anew: an encode that runs out of memory begins again."""
 
     read: Callable[[], Iterator[Tensor]]
 
@@ -92,7 +92,7 @@ class Animate:
     def plan(self, facts: Facts, budget: Budget) -> list[StagePlan]:
         made = held(self, facts)
         return [
-            plan_look(facts, 1, made | {"pictures": picture_ram(facts)}),
+            plan_clip(facts, 1, made | {"pictures": picture_ram(facts)}),
             plan_faces(facts, made),
             _plan_encode(facts, budget, made),
         ]
@@ -113,8 +113,8 @@ class Animate:
         passes = 1 + any(needs_uncond(g) for g in job.schedule.guidance)
         image = self.before.image
         if image is None:
-            image = look(run, model, [_reference(job, driving)])
-        faces = hear(run, model, sources.frames(driving.face, numbers), job.frames, passes)
+            image = clip_tokens(run, model, [_reference(job, driving)])
+        faces = encode_faces(run, model, sources.frames(driving.face, numbers), job.frames, passes)
         plan = run.plan.stage("encode").encode
         assert plan is not None
         with run.stage("encode") as (_, traffic):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -14,9 +14,8 @@ from lowvram.conditions.contract import resting
 from lowvram.model import Group, Model
 from lowvram.models import animate
 from lowvram.offload.budget import allocated_size
-from lowvram.offload.placement import Traffic, plan_traffic
-from lowvram.offload.slab import build_layout
-from lowvram.offload.stream import BlockStream
+from lowvram.offload.placement import BlockId, Traffic, plan_traffic
+from lowvram.offload.slab import BlockLayout, build_layout
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.planning.visits import all_on_disk
@@ -67,9 +66,13 @@ def plan_faces(facts: Facts, made: Mapping[str, int]) -> StagePlan:
     )
 
 
+def _layouts(groups: Sequence[Group]) -> dict[BlockId, BlockLayout]:
+    return {("faces", n): build_layout(group.refs) for n, group in enumerate(groups)}
+
+
 def _streamed(model: Model) -> tuple[list[Group], Traffic, int]:
     groups = face_groups(model)
-    layouts = {("faces", n): build_layout(group.refs) for n, group in enumerate(groups)}
+    layouts = _layouts(groups)
     traffic = plan_traffic(layouts, all_on_disk(layouts), list(layouts))
     return groups, traffic, sum(layout.nbytes for layout in layouts.values())
 
@@ -95,7 +98,7 @@ def _motion_flops(face: FaceSpec) -> float:
 
 
 @torch.inference_mode()
-def hear(run: Run, model: Model, faces: Iterable[Tensor], frames: int, passes: int) -> Tensor:
+def encode_faces(run: Run, model: Model, faces: Iterable[Tensor], frames: int, passes: int) -> Tensor:
     """Face crops [3, 512, 512] in -1..1 on the host, one a frame -> keys and values on the host.
 
     With two passes the second is for a face that does not move: all pixels -1, as upstream. Motion and tokens are
@@ -103,14 +106,9 @@ def hear(run: Run, model: Model, faces: Iterable[Tensor], frames: int, passes: i
     """
     spec, dtype, device = model.spec.dit, run.plan.dtype, run.device.torch_device
     groups = face_groups(model)
-    layouts = {("faces", n): build_layout(group.refs) for n, group in enumerate(groups)}
+    layouts = _layouts(groups)
     out: list[Tensor] = []
-    with run.stage("faces") as (stack, traffic):
-        stream = stack.enter_context(
-            BlockStream(
-                layouts, all_on_disk(layouts), run.device, run.open_reader, list(layouts), clock=run.clock
-            )
-        )
+    with run.stage("faces") as (_, traffic), run.streamed(layouts, traffic) as stream:
         tokens: list[Tensor] = []
         for (_, n), views in stream:
             run.check_ram()
@@ -132,8 +130,6 @@ def hear(run: Run, model: Model, faces: Iterable[Tensor], frames: int, passes: i
                 made = [animate.keys_values(p, each) for each in tokens]
                 out.append(torch.stack([torch.stack([kv.k.cpu(), kv.v.cpu()]) for kv in made]))
             run.step("faces")
-        stream.close()
-        traffic.add(stream)
     kv = torch.stack(out, dim=1)
     assert kv.shape == kv_shape(spec, passes, kv.shape[3])
     return kv

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowvram.conditions.clip import clip_tokens, image_bytes, plan_clip
 from lowvram.conditions.contract import Condition, held, resting
-from lowvram.conditions.look import image_bytes, look, plan_look
 from lowvram.framing import Laid, lay
 from lowvram.job import Job
 from lowvram.media.picture import Picture, read_picture
@@ -37,7 +37,7 @@ class PictureChannels:
 
     def plan(self, facts: Facts, budget: Budget) -> list[StagePlan]:
         count, host = facts.spec.dit.image_tokens // CLIP_TOKENS, held(self, facts)
-        looked = [plan_look(facts, count, host | {"pictures": picture_ram(facts)})] if count else []
+        looked = [plan_clip(facts, count, host | {"pictures": picture_ram(facts)})] if count else []
         return [*looked, plan_frames(facts, budget, facts.job.frames, host)]
 
     def makes(self, facts: Facts) -> Mapping[str, int]:
@@ -48,7 +48,7 @@ class PictureChannels:
     def run(self, run: Run, model: Model, job: Job) -> Condition:
         image = None
         if model.spec.dit.image_tokens:
-            image = look(run, model, (to_tensor(read_picture(p)) for p in job.pictures))
+            image = clip_tokens(run, model, (to_tensor(read_picture(p)) for p in job.pictures))
         latent = encode_frames(run, model, job, job.frames)
         mask = given_mask(job.frames, last=job.last_image is not None)
         planes = mask[:, :, None, None].expand(-1, -1, *latent.shape[2:])

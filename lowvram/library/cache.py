@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-import platformdirs
 
 from lowvram import __version__
 from lowvram.errors import LowvramError
+from lowvram.folders import cache_folder
 from lowvram.library.entries import Entry
 from lowvram.offload.io import read_small_text, write_atomic
 
-CACHE_VARIABLE = "LOWVRAM_CACHE"
 MAX_CACHE_BYTES = 64 << 20
 
 
@@ -83,11 +82,9 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp(path.name, status.st_size, status.st_mtime_ns)
 
 
-def cache_file() -> Path:
-    """LOWVRAM_CACHE, or a file in the user's cache folder."""
-    told = os.environ.get(CACHE_VARIABLE)
-    root = Path(told) if told else Path(platformdirs.user_cache_dir("lowvram", appauthor=False))
-    return root / "models.json"
+def models_cache() -> Path:
+    """The file that the cache of this user is kept in."""
+    return cache_folder() / "models.json"
 
 
 def load_cache(path: Path) -> Cache:

@@ -6,7 +6,6 @@ header says; both are bounded before anything is allocated for them.
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,16 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowvram.errors import FileError, StorageError
+from lowvram.library.hashing import file_sha256
 from lowvram.media.probe import open_media
 from lowvram.media.video import Frames, read_frames
-from lowvram.offload.io import FileReader
 
 MAX_FRAMES = 108_000
 """An hour at 30 frames a second."""
 MAX_SIDE = 16_384
 """Pixels; no video of this program is larger."""
-_HASHED = 1 << 24
-"""Bytes of a file that are hashed at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +68,7 @@ def open_clip(path: Path) -> Clip:
     rate = _rate(sorted(times), base, named, path)
     return Clip(
         path=str(path.absolute()),
-        sha256=_digest(path),
+        sha256=file_sha256(path),
         width=width,
         height=height,
         frames=len(times),
@@ -98,14 +95,6 @@ def _rate(times: Sequence[int], base: Fraction, named: Fraction, path: Path) -> 
     return (named if abs(named - rate) < rate / 100 else rate).limit_denominator(1001)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with FileReader(path) as reader:
-        for offset in range(0, reader.size, _HASHED):
-            digest.update(reader.read_at(offset, min(_HASHED, reader.size - offset)))
-    return digest.hexdigest()
-
-
 def _refused(path: Path, found: str, expected: str) -> FileError:
     return FileError(found, where=str(path), expected=expected, advice="make the video again")
 
@@ -120,7 +109,7 @@ class ClipReader:
 
     def __init__(self, clip: Clip, kept: int) -> None:
         self._clip, self._path = clip, Path(clip.path)
-        if _digest(self._path) != clip.sha256:
+        if file_sha256(self._path) != clip.sha256:
             raise StorageError(
                 "the video is not the one this job began with",
                 where=clip.path,

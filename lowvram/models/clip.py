@@ -27,7 +27,7 @@ def layers_used(spec: ClipSpec) -> int:
     return spec.layers - 1
 
 
-def look(spec: ClipSpec, picture: Tensor) -> Tensor:
+def preprocess(spec: ClipSpec, picture: Tensor) -> Tensor:
     """Picture [3, H, W] in -1..1 -> what the tower takes, [3, side, side] float32.
 
     Squeezed to a square, whatever its shape: bicubic without a filter, as upstream.
@@ -39,7 +39,7 @@ def look(spec: ClipSpec, picture: Tensor) -> Tensor:
 
 
 def embed(outer: Params, spec: ClipSpec, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `look` gives -> tokens [1 + patches, dim] in `dtype`: class token first, patches row by row."""
+    """What `preprocess` gives -> tokens [1 + patches, dim] in `dtype`: class token first, patches row by row."""
     p = spec.patch
     patches = x.unfold(1, p, p).unfold(2, p, p).permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1)
     weight = outer.dense("patch_embedding.weight", dtype).flatten(1)
@@ -57,7 +57,7 @@ def layer(p: Params, spec: ClipSpec, x: Tensor) -> Tensor:
 
 
 def encode(outer: Params, layers: Iterable[Params], spec: ClipSpec, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `look` gives -> tokens [1 + patches, dim]; `layers` are the first `layers_used`."""
+    """What `preprocess` gives -> tokens [1 + patches, dim]; `layers` are the first `layers_used`."""
     tokens = embed(outer, spec, x, dtype)
     for p in layers:
         tokens = layer(p, spec, tokens)

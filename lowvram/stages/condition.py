@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lowvram.conditions.animate import Animate
 from lowvram.conditions.contract import Condition, Conditioning, held
-from lowvram.conditions.first import FirstFrame
+from lowvram.conditions.first_frame import FirstFrame
 from lowvram.conditions.pictures import PictureChannels
 from lowvram.job import Job
 from lowvram.model import Model

@@ -25,11 +25,6 @@ from lowvram.triton_kernels.ops import ops_for
 Pixels = NDArray[np.uint8]
 
 
-def to_pixels(frame: Tensor) -> Tensor:
-    """[1, 3, T, H, W] about -1..1 -> [T, H, W, 3] uint8, truncated like upstream: 255 * (x + 1) / 2."""
-    return vae.to_uint8(frame)
-
-
 def to_floats(frame: Tensor) -> Tensor:
     """[1, 3, T, H, W] about -1..1 -> [T, H, W, 3] float32, clamped to -1..1."""
     return frame[0].float().clamp(-1, 1).permute(1, 2, 3, 0).contiguous()
@@ -40,7 +35,7 @@ def decode(run: Run, model: Model, job: Job, latent: Tensor) -> Iterator[Pixels]
 
     Memory that runs out in spite of the plan is met with smaller tiles, from the same frame on.
     """
-    return _decode(run, model, job, latent, lambda frame: to_pixels(frame), 1)
+    return _decode(run, model, job, latent, vae.to_uint8, 1)
 
 
 def decode_floats(run: Run, model: Model, job: Job, latent: Tensor) -> Iterator[NDArray[np.float32]]:

@@ -27,7 +27,10 @@ class Sent:
 
 
 class Outbox:
-    """Two pinned places of `nbytes` each, used in turn: the last but one sent must have arrived. A context manager."""
+    """Two pinned buffers of `nbytes` each, used in turn: before a third thing is sent, the first must have arrived.
+
+    A context manager.
+    """
 
     def __init__(self, device: Device, nbytes: int) -> None:
         self._device, self._turn = device, 0

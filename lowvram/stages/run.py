@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,10 @@ from lowvram.offload.device import Device, lost
 from lowvram.offload.io import FileReader
 from lowvram.offload.kept import KeptBytes
 from lowvram.offload.placement import BlockId, Placement, block_name
-from lowvram.offload.slab import as_bytes, build_layout, carve, read_runs
+from lowvram.offload.slab import BlockLayout, as_bytes, build_layout, carve, read_runs
 from lowvram.offload.stream import BlockStats, BlockStream, Views
 from lowvram.planning.plan import Plan, StagePlan
+from lowvram.planning.visits import all_on_disk
 from lowvram.preview import Decoder, Preview
 from lowvram.quant import fused
 from lowvram.quant.encodings.base import Encoding
@@ -37,20 +38,23 @@ def resident_set() -> int:
 
 
 class Listener(Protocol):
-    """Who wants to know how far a job is."""
+    """Is told of the progress of a job."""
 
-    def begin(self, stage: str) -> None: ...
+    def begin(self, stage: str) -> None:
+        """A stage starts."""
 
-    def step(self, vram: int | None = None) -> None: ...
+    def step(self, vram: int | None = None) -> None:
+        """One more step of it is done. vram: bytes that are claimed on the device now."""
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """It is done; not told of a stage that fails."""
 
     def note(self, text: str) -> None:
-        """Something that went otherwise than usual."""
+        """A line for people: something went otherwise than usual."""
 
 
 class Silent:
-    """Nobody."""
+    """A listener that ignores what it is told."""
 
     def begin(self, stage: str) -> None:
         return
@@ -112,7 +116,7 @@ class Run:
     """What went otherwise than planned."""
     samples: list[Sample] = field(default_factory=list)
     preview: Preview | None = None
-    """Who wants to see what becomes of the latent."""
+    """Is shown what the video will be, every so many steps."""
     by_kernel: frozenset[Encoding] = frozenset()
     """Encodings that kernels decode here."""
     kept: KeptBytes | None = None
@@ -124,7 +128,7 @@ class Run:
     under_way: StagePlan | None = None
     """The stage that is in the middle of its work."""
     alone: bool = True
-    """Whether what the process takes meanwhile is the job's: not where others keep the frames that it gives them."""
+    """Whether all RAM that the process takes meanwhile is the job's own. False where a caller may keep its frames."""
 
     @property
     def decoder(self) -> Decoder | None:
@@ -256,6 +260,16 @@ class Run:
     def params(self, group: Group, views: Views) -> Params:
         """The parameters of a group whose parts are `views`."""
         return to_params(group, views, self.by_kernel)
+
+    @contextmanager
+    def streamed(self, layouts: Mapping[BlockId, BlockLayout], traffic: Traffic) -> Iterator[BlockStream]:
+        """Blocks that come from disk one after the other, each once; see `lowvram.planning.visits.all_on_disk`."""
+        places = all_on_disk(layouts)
+        with BlockStream(
+            layouts, places, self.device, self.open_reader, list(layouts), clock=self.clock
+        ) as stream:
+            yield stream
+        traffic.add(stream)
 
     @contextmanager
     def carried(self, name: str, group: Group, traffic: Traffic) -> Iterator[Views]:

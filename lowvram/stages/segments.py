@@ -34,7 +34,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Stand:
-    """Where a driven video is between two steps. Everything else follows from the job."""
+    """How far a driven video is, between two steps: all that a resumed job needs besides the job itself."""
 
     segment: int = 0
     """The one under way."""
@@ -47,7 +47,7 @@ class Stand:
 
 
 class Keeper(Protocol):
-    """Who keeps what a resumed job needs, each time it is there."""
+    """Saves what a resumed job needs, as soon as it exists."""
 
     def condition(self, segment: int, made: Condition) -> None:
         """What drives the segment."""
@@ -60,7 +60,7 @@ class Keeper(Protocol):
 
 
 class Forgetful:
-    """Nobody."""
+    """A keeper that saves nothing: for jobs that are not resumed."""
 
     def condition(self, segment: int, made: Condition) -> None:
         return

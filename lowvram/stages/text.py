@@ -12,10 +12,9 @@ from lowvram.job import Job
 from lowvram.machine import Machine
 from lowvram.model import Group, Model
 from lowvram.models import umt5
-from lowvram.offload.stream import BlockStream
 from lowvram.planning.facts import compute_dtype, prompts_of
 from lowvram.planning.text import text_groups
-from lowvram.planning.visits import all_on_disk, layouts_of
+from lowvram.planning.visits import layouts_of
 from lowvram.quant.rows import gather_rows
 from lowvram.stages.run import Run
 from lowvram.text_cache import TextCache, text_key
@@ -72,22 +71,15 @@ def encode(run: Run, model: Model, prompts: list[str]) -> list[Tensor]:
     groups = text_groups(model)
     table = next(ref for ref in groups["outer"].refs if ref.name == "token_embedding.weight")
     dtype, device = run.plan.dtype, run.device.torch_device
-    with run.stage("text") as (stack, traffic):
+    with run.stage("text") as (_, traffic):
         rows = [gather_rows(table, i, run.open_reader, dtype).to(device) for i in ids]
         buckets = [umt5.relative_buckets(len(i), device) for i in ids]
-        layouts = layouts_of(groups, "text")
-        stream = stack.enter_context(
-            BlockStream(
-                layouts, all_on_disk(layouts), run.device, run.open_reader, list(layouts), clock=run.clock
-            )
-        )
-        for (_, n), views in stream:
-            run.check_ram()
-            p = run.params(groups[f"blocks.{n}"], views)
-            rows = [umt5.layer(p, model.spec.text, x, b) for x, b in zip(rows, buckets, strict=True)]
-            run.step("text")
-        stream.close()
-        traffic.add(stream)
+        with run.streamed(layouts_of(groups, "text"), traffic) as stream:
+            for (_, n), views in stream:
+                run.check_ram()
+                p = run.params(groups[f"blocks.{n}"], views)
+                rows = [umt5.layer(p, model.spec.text, x, b) for x, b in zip(rows, buckets, strict=True)]
+                run.step("text")
         norm = Group(tuple(r for r in groups["outer"].refs if r.name == "norm.weight"), {})
         with run.loaded("norm", norm, traffic) as p:
             return [umt5.rms_norm(x, p["norm.weight"]) for x in rows]

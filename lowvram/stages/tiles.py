@@ -26,10 +26,12 @@ ENDLESS = 1 << 62
 
 
 class Shelf:
-    """Where the histories of the middle block and of the tiles are between visits.
+    """Holds the histories of the middle block and of the tiles between visits.
 
-    All on the device (`kept`), or there in turn: then they are on the host from the first to the last visit. `ahead`: there
-    are places for two on the device, and while one is computed with, the one before goes and the one after it comes.
+    kept    all of them stay on the device; otherwise each is there for its visit only, and in host memory between its
+            first visit and its last
+    ahead   two have room on the device: while one is computed with, the one before it is copied to the host and the one
+            after it comes
     """
 
     def __init__(

@@ -6,6 +6,7 @@ import pickle
 import pydoc
 import typing
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lowvram.api import Pipeline
 from lowvram.job import make_job
 
 PROMPT = "a red circle moves left"
+ANIMATE = str(files("lowvram") / "assets" / "nano-animate" / "diffusion_pytorch_model.safetensors")
 SMALL: dict[str, Any] = {"steps": 1, "frames": 1, "width": 64, "height": 64}
 
 
@@ -68,6 +70,8 @@ def test_one_scale_of_guidance_is_that_of_both_experts(pipe: Pipeline) -> None:
         (lambda pipe: Runtime(vram=1.5), "vram"),  # type: ignore[arg-type]
         (lambda pipe: Runtime(ram=-1), "ram"),
         (lambda pipe: pipe.runtime.load("nano", transformer="a.safetensors"), "single"),
+        (lambda pipe: pipe.runtime.load("nano", single=pipe.files["high"]), "--high and --low"),
+        (lambda pipe: pipe.runtime.load("nano-animate", high=ANIMATE), "--transformer"),
         (lambda pipe: pipe.job(PROMPT, loras=(LoraChoice(path="a", expert="middle"),)), "middle"),
     ],
 )

@@ -13,13 +13,13 @@ from lowvram.job import make_job
 from lowvram.machine import machine_profile
 from lowvram.model import imagined_model
 from lowvram.models import vae_clip
+from lowvram.models.vae import to_uint8
 from lowvram.offload.allocator import CachingAllocator
 from lowvram.offload.budget import Budget, allocated_size, segment_size
 from lowvram.offload.estimate import peak_memory
 from lowvram.planning.choose import make_plan
 from lowvram.planning.decode import decoder_group
 from lowvram.sampling.presets import model_preset
-from lowvram.stages.decode import to_pixels
 from lowvram.stages.tiles import Shelf
 from lowvram.stages.weights import Dense
 
@@ -61,7 +61,7 @@ def test_a_decode_finds_room_in_its_plan(name: str, size: tuple[int, int, int], 
         with Shelf(MetaDevice(), memories, dtype, visits, kept=tiling.kept, ahead=tiling.ahead) as shelf:
             pieces = vae_clip.decode(spec.vae, w, latent, tiling, shelf, META, dtype)
             for number, (_, _, _, frame) in enumerate(pieces):
-                held = [*held[-1:], to_pixels(frame)]
+                held = [*held[-1:], to_uint8(frame)]
                 del frame
                 if number == FRAMES * tiling.count:
                     return

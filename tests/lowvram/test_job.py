@@ -265,7 +265,7 @@ def test_a_job_that_cannot_be_locked_is_a_storage_error(jobs: Path) -> None:
 
 
 def test_what_is_no_text_is_told_before_the_job_begins(jobs: Path) -> None:
-    """Bytes of a command line or a file name that are not UTF-8."""
+    """Names of files that are not UTF-8."""
     with pytest.raises(UsageError, match="cannot be saved"):
-        new_job(saved(prompt="a \udcff"), jobs, "20260101-000000")
+        new_job(saved(loras=(LoraChoice(path="/a \udcff"),)), jobs, "20260101-000000")
     assert list_jobs(jobs) == []

@@ -37,7 +37,7 @@ CHILD = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
 from lowvram.cli import main, work
-from lowvram.stages import decode
+from lowvram.models import vae
 
 def die():
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -61,11 +61,11 @@ elif kind == "in-write":
         die() if len(seen) == at else replace(temporary, target)
     io.replace_file = dying
 elif kind == "decode":
-    to_pixels, seen = decode.to_pixels, []
+    to_uint8, seen = vae.to_uint8, []
     def dying(frame):
         seen.append(frame)
-        return die() if len(seen) == at else to_pixels(frame)
-    decode.to_pixels = dying
+        return die() if len(seen) == at else to_uint8(frame)
+    vae.to_uint8 = dying
 main.run(sys.argv[3:])
 """
 

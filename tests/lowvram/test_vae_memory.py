@@ -17,7 +17,7 @@ from torch import Tensor
 from lowvram import Runtime
 from lowvram.codings import Decodings
 from lowvram.model import Group, Model, imagined_model
-from lowvram.models import vae_clip
+from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger, allocated_size, exact_size, segment_size
 from lowvram.offload.device import CpuDevice, Event, Stall
@@ -90,7 +90,7 @@ def test_the_planned_peak_is_the_measured_one(version: str, tiling: Tiling) -> N
         shelf = Shelf(CpuDevice(), memories, torch.float32, visits, kept=tiling.kept, ahead=tiling.ahead)
         pieces = vae_clip.decode(spec, w, latent, tiling, shelf, torch.device("cpu"), torch.float32)
         with Outbox(CpuDevice(), 3 * math.prod(plane) * spec.stride[1] ** 2) as outbox:
-            assert sum(1 for _ in decode._converted(pieces, decode.to_pixels, outbox)) == 5 * tiling.count
+            assert sum(1 for _ in decode._converted(pieces, vae.to_uint8, outbox)) == 5 * tiling.count
         del shelf
     tiles = vae_clip.decoder(spec).tiles(tiling, plane)
     piece = 3 * max(t.rows.size * t.columns.size for t in tiles) * spec.patch**2

@@ -85,7 +85,7 @@ def test_a_picture_is_seen_as_the_reference_processor_sees_it(error: Error) -> N
         size={"shortest_edge": 224}, crop_size=224, image_mean=clip.MEAN, image_std=clip.STD
     )
     expected = processor(images=pixels.permute(1, 2, 0).numpy(), return_tensors="pt").pixel_values[0]
-    assert error(clip.look(ClipSpec(), pixels / 127.5 - 1), expected) <= 1e-5
+    assert error(clip.preprocess(ClipSpec(), pixels / 127.5 - 1), expected) <= 1e-5
 
 
 def test_the_published_tower_has_its_published_size() -> None:

@@ -16,7 +16,6 @@ from lowvram.models import clip
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.placement import BlockId, Traffic, plan_traffic
 from lowvram.offload.slab import BlockLayout, build_layout
-from lowvram.offload.stream import BlockStream
 from lowvram.planning.facts import Facts
 from lowvram.planning.plan import StagePlan
 from lowvram.planning.visits import all_on_disk
@@ -51,27 +50,27 @@ def _streamed(model: Model, spec: ClipSpec) -> tuple[list[Group], Traffic, int]:
 
 
 def image_bytes(facts: Facts) -> dict[str, int]:
-    """What `look` makes for the model, as `Conditioning.makes` says it; nothing if it has no CLIP."""
+    """What `clip_tokens` makes for the model, as `Conditioning.makes` says it; nothing if it has no CLIP."""
     spec = facts.spec.dit
     nbytes = spec.image_tokens * spec.image_dim * facts.dtype.itemsize
     return {"image": nbytes} if nbytes else {}
 
 
-def plan_look(facts: Facts, pictures: int, host: Mapping[str, int]) -> StagePlan:
+def plan_clip(facts: Facts, pictures: int, host: Mapping[str, int]) -> StagePlan:
     """The stage "clip": the tower streams past `pictures` pictures. host: claims of the pictures and of what is made."""
     spec = facts.spec.clip
     assert spec is not None
     groups, traffic, nbytes = facts.of_model(_streamed, spec)
     rows = pictures * allocated_size(spec.tokens * spec.dim * facts.dtype.itemsize)
-    look = allocated_size(12 * spec.side**2)
+    shown = allocated_size(12 * spec.side**2)  # a picture as the tower takes it
     embed, layer = (
         facts.measured(partial(measure, spec, group, facts.dtype), "clip", spec, group.kind, facts.dtype)
         for measure, group in zip(
             (footprint.clip_embed_scratch, footprint.clip_layer_scratch), groups[:2], strict=True
         )
     )
-    # picture by picture, what the tower is shown becomes rows: first all are pictures, before the last one is
-    peak = max(embed + pictures * look, embed + look + rows - rows // pictures, layer + rows)
+    # Pictures become rows one by one: most is held before the first does, before the last does, or in the layers.
+    peak = max(embed + pictures * shown, embed + shown + rows - rows // pictures, layer + rows)
     claims = traffic.device_claims(facts.footprint) | {
         "clip rows": rows,
         "clip scratch": peak - rows,
@@ -94,25 +93,18 @@ def plan_look(facts: Facts, pictures: int, host: Mapping[str, int]) -> StagePlan
 
 
 @torch.inference_mode()
-def look(run: Run, model: Model, pictures: Iterable[Tensor]) -> Tensor:
+def clip_tokens(run: Run, model: Model, pictures: Iterable[Tensor]) -> Tensor:
     """Pictures [3, H, W] in -1..1 on the host -> tokens [257 each, dim] in the compute dtype on the host."""
     spec, dtype, device = model.spec.clip, run.plan.dtype, run.device.torch_device
     assert spec is not None
     groups = clip_groups(model, spec)
-    layouts = _layouts(groups)
-    with run.stage("clip") as (stack, traffic):
-        rows = [clip.look(spec, picture).to(device) for picture in pictures]
-        stream = stack.enter_context(
-            BlockStream(
-                layouts, all_on_disk(layouts), run.device, run.open_reader, list(layouts), clock=run.clock
-            )
-        )
-        for (_, n), views in stream:
-            run.check_ram()
-            p = run.params(groups[n], views)
-            for i, x in enumerate(rows):
-                rows[i] = clip.layer(p, spec, x) if n else clip.embed(p, spec, x, dtype)
-            run.step("clip")
-        stream.close()
-        traffic.add(stream)
+    with run.stage("clip") as (_, traffic):
+        rows = [clip.preprocess(spec, picture).to(device) for picture in pictures]
+        with run.streamed(_layouts(groups), traffic) as stream:
+            for (_, n), views in stream:
+                run.check_ram()
+                p = run.params(groups[n], views)
+                for i, x in enumerate(rows):
+                    rows[i] = clip.layer(p, spec, x) if n else clip.embed(p, spec, x, dtype)
+                run.step("clip")
         return torch.cat([x.cpu() for x in rows])

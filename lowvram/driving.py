@@ -115,7 +115,7 @@ def open_folder(
         )
     if not folder.is_dir():
         raise FileError(
-            "no such folder",
+            "a file" if folder.exists() else "no such folder",
             where=str(folder),
             expected=f"a folder with {', '.join(_FILES)}",
             advice="run Wan-Animate's preprocessing first",

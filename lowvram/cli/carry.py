@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowvram.cli.console import Forecast, Progress, Terminated, emit, emit_json, progress_mode, say
-from lowvram.errors import UsageError
+from lowvram.errors import StorageError, UsageError
 from lowvram.job import Job
 from lowvram.media.video import check_target
 from lowvram.offload.budget import format_bytes
@@ -88,6 +88,13 @@ def carry_on(folder: JobFolder, job: Job, plan: Plan, out: Output, find: Callabl
             except KeyboardInterrupt as stop:
                 what = str(stop) or ("terminated" if isinstance(stop, Terminated) else "interrupted")
                 raise type(stop)(f"{what}; go on with `lowvram resume {folder.name}`") from None
+            except StorageError as lack:
+                raise StorageError(
+                    lack.found,
+                    where=lack.where,
+                    expected=lack.expected,
+                    advice=f"{lack.advice}; `lowvram resume {folder.name}` goes on, with -o FILE to another place",
+                ) from lack
         folder.finish()
     out.tell(job, plan, report)
 

@@ -12,6 +12,10 @@ from lowvram.cli import options as o
 
 def resume(
     name: Annotated[str, typer.Argument(help="The job's name, or `last`.")] = "last",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The mp4 to write; the job's own if left out."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     report: o.Report = None,
     preview: o.Preview = None,
@@ -34,8 +38,8 @@ def resume(
             "this job is finished", where=folder.name, advice="start it again with `lowvram animate`"
         )
     out = Output(
-        Path(saved.output),
-        overwrite or saved.overwrite,
+        output or Path(saved.output),
+        overwrite or (saved.overwrite and output is None),
         as_json,
         quiet,
         report,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -55,8 +56,10 @@ def open_clip(path: Path) -> Clip:
         if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
             raise _refused(path, f"a video of {width}x{height}", f"1 to {MAX_SIDE} pixels on a side")
         for packet in container.demux(stream):
-            if not packet.size or packet.is_corrupt:
+            if not packet.size:
                 continue
+            if packet.is_corrupt:
+                raise _refused(path, f"cut off after {len(times)} whole frames", "a whole video")
             if len(times) == MAX_FRAMES:
                 raise _refused(path, f"more than {MAX_FRAMES} frames", "a shorter video")
             if packet.pts is None:
@@ -66,6 +69,8 @@ def open_clip(path: Path) -> Clip:
     if not times:
         raise _refused(path, "a video without frames", "one frame or more")
     rate = _rate(sorted(times), base, named, path)
+    with closing(read_frames(path)) as decoded:
+        next(decoded, None)  # what its frames alone tell is told now, too
     return Clip(
         path=str(path.absolute()),
         sha256=file_sha256(path),

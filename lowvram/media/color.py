@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 BT709 = 1
 """The code of BT.709 in H.264's tables of primaries, transfer functions and matrices."""
+HDR = {16: "PQ", 18: "HLG"}
+"""Transfer functions of high dynamic range, by their code in the same tables."""
 LIMITED = 1
 """FFmpeg's code of the 16..235 range."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowvram.errors import FileError, InternalError, LowvramError, StorageError, UsageError
-from lowvram.media.color import BT709, LIMITED, convert, to_rgb, to_yuv
+from lowvram.media.color import BT709, HDR, LIMITED, convert, to_rgb, to_yuv
 from lowvram.media.finish import open_mp4, publish, remux
 from lowvram.media.probe import open_media
 
@@ -233,7 +233,7 @@ class VideoWriter:
             raise StorageError(
                 f"the video could not be written ({reason})",
                 where=str(self.path),
-                advice=f"free space or choose another folder, and run again{kept}",
+                advice=f"free space, or choose another folder{kept}",
             ) from error
 
 
@@ -271,20 +271,43 @@ def write_behind(writer: VideoWriter, chunks: Iterable[Frames]) -> None:
         raise errors[0]
 
 
-def read_frames(path: Path) -> Iterator[Frames]:
+def read_frames(path: Path) -> Generator[Frames, None, None]:
     """The frames of the first video stream, each uint8 [H, W, 3] RGB, one in memory at a time.
 
     The file's own matrix and range are used; a file that does not name its matrix is taken as BT.601, as FFmpeg does.
-    Raises FileError if the file is not a video, or where it stops being one: what lies before that has come out then.
+    Raises FileError if the file is not a video, or where it stops being one: what lies before that has come out then;
+    and for HDR and for frames that are turned when they are shown, before the first.
     """
     with open_media(path) as container:
         graph: Graph | None = None
         first: tuple[int, int, str] | None = None
         for frame in decoded(container):
             shape = (frame.width, frame.height, frame.format.name)
+            if first is None:
+                _check_shown_as_stored(container, frame, path)
             if graph is None or shape != first:
                 first, graph = shape, to_rgb(*shape)
             yield cast(Frames, convert(graph, frame).to_ndarray())
+
+
+def _check_shown_as_stored(container: InputContainer, frame: VideoFrame, path: Path) -> None:
+    """FileError for a video whose pixels, taken as they are, are not what people see."""
+    light = HDR.get(container.streams.video[0].codec_context.color_trc)
+    if light is not None:
+        raise FileError(
+            f"an HDR video ({light})",
+            where=str(path),
+            expected="ordinary brightness (BT.709): read as that, its colours would be pale",
+            advice="convert it to SDR, as every video editor can",
+        )
+    turned = getattr(frame, "rotation", 0)  # not in every PyAV
+    if turned % 360:
+        raise FileError(
+            f"its frames are turned by {turned % 360} degrees when they are shown",
+            where=str(path),
+            expected="frames that are stored upright",
+            advice="ffmpeg -i IN OUT.mp4 turns them",
+        )
 
 
 def decoded(container: InputContainer) -> Iterator[VideoFrame]:

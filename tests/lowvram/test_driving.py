@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from videos import write_video
 
 from lowvram.driving import Driving, open_folder, reflected
 from lowvram.errors import FileError, UsageError
@@ -47,14 +49,24 @@ def test_segments_show_every_frame_once_and_in_order(frames: int, carried: int) 
         assert d.segments(77) == (padded - carried) // (77 - carried)
 
 
-def video(path: Path, size: tuple[int, int], frames: int) -> None:
+def video(path: Path, size: tuple[int, int], frames: int, light: int = 1, turned: int = 0) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.color_trc = light
+        if turned:
+            stream.set_display_rotation(turned)
         for n in range(frames):
             rgb = np.full((size[1], size[0], 3), 10 * n, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
         container.mux(stream.encode(None))
+
+
+def cut_off(path: Path) -> None:
+    """A video with its index in front, and without its last bytes."""
+    path.unlink()
+    write_video(path, [np.full((32, 64, 3), 40 * n, np.uint8) for n in range(4)])
+    os.truncate(path, path.stat().st_size - 10)
 
 
 @pytest.fixture
@@ -80,6 +92,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "longer mask": (lambda f: video(f / "src_mask.mp4", (64, 32), 5), "5 frames"),
     "face of another size": (lambda f: video(f / "src_face.mp4", (256, 512), 4), "256x512"),
     "background of another size": (lambda f: video(f / "src_bg.mp4", (64, 64), 4), "frames of 64x64"),
+    "HDR": (lambda f: video(f / "src_bg.mp4", (64, 32), 4, light=16), r"HDR video \(PQ\)"),
+    "HDR of a camera": (lambda f: video(f / "src_pose.mp4", (64, 32), 4, light=18), r"HDR video \(HLG\)"),
+    "turned": (lambda f: video(f / "src_bg.mp4", (64, 32), 4, turned=90), "turned by (90|270) degrees"),
+    "cut off": (lambda f: cut_off(f / "src_bg.mp4"), "cut off after [0-3] whole frames"),
     "a script": (
         lambda f: (f / "src_bg.mp4").write_text("ffconcat version 1.0\nfile src_pose.mp4\n"),
         "not readable",
@@ -98,6 +114,13 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name(folder: Path, what: str
     with pytest.raises(FileError, match=words) as refused:
         open_folder(folder, "replace")
     assert refused.value.exit_code == 3 and str(refused.value).count("\n") <= 2
+
+
+def test_a_file_in_place_of_the_folder_is_told_from_nothing(folder: Path) -> None:
+    for path, found in ((folder / "src_pose.mp4", "a file"), (folder / "nowhere", "no such folder")):
+        with pytest.raises(FileError) as refused:
+            open_folder(path, "animate")
+        assert refused.value.found == found
 
 
 def test_a_mode_or_a_count_that_is_none_is_a_mistake_of_usage(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -254,6 +255,27 @@ def test_resume_works_from_another_folder(
     monkeypatch.chdir(elsewhere)
     assert cli("resume", unfinished.name, "--quiet").code == 0
     assert (tmp_path / "out.mp4").exists() and not list(elsewhere.iterdir())
+
+
+def test_a_video_that_finds_no_room_is_written_elsewhere_without_a_step_done_twice(
+    unfinished: JobFolder,
+    undisturbed: NDArray[np.uint8],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cli: Callable[..., Any],
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lowvram.media.video.remux", full)
+        said = cli("resume", unfinished.name)
+    assert said.code == 6 and os.strerror(errno.ENOSPC) in said.err
+    assert f"`lowvram resume {unfinished.name}` goes on, with -o FILE" in " ".join(said.err.split())
+    said = cli("resume", "last", "-o", tmp_path / "elsewhere.mp4")
+    assert said.code == 0 and "denoise" not in said.err
+    assert np.array_equal(frames_of(tmp_path / "elsewhere.mp4"), undisturbed)
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_resume_never_replaces_a_file_that_appeared_meanwhile(

@@ -5,6 +5,7 @@ Through libavfilter rather than PyAV's own `reformat`: there the rounding cannot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 BT709 = 1
 """The code of BT.709 in H.264's tables of primaries, transfer functions and matrices."""
-HDR = {16: "PQ", 18: "HLG"}
+HDR: Mapping[int, str] = {16: "PQ", 18: "HLG"}
 """Transfer functions of high dynamic range, by their code in the same tables."""
 LIMITED = 1
 """FFmpeg's code of the 16..235 range."""

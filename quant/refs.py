@@ -53,7 +53,7 @@ class Part:
     dtype: str
     """safetensors dtype code: "F32", "BF16", "F8_E4M3", ..."""
     shape: Shape
-    """As stored; may differ from the logical shape of the tensor it belongs to."""
+    """As its encoding lays it out; may differ from the logical shape of the tensor it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)

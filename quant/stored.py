@@ -15,7 +15,7 @@ from lowvram.quant.files.notes import MAX_NOTE_BYTES
 from lowvram.quant.files.safetensors import MAX_TENSORS
 from lowvram.quant.files.strict_json import Malformed, Scanner
 from lowvram.quant.names import NOTE_ROLES, split_side
-from lowvram.quant.refs import DTYPE_BITS, Part, Shape, TensorRef
+from lowvram.quant.refs import Part, Shape, TensorRef
 from lowvram.quant.spec import numel
 
 _HEADER_NOTES = "_quantization_metadata"
@@ -73,15 +73,15 @@ def recognise_group(name: str, group: Group, bias: Stored | None, where: Path) -
 
 
 def make_ref(native: str, recognised: Recognised, group: Group, shape: Shape) -> TensorRef:
-    """The tensor `native` of the logical `shape`, stored as `recognised`."""
-    layout = {part.role: part for part in recognised.encoding.layout(recognised.shape)}
+    """The tensor `native` of the logical `shape`, stored as `recognised`.
+
+    Its parts take dtype and shape from the encoding, so that all who use them see one form: files have scales of [N]
+    and of [N, 1], and the blocks of GGUF are bytes to everyone but their encoding.
+    """
     parts = []
-    for role in recognised.roles:
-        tensor, file, _ = group[role]
-        # Blocks of GGUF are bytes to everyone but their encoding.
-        blocks = tensor.dtype not in DTYPE_BITS
-        dtype, stored = ("U8", layout[role].shape) if blocks else (tensor.dtype, tensor.shape)
-        parts.append(Part(role, file, tensor.offset, tensor.nbytes, dtype, stored))
+    for part in recognised.encoding.layout(recognised.shape):
+        tensor, file, _ = group[part.role]
+        parts.append(Part(part.role, file, tensor.offset, tensor.nbytes, part.dtype, part.shape))
     return TensorRef(native, shape, recognised.encoding, tuple(parts))
 
 

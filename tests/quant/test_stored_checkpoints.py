@@ -224,6 +224,20 @@ def test_the_parts_of_a_weight_may_lie_in_different_shards(writer, state, tmp_pa
     check(found, state, LOSS.get(encoding, 0.17))
 
 
+@pytest.mark.parametrize("shape", [(-1,), (1, -1), (-1, 1)])
+@pytest.mark.parametrize("writer", ["bitsandbytes nf4", "bitsandbytes fp4 nested", "lightx2v nvfp4"])
+def test_what_is_only_counted_may_have_any_shape(writer, shape, state, tmp_path, open_file):
+    """Scales and tables whose number of elements alone says what they are."""
+    stored = {
+        n: t.contiguous().reshape(shape) if n.rpartition(".")[0] in MATRICES or n.endswith("scale") else t
+        for n, t in WRITERS[writer][1](state).items()
+    }
+    save_file({n: t.contiguous() for n, t in stored.items()}, tmp_path / "model.safetensors")
+    found = identify_path(tmp_path / "model.safetensors", open_file)
+    assert {found.refs[name].encoding.name for name in MATRICES} == {WRITERS[writer][0]}
+    check(found, state, 0.17)
+
+
 @pytest.mark.parametrize("kind", BLOCK_SIZES)
 def test_a_gguf_checkpoint_decodes_to_what_gguf_py_makes_of_it(kind, state, tmp_path, open_file):
     path = tmp_path / "model.gguf"

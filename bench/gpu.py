@@ -7,9 +7,10 @@
     python -m lowvram.bench.gpu --only smoke --only vae  some parts, again if they are done already
     python -m lowvram.bench.gpu --dry                    all parts on a CPU, with the embedded model
 
-Run it in the root of a clone. It needs Python 3.11 or newer and a torch with CUDA, and for kernels a C compiler and the
-headers of that Python; nothing has to be installed if the packages of pyproject.toml are there. For a bare machine without a network, collect them where there is one (63 MB; what
-is there already can be left out, and diffusers and sageattention, which are only compared with, added):
+Run it in the root of a clone. It needs Python 3.11 or newer, a torch with CUDA, and for kernels a C compiler and the headers
+of that Python; nothing has to be installed if the packages of pyproject.toml are there. For a bare machine without a
+network, collect them where there is one (63 MB; what is there already can be left out, and diffusers and sageattention, which
+are only compared with, added):
 
     python bench/wheels.py wheels [--there numpy]... [--compared]
 

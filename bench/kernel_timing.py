@@ -11,6 +11,7 @@ import torch
 
 from lowvram.bench.attending import BACKENDS, HEADS, TOKENS, by_backend
 from lowvram.triton_kernels import attention_triton, backends, dispatch
+from lowvram.triton_kernels.attention import attention
 from lowvram.triton_kernels.modes import MODES
 from lowvram.triton_kernels.norm_rope import centre_of, quantise_rows, quantise_values
 from lowvram.triton_kernels.tiles import CANDIDATES, arch_of
@@ -24,7 +25,7 @@ def timings() -> Iterator[dict[str, object]]:
     arch = arch_of(device)
     for n in TOKENS:
         q, k, v = (torch.randn(HEADS, n, 128, device=device, dtype=torch.bfloat16) for _ in "qkv")
-        runs: dict[str, Callable[[], object]] = {}
+        runs: dict[str, Callable[[], object]] = {"sdpa": partial(attention, q, k, v)}
         for backend in BACKENDS:
             runs[f"sdpa {backend.name.lower()}"] = partial(by_backend, backend, q, k, v)
         for mode in MODES.values():

@@ -27,10 +27,8 @@ def _tuned(arch: str, rows: list[Row]) -> Tuned:
     products = _totals([r for r in rows if "out" in r and "tile" not in r], _kernel)
     gemm = _totals([r for r in rows if r["kernel"] in ("int8_linear", "int8_linear_gated_")], _tile)
     modes = _totals([r for r in rows if r["kernel"] in MODES and "tile" not in r], _kernel)
-    backends = _totals([r for r in rows if r["kernel"].startswith("sdpa ")], _kernel)
-    if not gemm or not backends or "bf16 cuBLAS" not in products:
+    if not gemm or "sdpa" not in modes or "bf16 cuBLAS" not in products:
         raise ValueError(f"the rows of {arch} do not time products and attention beside those of torch")
-    modes["sdpa"] = min(backends.values())
     attention: dict[str, tuple[int, ...]] = {}
     for mode in MODES.values():
         tiles = _totals([r for r in rows if r["kernel"] == mode.name and "tile" in r], _tile)

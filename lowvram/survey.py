@@ -86,6 +86,7 @@ def memory(place: Place, limits: HostLimits | None = None) -> Memory:
     """What is free now. A CPU stands for a device beside a host: each gets a half of most of the RAM."""
     usable = (limits or host_limits()).usable
     if place.kind == "cuda":
+        torch.cuda.empty_cache()  # what measuring took is not taken
         free, _ = torch.cuda.mem_get_info()
         return Memory(int(free), int(usable * 0.8))
     return Memory(int(usable * 0.4), int(usable * 0.4))

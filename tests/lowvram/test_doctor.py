@@ -71,6 +71,13 @@ def test_where_the_driver_tells_no_version_it_is_asked_for_its_cuda(
     assert survey._driver() == version
 
 
+def test_what_measuring_took_of_a_card_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [5 * GB]
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: free.append(6 * GB))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free[-1], 8 * GB))
+    assert survey.memory(survey.Place("cuda", "a card", "", "", "sm_89")).vram == 6 * GB
+
+
 def test_rates_are_kept_until_device_driver_or_torch_changes() -> None:
     path = rates_path("cpu")
     save_rates(path, known_rates())

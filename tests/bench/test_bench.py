@@ -309,10 +309,12 @@ def test_what_is_missing_is_told_before_anything_starts(
 
 
 def test_a_kernel_that_fails_where_it_could_run_fails_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts.dispatch, "installed", lambda: frozenset({"triton"}))
-    monkeypatch.setattr(parts.dispatch, "try_mode", lambda mode, device, arch: "0.5 from exact attention")
-    monkeypatch.setattr(parts.dispatch, "try_w8a8", lambda form, device: "")
-    monkeypatch.setattr(parts.dispatch, "try_ops", lambda device: "")
+    monkeypatch.setattr("lowvram.triton_kernels.dispatch.installed", lambda: frozenset({"triton"}))
+    monkeypatch.setattr(
+        "lowvram.triton_kernels.dispatch.try_mode", lambda mode, device, arch: "0.5 from exact attention"
+    )
+    monkeypatch.setattr("lowvram.triton_kernels.dispatch.try_w8a8", lambda form, device: "")
+    monkeypatch.setattr("lowvram.triton_kernels.dispatch.try_ops", lambda device: "")
     found = {name: (cannot, wrong) for name, cannot, wrong in parts._self_tests("sm_86")}
     assert found["attention int8"] == ("", "0.5 from exact attention")
     assert found["attention int8-fp8"] == ("there is no int8-fp8 kernel for sm_86", "")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from lowvram.triton_kernels import attention_triton
+from lowvram.bench.parts import Setup, attending
+from lowvram.triton_kernels import attention_triton, modes
 from lowvram.triton_kernels.attention import KEY_TILE, attend_reference, pool_keys, select_tiles
 from lowvram.triton_kernels.norm_rope import centre_of, quantise_rows, quantise_values
 from lowvram.triton_kernels.tiles import Tile
@@ -138,3 +141,10 @@ def test_the_result_takes_the_type_of_its_buffer() -> None:
         got = torch.empty_like(want, dtype=dtype)
         attention_triton.attend(got, q8, qs, *parts, v_format="fp16", half=True, tile=TILE)
         assert (got.float() - want).abs().max() < 2 * step * want.abs().max()
+
+
+def test_attention_in_a_dry_acceptance_run_passes(tmp_path: Path) -> None:
+    (verdict,) = attending(Setup(True, str(tmp_path)))
+    assert verdict.outcome == "passed" and not verdict.why
+    ours = {mode.name for mode in modes.MODES.values() if mode.quantised}
+    assert {name.partition(",")[0] for name in verdict.facts} >= {"sdpa", *ours}

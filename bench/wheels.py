@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
+from zipfile import ZipFile
 
 NEEDED = (
     "av", "msgspec", "platformdirs", "psutil", "numpy", "pillow", "safetensors", "sentencepiece", "pyyaml", "rich",
@@ -24,8 +26,8 @@ NEEDED = (
 """lowvram's dependencies and theirs, but torch with what comes with it."""
 COMPARED = (
     "diffusers==0.42.1", "sageattention==1.0.6", "huggingface-hub", "importlib-metadata", "zipp", "requests", "regex",
-    "filelock", "packaging", "tqdm", "httpx", "httpcore", "h11", "anyio", "sniffio", "idna", "certifi", "urllib3",
-    "charset-normalizer", "fsspec", "hf-xet",
+    "filelock", "packaging", "tqdm", "click", "lazy-importer", "httpx2", "httpcore2", "h11", "anyio", "idna", "truststore",
+    "certifi", "urllib3", "charset-normalizer", "fsspec", "hf-xet",
 )  # fmt: skip
 PLATFORMS = (
     "manylinux_2_28_x86_64",
@@ -42,6 +44,33 @@ def command(folder: Path, python: str, packages: list[str]) -> list[str]:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     pip += ["--implementation", "cp", "--python-version", python, "--dest", str(folder)]
     return [*pip, *(word for platform in PLATFORMS for word in ("--platform", platform)), *packages]
+
+
+SPARED = ("torch", "triton", "pydantic")
+"""What is not carried: a machine with a card has the first two, and the last is for the command line alone."""
+
+
+def wanting(folder: Path, python: str, there: Collection[str]) -> dict[str, str]:
+    """What the wheels of a folder need and neither they nor the machine bring, each with a wheel that needs it."""
+    # No part of the product needs it.
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    system = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
+    needs: dict[str, str] = {}
+    has = {canonicalize_name(name) for name in (*there, *SPARED)}
+    for wheel in sorted(folder.glob("*.whl")):
+        has.add(canonicalize_name(wheel.name.split("-")[0]))
+        with ZipFile(wheel) as archive:
+            (about,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+            lines = archive.read(about).decode("utf-8").split("\n\n")[0].splitlines()
+        for line in lines:
+            if not line.startswith("Requires-Dist: "):
+                continue
+            need = Requirement(line.removeprefix("Requires-Dist: "))
+            if need.marker is None or need.marker.evaluate(system):
+                needs.setdefault(canonicalize_name(need.name), wheel.name.split("-")[0])
+    return {name: by for name, by in needs.items() if name not in has}
 
 
 def main() -> None:
@@ -65,6 +94,10 @@ def main() -> None:
     sizes = {wheel.name: wheel.stat().st_size for wheel in asked.folder.glob("*.whl")}
     for name, nbytes in sorted(sizes.items(), key=lambda item: -item[1]):
         print(f"{nbytes / 1e6:8.2f} MB  {name}")
+    for name, by in wanting(asked.folder, asked.python, asked.there).items():
+        print(
+            f"          and {name}, which {by} needs: neither collected nor named by --there", file=sys.stderr
+        )
     total = sum(sizes.values())
     more = "" if total <= ROOM else f", {(total - ROOM) / 1e6:.1f} MB over {ROOM / 1e6:.1f}: see --there"
     print(f"{total / 1e6:8.2f} MB  in {len(sizes)} wheels{more}")

@@ -7,12 +7,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
+from zipfile import ZipFile
 
 import msgspec
 import pytest
 import torch
 
-from lowvram.bench import acceptance, attending, child, gpu, measure, parts, ready, suite
+from lowvram.bench import acceptance, attending, child, gpu, measure, parts, ready, suite, wheels
 from lowvram.bench.cases import GB, Case, Trial, chosen, dry_jobs, dry_trials, full_trials
 from lowvram.bench.child import Outcome
 from lowvram.bench.project import project
@@ -322,6 +323,28 @@ def test_a_kernel_that_fails_where_it_could_run_fails_the_part(monkeypatch: pyte
     assert found["int8 multiplication"] == found["fused operations"] == ("", "")
     failed = parts._all_true({"bytes arrive": True}, also=["attention int8: 0.5 from exact attention"])
     assert failed.outcome == "failed" and failed.why == "attention int8: 0.5 from exact attention"
+
+
+def test_wheels_that_need_what_nobody_carries_are_told(tmp_path: Path) -> None:
+    """A package may need another in its next release."""
+    needs = {
+        "Hub_client": [
+            "http.two<3,>=2",
+            "numpy",
+            "torch>=2",
+            'tomli; python_version < "3.11"',
+            'x; extra == "all"',
+        ],
+        "http_two": ["trust-store"],
+    }
+    for name, found in needs.items():
+        with ZipFile(tmp_path / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            lines = ["Name: x", *(f"Requires-Dist: {need}" for need in found)]
+            wheel.writestr(
+                f"{name}-1.0.dist-info/METADATA", "\n".join(lines) + "\n\nRequires-Dist: words of a readme"
+            )
+    assert wheels.wanting(tmp_path, "3.12", ["numpy"]) == {"trust-store": "http_two"}
+    assert wheels.wanting(tmp_path, "3.10", []).keys() == {"numpy", "tomli", "trust-store"}
 
 
 def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ CHILD = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
 from lowvram.cli import main, work
-from lowvram.models import vae
+from lowvram.stages.outbox import Outbox
 
 def die():
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -62,11 +62,11 @@ elif kind == "in-write":
         die() if len(seen) == at else replace(temporary, target)
     io.replace_file = dying
 elif kind == "decode":
-    to_uint8, seen = vae.to_uint8, []
-    def dying(frame):
+    send, seen = Outbox.send, []
+    def dying(outbox, frame):
         seen.append(frame)
-        return die() if len(seen) == at else to_uint8(frame)
-    vae.to_uint8 = dying
+        return die() if len(seen) == at else send(outbox, frame)
+    Outbox.send = dying
 main.run(sys.argv[3:])
 """
 

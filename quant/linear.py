@@ -187,14 +187,14 @@ class Params:
     def linear(self, name: str, x: Tensor | QuantisedRows) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x: the Linear `name` with its bias and LoRA branches.
 
-        A convolution whose kernel is as large as its stride is a Linear on patches. Quantised rows are for Linears that
-        `takes` names.
+        A convolution whose kernel is as large as its stride is a Linear on patches. `x` may be quantised if `takes` says so.
         """
         value, bias = self.tensors[f"{name}.weight"], self._bias(name, x.dtype)
         if isinstance(value, Multiplied):
             return value.linear(x, bias)
         assert isinstance(x, Tensor)
-        y = x.new_empty(*x.shape[:-1], value.shape[0])  # below the weight, which it outlives
+        # Before the dense weight, which it outlives: an allocator then has no hole below it.
+        y = x.new_empty(*x.shape[:-1], value.shape[0])
         y = _multiply(x, self._weight(name, x.dtype), bias, y)
         for branch in self.branches.get(name, ()):
             if branch.dora is None:
@@ -220,7 +220,8 @@ class Params:
             gated_(into[run], y[run], gate)
 
     def takes(self, *names: str) -> Multiplied | None:
-        """A weight whose `quantise`d rows all these Linears take for their input; None if any of them wants numbers."""
+        """One of these Linears, to quantise their common input by, if all of them multiply 8-bit activations that are
+        rotated alike; None if any of them takes activations as they are."""
         weights = [self.tensors[f"{name}.weight"] for name in names]
         ready = [value for value in weights if isinstance(value, Multiplied)]
         alike = len({value.group for value in ready}) == 1 and len(ready) == len(weights)

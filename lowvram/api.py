@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from lowvram.machine import Machine, machine_profile, this_machine
 from lowvram.matmul import unfit_for
 from lowvram.media.picture import open_picture
 from lowvram.media.video import VideoWriter, check_size, check_target, write_behind
-from lowvram.model import Model, imagined_model, open_model, with_loras
+from lowvram.model import Model, imagined_model, open_model, with_loras, with_parts
 from lowvram.offload.budget import Budget, Ledger, format_bytes, parse_bytes
 from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.io import user_path
@@ -399,31 +400,52 @@ def plan_without_files(
     prompt: str = "",
     force: bool = False,
     preview_decoder: Path | None = None,
+    files: Mapping[str, str] = MappingProxyType({}),
     **settings: Any,
 ) -> Plan:
-    """A plan for a known model whose files are not here, on a machine that may not be here either.
+    """A plan for a known model of which not all files are here, on a machine that may not be here either.
 
-    What is here: pictures and LoRAs among the settings, and preview_decoder, the small decoder that makes previews.
+    weights   how the transformers are stored
+    files     parts that are here, as `Runtime.load` takes them: planned as their headers say
+
+    What is here besides: pictures and LoRAs among the settings, and preview_decoder, the small decoder that makes previews.
     """
-    spec = model_preset(name)
-    preview = None if preview_decoder is None else open_decoder(preview_decoder, spec.vae)
     encoding_by_name(weights or DEFAULT_WEIGHTS)
+    model = imagined_model(name, model_preset(name), weights or DEFAULT_WEIGHTS)
+    model = with_parts(model, {part: str(user_path(path)) for part, path in files.items()})
+    return plan_elsewhere(
+        model, machine, vram, ram, prompt, force=force, preview_decoder=preview_decoder, **settings
+    )
+
+
+def plan_elsewhere(
+    model: Model,
+    machine: str | None,
+    vram: str | int | None,
+    ram: str | int | None,
+    prompt: str = "",
+    *,
+    force: bool = False,
+    preview_decoder: Path | None = None,
+    **settings: Any,
+) -> Plan:
+    """A plan for any model on a machine of the table, or on this one without a try of its card."""
+    spec = model.spec
+    preview = None if preview_decoder is None else open_decoder(preview_decoder, spec.vae)
     where = machine_profile(machine) if machine else this_machine()
     asked = settings.pop("attention", None) or "auto"
     packages = frozenset(dispatch.PACKAGES) if machine else dispatch.installed()
     settings["attention"] = dispatch.choose(
         asked, where.arch, packages, ends=settings.pop("attention_ends", None)
     )
-    model = imagined_model(name, spec, weights or DEFAULT_WEIGHTS)
     settings["matmul"] = dispatch.choose_matmul(
         settings.get("matmul") or "auto", where.arch, partial(unfit_for, model=model)
     )
     settings = fewstep.with_preset(_with_pictures(settings), {})
-    job = make_job(spec, model=name, files={}, prompt=prompt, **settings)
+    job = make_job(spec, model=model.name, files={}, prompt=prompt, **settings)
     if not force:
         fewstep.check(job, spec)
-    model = with_loras(model, job.loras)
-    return make_plan(job, model, _budget(vram, ram, where), where, preview=preview)
+    return make_plan(job, with_loras(model, job.loras), _budget(vram, ram, where), where, preview=preview)
 
 
 def _with_pictures(settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -22,12 +23,17 @@ from lowvram.quant.encodings.registry import planned_encoding
 from lowvram.quant.face_spec import ADAPTERS, ENCODERS, FACE_SCOPE, KEPT_LEAVES
 from lowvram.quant.files.header import shown
 from lowvram.quant.files.shards import open_checkpoint_files
-from lowvram.quant.identify import Checkpoint, identify_path
+from lowvram.quant.identify import Checkpoint, Kind, identify_path
 from lowvram.quant.lora import LoraPair, LoraSet, match_lora
 from lowvram.quant.refs import Part, Shape, TensorRef
 from lowvram.quant.spec import CLIP_TOKENS, ClipSpec, DitSpec, ModelSpec, TextSpec, VaeSpec
 from lowvram.quant.vocabulary import Vocabulary
 from lowvram.sampling.presets import load_models
+
+_KINDS: Mapping[str, Kind] = MappingProxyType(
+    {"high": "dit", "low": "dit", "single": "dit", "vae": "vae", "text": "text", "clip": "clip"}
+)
+"""What the file of a part holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +374,28 @@ def imagined_model(name: str, spec: ModelSpec, weights: str) -> Model:
         None,
         {} if spec.clip is None else _imagined(spec.clip.shapes(), "fp16", nowhere),
     )
+
+
+def with_parts(model: Model, files: Mapping[str, str]) -> Model:
+    """The model with these parts as their headers say that they are stored; the others stay as they were imagined.
+
+    One of two transformers stands for both. FileError for a part that is not what it should be.
+    """
+    opener, spec = Opener(), model.spec
+    kinds = {part: kind for part, kind in _KINDS.items() if part in files}
+    found = {part: identify_path(Path(files[part]), opener, kind) for part, kind in kinds.items()}
+    specs = {kinds[part]: checkpoint.spec for part, checkpoint in found.items()}
+    dit, vae, text = specs.get("dit", spec.dit), specs.get("vae", spec.vae), specs.get("text", spec.text)
+    assert isinstance(dit, DitSpec) and isinstance(vae, VaeSpec) and isinstance(text, TextSpec)
+    experts = {part: checkpoint for part, checkpoint in found.items() if kinds[part] == "dit"}
+    _check_pair(experts, files)
+    _check_fit(spec, dit, vae, text, files)
+    transformers = dict(model.transformers)
+    if experts:
+        stored = {part: Transformer(c.refs, face_blocks=dit.face_blocks) for part, c in experts.items()}
+        transformers = {expert: stored.get(expert, next(iter(stored.values()))) for expert in transformers}
+    beside = {part: found[part].refs for part in ("vae", "text", "clip") if part in found}
+    return replace(model, transformers=transformers, opener=opener, **beside)
 
 
 def _imagined(shapes: Mapping[str, Shape], weights: str, file: Path) -> dict[str, TensorRef]:

@@ -26,33 +26,41 @@ def plan(
         str | None, typer.Option("--machine", help="Plan for a card, such as rtx4090.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", help="Encoding of weights that are not here, such as fp8.")
+        str | None,
+        typer.Option(
+            "--weights", help="How the transformers are stored: an encoding, such as fp8, or a file."
+        ),
     ] = None,
     preview_decoder: o.PreviewDecoder = None,
     as_json: o.Json = False,
 ) -> None:
     """Forecast peak memory, bytes moved and time of a job."""
     settings, given = flags.settings(), flags.files()
-    from lowvram.api import Runtime, plan_without_files
+    from lowvram.api import Runtime, plan_elsewhere, plan_without_files
     from lowvram.cli.console import emit, emit_json
     from lowvram.cli.models import announce, tell_files, tell_preset
-    from lowvram.discovery import is_here
+    from lowvram.discovery import find, is_here
+    from lowvram.model import open_model
     from lowvram.preview import open_decoder
 
-    imagined, look, folders = machine or weights, announce(as_json), flags.models_dir or ()
-    if imagined:
-        _refuse_files(flags.model, given, "--machine" if machine else "--weights")
-    if imagined or not (given or is_here(flags.model, folders, look, flags.preset)):
-        found = plan_without_files(
-            flags.model,
-            weights=weights,
-            machine=machine,
-            vram=flags.vram,
-            ram=flags.ram,
-            prompt=prompt,
-            preview_decoder=preview_decoder,
-            **settings,
-        )
+    look, folders = announce(as_json), flags.models_dir or ()
+    asked = {
+        "vram": flags.vram,
+        "ram": flags.ram,
+        "prompt": prompt,
+        "preview_decoder": preview_decoder,
+    } | settings
+    if weights is not None or machine is not None:
+        _check_known(flags.model, given, weights)
+    if weights is not None or not (
+        (given and machine is None) or is_here(flags.model, folders, look, flags.preset)
+    ):
+        if weights is not None and user_path(weights).is_file():
+            weights, given = None, {"single": weights} | given
+        found = plan_without_files(flags.model, weights=weights, machine=machine, files=given, **asked)
+    elif machine is not None:
+        files = find(flags.model, given, models_dirs=folders, preset=flags.preset, progress=look).paths
+        found = plan_elsewhere(open_model(flags.model, files), machine, **asked)
     else:
         pipe = Runtime(flags.vram, flags.ram, flags.device, cache=not flags.no_cache).load(
             flags.model,
@@ -73,18 +81,18 @@ def plan(
         emit(table(found))
 
 
-def _refuse_files(model: str, given: Mapping[str, str], flag: str) -> None:
-    """A plan for files that are not here knows a model by its name only."""
-    if not given and model in load_models():
-        return
-    if not given and not user_path(model).exists():
+def _check_known(model: str, given: Mapping[str, str], weights: str | None) -> None:
+    """UsageError for a model that is neither known nor here, and for transformers that are imagined and given."""
+    known = model in load_models()
+    if not known and not given and not user_path(model).exists():
         raise unknown_name("model", model, load_models(), where="--model")
-    named = " and ".join(FLAGS[part] for part in given) or f"--model {model}"
-    raise UsageError(
-        f"{flag} together with {named}",
-        expected="one or the other: a plan for another machine, or for weights that are not here, imagines the files",
-        advice=f"name the model alone, such as --model wan2.2-t2v-a14b, or leave {flag} out",
-    )
+    twice = [FLAGS[part] for part in ("high", "low", "single") if part in given]
+    if weights is not None and (twice or not known):
+        raise UsageError(
+            f"--weights together with {' and '.join(twice) or f'--model {model}'}",
+            expected="one or the other: --weights says how transformers are stored that are not here",
+            advice="name the model alone, such as --model wan2.2-t2v-a14b, or leave --weights out",
+        )
 
 
 def table(plan: Plan) -> str:

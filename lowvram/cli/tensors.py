@@ -5,19 +5,28 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import torch
-from safetensors.torch import load, save
+from numpy.typing import NDArray
+from safetensors.torch import load
 from torch import Tensor
 
 from lowvram.errors import FileError
 from lowvram.offload.io import FileReader, write_atomic
+from lowvram.quant.encodings.base import TORCH_DTYPES
+from lowvram.quant.files.writing import Entry, safetensors_head
+
+_CODES: Mapping[torch.dtype, str] = MappingProxyType({dtype: code for code, dtype in TORCH_DTYPES.items()})
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace the file by these, atomically."""
+    """Replace the file by these, atomically, without a copy of them."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, save(whole | {"checksum": torch.tensor(_checksum(whole))}))
+    whole["checksum"] = torch.tensor(_checksum(whole))
+    head = safetensors_head([Entry(name, _CODES[t.dtype], tuple(t.shape)) for name, t in whole.items()], {})
+    write_atomic(path, (head.data, *(_bytes(tensor) for tensor in whole.values() if tensor.numel())))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:
@@ -40,10 +49,14 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     """CRC-32 of the bytes of all tensors in the order of their names: a flipped bit would become a wrong video."""
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(
-            tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes(), zlib.crc32(name.encode(), crc)
-        )
+        crc = zlib.crc32(_bytes(tensors[name]), zlib.crc32(name.encode(), crc))
     return crc
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The memory of a contiguous tensor on the host."""
+    found: NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return found
 
 
 def damaged(path: Path) -> FileError:

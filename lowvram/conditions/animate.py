@@ -183,7 +183,7 @@ def _plan_encode(facts: Facts, budget: Budget, made: Mapping[str, int]) -> Stage
     job = facts.job
     frames = job.frames * 3 * job.width * job.height
     device = resting(facts)
-    host = facts.host({**made, "pictures": picture_ram(facts), "driving frames": frames})
+    host = facts.host({**facts.state, **made, "pictures": picture_ram(facts), "driving frames": frames})
     vram, ram = budget.vram - sum(device.values()), budget.ram - sum(host.values())
     plan = planned(facts, job.frames, vram, ram)
     latents = facts.spec.latent_shape(job.width, job.height, job.frames)[1]

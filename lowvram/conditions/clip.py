@@ -81,7 +81,7 @@ def plan_clip(facts: Facts, pictures: int, host: Mapping[str, int]) -> StagePlan
         "clip",
         len(groups),
         resting(facts) | claims,
-        facts.host({**traffic.host_claims(), **host}),
+        facts.host({**facts.state, **traffic.host_claims(), **host}),
         nbytes,
         nbytes,
         max(

@@ -58,7 +58,7 @@ def plan_faces(facts: Facts, made: Mapping[str, int]) -> StagePlan:
         "faces",
         frames + len(groups),
         resting(facts) | traffic.device_claims(facts.footprint) | {"face scratch": scratch + second},
-        facts.host(traffic.host_claims() | {**made, "driving frames": frames * FACE_BYTES}),
+        facts.host(facts.state | traffic.host_claims() | {**made, "driving frames": frames * FACE_BYTES}),
         nbytes,
         nbytes,
         max(frames * _motion_flops(spec.face) / machine.matmul, nbytes / machine.link, nbytes / machine.disk),

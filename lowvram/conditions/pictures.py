@@ -68,7 +68,7 @@ def given_mask(frames: int, *, last: bool) -> Tensor:
 
 def plan_frames(facts: Facts, budget: Budget, frames: int, made: Mapping[str, int]) -> StagePlan:
     """The stage "encode": the VAE's encoder on the first `frames` frames of the given clip. made: see `held`."""
-    device, host = resting(facts), facts.host({**made, "pictures": picture_ram(facts)})
+    device, host = resting(facts), facts.host({**facts.state, **made, "pictures": picture_ram(facts)})
     vram, ram = budget.vram - sum(device.values()), budget.ram - sum(host.values())
     plan = planned(facts, frames, vram, ram)
     return StagePlan(

@@ -52,8 +52,9 @@ def plan_decode(facts: Facts, budget: Budget) -> tuple[StagePlan]:
     device = facts.context | {"vae weights": facts.footprint(nbytes)}
     host = facts.host(
         {"ring 0": nbytes, "frames": WRITER_FRAMES * frame, "ram outgoing": 2 * frame}
-        # the next segment of a driven video takes over what the condition says of the picture
-        | (facts.once(held_claims) if spec.variant == "animate" else {})
+        | {"latent": 4 * numel(facts.latent)}
+        # the next segment of a driven video takes over what the condition says of the picture, and goes on to draw noise
+        | (facts.once(held_claims) | facts.state if spec.variant == "animate" else {})
     )
     # 2.1: 31 TFLOP per latent at 1280x720 (wan-models 6.6); other widths and sizes in proportion
     flops = 31.1e12 * numel(ways.latent[1:]) / (90 * 160) * (spec.vae.decoder_base / 96) ** 2

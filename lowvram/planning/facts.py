@@ -23,6 +23,7 @@ from lowvram.planning.visits import layouts_of
 from lowvram.preview import Decoder
 from lowvram.quant.spec import ModelSpec, numel
 from lowvram.sampling.guidance import needs_uncond
+from lowvram.sampling.solvers import kept_tensors
 from lowvram.tokenizer import tokenize
 
 _T = TypeVar("_T")
@@ -127,6 +128,11 @@ class Facts:
     def passes(self) -> int:
         """Residual streams of a guided step."""
         return len(self.lengths)
+
+    @property
+    def state(self) -> dict[str, int]:
+        """The host claim of what a job goes on from: the latent and what its solver keeps, in float32."""
+        return {"state": 4 * numel(self.latent) * (1 + kept_tensors(self.job.schedule.solver))}
 
     @property
     def time_rows(self) -> int:

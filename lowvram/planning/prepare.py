@@ -35,7 +35,7 @@ def _prepare(facts: Facts) -> StagePlan:
         "prepare",
         len(sizes),
         facts.context | claims | kept_claims(facts),
-        facts.host({"ring 0": max(sizes)} | held_claims(facts)),
+        facts.host({"ring 0": max(sizes)} | facts.state | held_claims(facts)),
         nbytes,
         nbytes,
         nbytes / min(facts.machine.disk, facts.machine.link),

@@ -68,7 +68,7 @@ def _text(facts: Facts) -> StagePlan:
         "text",
         spec.layers,
         facts.context | claims,
-        facts.host(traffic.host_claims()),
+        facts.host(facts.state | traffic.host_claims()),
         nbytes,
         nbytes,
         max(flops / machine.matmul, nbytes / machine.link, nbytes / machine.disk),

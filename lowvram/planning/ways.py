@@ -119,10 +119,11 @@ def _residual_claims(facts: Facts, lean: Lean) -> dict[str, int]:
 
 
 def ram_claims(facts: Facts, lean: Lean) -> dict[str, int]:
-    """Host memory beside the blocks."""
+    """Host memory beside the blocks: among it the state that the denoise began from, the last one, and the next."""
     stream = facts.tokens * facts.spec.dit.dim * facts.residual.itemsize
     away = {f"ram residual {n}": stream for n in range(_streams(facts, lean))} if lean.away else {}
-    return facts.once(held_claims) | facts.once(_preview_ram) | away
+    states = {"states": 3 * sum(facts.state.values())}
+    return facts.once(held_claims) | facts.once(_preview_ram) | states | away
 
 
 def _streams(facts: Facts, lean: Lean) -> int:

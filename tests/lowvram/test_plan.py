@@ -59,6 +59,28 @@ class PlanDocument(msgspec.Struct, forbid_unknown_fields=True):
     advice: list[str]
 
 
+def test_files_that_are_here_are_planned_as_they_are_stored(
+    cli: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """On another machine too, and where the other parts of the model are not here."""
+
+    def denoise(*flags: object) -> Any:
+        (plan,) = cli(
+            "plan", "--machine", "rtx4090", "--json", "--frames", 5, "--size", "64x64", *flags
+        ).objects
+        return next(stage for stage in plan["stages"] if stage["name"] == "denoise")
+
+    folder = Path(str(files("lowvram") / "assets" / "nano"))
+    small = tmp_path / "small.safetensors"
+    assert cli("quantize", folder / "high_noise_model.safetensors", small, "--to", "int8").code == 0
+    whole = denoise("--model", "nano", "--weights", "bf16")
+    assert denoise("--model", "nano")["disk_read"] != whole["disk_read"]  # as it ships
+    as_file = denoise("--model", "nano", "--weights", small)
+    assert as_file["disk_read"] < whole["disk_read"]
+    assert as_file["disk_read"] == denoise("--model", "nano", "--weights", "int8")["disk_read"]
+    assert denoise("--model", tiny_model)["disk_read"] > 0
+
+
 def test_loras_are_planned_beside_weights_that_are_not_here(cli: Callable[..., Any], tmp_path: Path) -> None:
     asked = ("plan", "--model", "nano", "--machine", "rtx4090", "--json")
     folder = Path(str(files("lowvram") / "assets" / "nano" / "loras"))

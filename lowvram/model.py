@@ -394,8 +394,15 @@ def with_parts(model: Model, files: Mapping[str, str]) -> Model:
     if experts:
         stored = {part: Transformer(c.refs, face_blocks=dit.face_blocks) for part, c in experts.items()}
         transformers = {expert: stored.get(expert, next(iter(stored.values()))) for expert in transformers}
-    beside = {part: found[part].refs for part in ("vae", "text", "clip") if part in found}
-    return replace(model, transformers=transformers, opener=opener, **beside)
+    refs = {part: checkpoint.refs for part, checkpoint in found.items()}
+    return replace(
+        model,
+        transformers=transformers,
+        opener=opener,
+        vae=refs.get("vae", model.vae),
+        text=refs.get("text", model.text),
+        clip=refs.get("clip", model.clip),
+    )
 
 
 def _imagined(shapes: Mapping[str, Shape], weights: str, file: Path) -> dict[str, TensorRef]:

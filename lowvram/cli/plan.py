@@ -56,7 +56,7 @@ def plan(
         (given and machine is None) or is_here(flags.model, folders, look, flags.preset)
     ):
         if weights is not None and user_path(weights).is_file():
-            weights, given = None, {"single": weights} | given
+            given, weights = {"single": weights} | given, None
         found = plan_without_files(flags.model, weights=weights, machine=machine, files=given, **asked)
     elif machine is not None:
         files = find(flags.model, given, models_dirs=folders, preset=flags.preset, progress=look).paths

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
 from lowvram.errors import FileError
 from lowvram.offload.io import FileReader, write_atomic
+from lowvram.offload.slab import as_bytes
 from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.quant.files.writing import Entry, safetensors_head
 
@@ -53,10 +52,9 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     return crc
 
 
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host."""
-    found: NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
-    return found
+    return as_bytes(tensor.reshape(-1).view(torch.uint8))
 
 
 def damaged(path: Path) -> FileError:

@@ -6,7 +6,10 @@ allocate besides comes from running their own code on meta tensors (`lowvram.foo
     plan      the nouns: Plan, StagePlan, Lean
     facts     what does not depend on the budget
     visits    the blocks of a network and the order in which a job visits them
-    text, prepare, denoise, decode    one stage each; encode plans part of one
+    text, prepare, decode    one stage each; encode plans part of one
+    ways      how the forward may run, and what each way claims
+    denoise   the stage: the fastest way that fits, and its blocks in their places
     choose    `make_plan`: the most that fits
-    words     a choice, an advice, a refusal
+    refuse    what does not fit: the true minimum, and the nearest settings that fit
+    words     a choice and an advice
 """

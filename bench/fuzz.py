@@ -25,6 +25,7 @@ from sentencepiece import SentencePieceProcessor
 
 from lowvram.errors import FileError
 from lowvram.quant.files.gguf import read_gguf_header
+from lowvram.quant.files.header import Header
 from lowvram.quant.files.notes import with_notes
 from lowvram.quant.files.pickled import read_pickle
 from lowvram.quant.files.safetensors import read_header
@@ -178,9 +179,15 @@ def _pickle() -> bytes:
     return zipfile.ZipFile(io.BytesIO(_saved())).read("archive/data.pkl")
 
 
+def _inside(header: Header) -> Header:
+    """What a header promises of its tensors: all of each lies in the file."""
+    assert all(t.offset >= 0 and t.nbytes >= 0 and t.offset + t.nbytes <= header.size for t in header.tensors)
+    return header
+
+
 def _read_safetensors(data: bytes) -> None:
     reader = Bytes(data)
-    group_by_weight([with_notes(reader, read_header(reader))])
+    group_by_weight([with_notes(reader, _inside(read_header(reader)))])
 
 
 def _read_lora(data: bytes) -> None:
@@ -202,12 +209,12 @@ INDEX = json.dumps(
 ).encode()
 TARGETS: dict[str, tuple[Callable[[], bytes], Callable[[bytes], object]]] = {
     "safetensors": (lambda: save(_state(), {"format": "pt"}), _read_safetensors),
-    "gguf": (_gguf, lambda data: read_gguf_header(Bytes(data))),
+    "gguf": (_gguf, lambda data: _inside(read_gguf_header(Bytes(data)))),
     "vocabulary": (_vocabulary, _read_vocabulary),
     "index": (lambda: INDEX, lambda data: read_index(Bytes(data))),
     "lora": (_lora, _read_lora),
     "pickle": (_pickle, _read_pickle),
-    "archive": (_saved, lambda data: read_torch_header(Bytes(data))),
+    "archive": (_saved, lambda data: _inside(read_torch_header(Bytes(data)))),
 }
 
 

@@ -32,7 +32,7 @@ def test_a_mutant_is_read_or_refused(name: str) -> None:
     make, parse = fuzz.TARGETS[name]
     start = make()
 
-    @settings(max_examples=150)
+    @settings(max_examples=400)
     @given(st.integers(0, 2**32))
     def survives(seed: int) -> None:
         with suppress(FileError):

@@ -16,6 +16,7 @@ from lowvram.machine import Rates, machine_names, machine_profile
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.limits import HostLimits, host_limits
 from lowvram.survey import CONTEXT, WORKSPACES, Clock, Place
+from lowvram.triton_kernels import toolchain
 
 SCHEMA = "lowvram.doctor/1"
 Verdict = Literal["good", "fair", "bad", ""]
@@ -116,8 +117,12 @@ def _software(place: Place) -> Iterator[Reading]:
         yield Reading(
             "triton", None, "", "fair", "install triton (Linux) or triton-windows for the fast kernels"
         )
+    lacking = toolchain.lack() if place.kind == "cuda" else ""
     for name, text in found.items():
-        yield Reading(name, text, "")
+        if name == "triton" and lacking:
+            yield Reading(name, text, "", "fair", f"{lacking}: it starts no kernel without")
+        else:
+            yield Reading(name, text, "")
 
 
 def _version(package: str) -> str:

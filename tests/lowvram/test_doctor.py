@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lowvram import survey
-from lowvram.doctor import Findings, Reading, published_matmul
+from lowvram.doctor import Findings, Reading, _software, published_matmul
 from lowvram.errors import StorageError, UsageError
 from lowvram.machine import (
     Rates,
@@ -76,6 +76,17 @@ def test_what_measuring_took_of_a_card_is_free_again(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: free.append(6 * GB))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free[-1], 8 * GB))
     assert survey.memory(survey.Place("cuda", "a card", "", "", "sm_89")).vram == 6 * GB
+
+
+def test_a_triton_that_cannot_start_kernels_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowvram.doctor._version", lambda package: "3.6.0" if package == "triton" else "")
+    monkeypatch.setattr("lowvram.triton_kernels.toolchain.lack", lambda: "no C compiler is here: install gcc")
+    on_card, on_cpu = (
+        {reading.name: reading for reading in _software(survey.Place(kind, "a card", "570", "2.11.0", arch))}
+        for kind, arch in (("cuda", "sm_89"), ("cpu", ""))
+    )
+    assert on_card["triton"].verdict == "fair" and "install gcc" in on_card["triton"].advice
+    assert on_cpu["triton"].verdict == "" and on_card["driver"].value == "570"
 
 
 def test_rates_are_kept_until_device_driver_or_torch_changes() -> None:

@@ -82,7 +82,7 @@ class Runtime:
         self,
         model: str,
         *,
-        models_dirs: Sequence[str] = (),
+        models_dirs: str | Sequence[str] = (),
         weights: str | None = None,
         preset: str | None = None,
         force: bool = False,
@@ -93,7 +93,7 @@ class Runtime:
 
         Its parts are looked for where other programs keep such files. Headers are read, no weights.
 
-        models_dirs  more folders to look in, before the usual ones
+        models_dirs  a folder or several to look in, before the usual ones
         weights      the encoding to take where several are here, such as "fp8"
         preset       the few-step preset of the jobs to come: transformers made for it are taken where they are here
         force        whether to take experts whose names contradict the part they are given as
@@ -105,16 +105,17 @@ class Runtime:
         not what it should be.
         """
         given = {part: path for part, path in files.items() if path}
+        folders = (models_dirs,) if isinstance(models_dirs, str) else tuple(models_dirs)
         found = discovery.find(
             model,
             given,
-            models_dirs=models_dirs,
+            models_dirs=folders,
             weights=weights,
             preset=preset,
             force=force,
             progress=progress,
         )
-        return Pipeline(self, open_model(model, found.paths), found.paths, found.reasons, tuple(models_dirs))
+        return Pipeline(self, open_model(model, found.paths), found.paths, found.reasons, folders)
 
     def attention(self, asked: str = "auto", ends: str | None = None) -> Choice:
         """How self attention runs here when `asked` for a mode; on CUDA it is tried on the card first."""

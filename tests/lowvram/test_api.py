@@ -90,6 +90,12 @@ def test_names_of_users_there_are_not_are_names_of_files(pipe: Pipeline) -> None
             pipe.runtime.load("nano", vae=path)
 
 
+def test_one_folder_of_models_may_be_given_by_itself(tmp_path: Path) -> None:
+    """And is not taken for the folders that its letters name, of which "/" is one."""
+    pipe = Runtime("500MB", "2GB", "cpu").load("nano", models_dirs=str(tmp_path))
+    assert pipe.models_dirs == (str(tmp_path),)
+
+
 def test_a_folder_of_models_that_is_not_there_is_refused_even_where_none_is_needed(tmp_path: Path) -> None:
     with pytest.raises(lowvram.FileError, match="--models-dir"):
         Runtime("500MB", "2GB", "cpu").load("nano", models_dirs=[str(tmp_path / "none")])

@@ -211,7 +211,9 @@ class Pipeline:
         UsageError for what cannot be made, and if settings and files contradict each other (a LoRA of 4 steps in a job
         of 20), unless `force`; FileError for a picture that cannot be read.
         """
-        settings = fewstep.with_preset(_with_preset_loras(self, _with_pictures(settings)), self.files)
+        settings = fewstep.with_preset(
+            _with_preset_loras(self.model, self.files, self.models_dirs, _with_pictures(settings)), self.files
+        )
         settings["attention"] = self.runtime.attention(
             settings.get("attention") or "auto", settings.pop("attention_ends", None)
         )
@@ -428,9 +430,14 @@ def plan_elsewhere(
     *,
     force: bool = False,
     preview_decoder: Path | None = None,
+    files: Mapping[str, str] = MappingProxyType({}),
+    models_dirs: Sequence[str] = (),
     **settings: Any,
 ) -> Plan:
-    """A plan for any model on a machine of the table, or on this one without a try of its card."""
+    """A plan for a model on a machine of the table, or on this one without a try of its card.
+
+    files: those of the model, if all are here: a preset is then theirs, or brings its LoRAs, as in `Pipeline.job`.
+    """
     spec = model.spec
     preview = None if preview_decoder is None else open_decoder(preview_decoder, spec.vae)
     where = machine_profile(machine) if machine else this_machine()
@@ -442,8 +449,10 @@ def plan_elsewhere(
     settings["matmul"] = dispatch.choose_matmul(
         settings.get("matmul") or "auto", where.arch, partial(unfit_for, model=model)
     )
-    settings = fewstep.with_preset(_with_pictures(settings), {})
-    job = make_job(spec, model=model.name, files={}, prompt=prompt, **settings)
+    if files:
+        settings = _with_preset_loras(model, files, models_dirs, settings)
+    settings = fewstep.with_preset(_with_pictures(settings), files)
+    job = make_job(spec, model=model.name, files=dict(files), prompt=prompt, **settings)
     if not force:
         fewstep.check(job, spec)
     return make_plan(job, with_loras(model, job.loras), _budget(vram, ram, where), where, preview=preview)
@@ -455,12 +464,14 @@ def _with_pictures(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {name: open_picture(user_path(path)) for name, path in paths.items()}
 
 
-def _with_preset_loras(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:
+def _with_preset_loras(
+    model: Model, files: Mapping[str, str], models_dirs: Sequence[str], settings: dict[str, Any]
+) -> dict[str, Any]:
     """A preset brings its LoRAs: those that ship inside, or those that are on this machine."""
     preset = settings.get("preset")
     if preset is None or settings.get("loras"):
         return settings
-    paths = discovery.preset_loras(pipe.model.name, pipe.model.spec, pipe.files, preset, pipe.models_dirs)
+    paths = discovery.preset_loras(model.name, model.spec, files, preset, models_dirs)
     strength = few_step(preset).strength
     loras = tuple(LoraChoice(path=path, expert=expert, strength=strength) for expert, path in paths.items())
     return settings | {"loras": loras}

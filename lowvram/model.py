@@ -34,6 +34,8 @@ _KINDS: Mapping[str, Kind] = MappingProxyType(
     {"high": "dit", "low": "dit", "single": "dit", "vae": "vae", "text": "text", "clip": "clip"}
 )
 """What the file of a part holds."""
+_NOWHERE = "<"
+"""What the name of a file begins with that does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,11 @@ class Transformer:
     loras: tuple[Lora, ...] = ()
     face_blocks: range = range(0)
     """Blocks that a face adapter follows."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it lies in a file: one that is imagined does not."""
+        return not str(next(iter(self.refs.values())).parts[0].file).startswith(_NOWHERE)
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -362,7 +369,7 @@ def _ratios(matched: LoraSet, opener: Opener) -> dict[str, float]:
 
 def imagined_model(name: str, spec: ModelSpec, weights: str) -> Model:
     """A model of `spec` stored in the encoding `weights`, without files: for plans."""
-    nowhere = Path(f"<{name} in {weights}>")
+    nowhere = Path(f"{_NOWHERE}{name} in {weights}>")
     refs = _imagined(spec.dit.shapes(), weights, nowhere)
     transformer = Transformer(refs, face_blocks=spec.dit.face_blocks)
     return Model(

@@ -60,7 +60,8 @@ def plan(
         found = plan_without_files(flags.model, weights=weights, machine=machine, files=given, **asked)
     elif machine is not None:
         files = find(flags.model, given, models_dirs=folders, preset=flags.preset, progress=look).paths
-        found = plan_elsewhere(open_model(flags.model, files), machine, **asked)
+        model = open_model(flags.model, files)
+        found = plan_elsewhere(model, machine, files=files, models_dirs=folders, **asked)
     else:
         pipe = Runtime(flags.vram, flags.ram, flags.device, cache=not flags.no_cache).load(
             flags.model,

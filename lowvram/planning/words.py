@@ -66,7 +66,7 @@ def _stored(facts: Facts) -> str:
     encoding = sizes.most_common(1)[0][0]
     return (
         f"transformers in {encoding}"
-        if facts.job.files
+        if next(iter(facts.model.transformers.values())).is_here
         else f"transformers as if in {encoding} (see --weights)"
     )
 

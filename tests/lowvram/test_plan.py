@@ -68,6 +68,7 @@ def test_files_that_are_here_are_planned_as_they_are_stored(
         (plan,) = cli(
             "plan", "--machine", "rtx4090", "--json", "--frames", 5, "--size", "64x64", *flags
         ).objects
+        assert ("as if" in plan["choices"]["job"]) is ("bf16" in flags or "int8" in flags)
         return next(stage for stage in plan["stages"] if stage["name"] == "denoise")
 
     folder = Path(str(files("lowvram") / "assets" / "nano"))

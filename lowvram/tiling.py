@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from math import ceil
 from typing import NamedTuple, Protocol, TypeVar
@@ -26,6 +26,7 @@ from lowvram.models.vae_history import Memory, packed, packed_size, tile_memorie
 from lowvram.models.vae_middle import keys_on_device, most_strips
 from lowvram.models.vae_tiles import Tile, Tiling, band_edges, long_axis, make_bands, make_tile
 from lowvram.offload.estimate import Rounding
+from lowvram.planning.once import Once
 from lowvram.quant.spec import VaeSpec, numel
 from lowvram.tiling_search import Columns, Search, Seconds
 from lowvram.vae_footprint import Ends
@@ -108,15 +109,10 @@ class Codings(ABC):
     rounding: Rounding
     """What the device gives up for a long-lived buffer."""
     measured: Measured = anew
-    _cuts: dict[Grid, Cut] = field(default_factory=dict, init=False)
-    _tiles: dict[Grid, int] = field(default_factory=dict, init=False)
-    """Scratch of the largest tile of every grid that was run."""
-    _along_axis: dict[tuple[int, int, bool], NDArray[np.int64]] = field(default_factory=dict, init=False)
-    """See `vae_footprint.remembered_cells`; by size of the axis, tiles, and whether they are bands."""
-    _handed: dict[int, int] = field(default_factory=dict, init=False)
-    """What bands hand on for every latent, by the number of tiles across them."""
-    _middles: dict[int, _Middle] = field(default_factory=dict, init=False)
-    """By number of strips."""
+
+    @cached_property
+    def _once(self) -> Once[Codings]:
+        return Once(self)
 
     @property
     @abstractmethod
@@ -194,9 +190,9 @@ class Codings(ABC):
         return self.cut(grid).total / self.cut((1, 1, False)).total
 
     def _middle(self, strips: int) -> _Middle:
-        if strips not in self._middles:
-            self._middles[strips] = self._whole_middle() if strips == 1 else self._middle_in_strips(strips)
-        return self._middles[strips]
+        return (
+            self._once(Codings._middle_in_strips, strips) if strips > 1 else self._once(Codings._whole_middle)
+        )
 
     def late(self, tiling: Tiling) -> bool:
         """Whether all frames wait for the last tile, however long the clip."""
@@ -257,27 +253,27 @@ class Codings(ABC):
                     yield (tiles, bands, True) if long else (bands, tiles, True)
 
     def cut(self, grid: Grid) -> Cut:
-        if grid not in self._cuts:
-            down, across = self._axes(grid)
-            frames = down[:, None] * across[None] * self._cell_bytes  # [row, column, memory]
-            sizes = packed(frames) @ self._frames
-            row, column = divmod(int(sizes.argmax()), grid[1])
-            self._cuts[grid] = Cut(
-                (row, column),
-                int(sizes.max()),
-                int(sizes.sum()),
-                self._handed_across(grid[0 if self._long else 1]) if grid[2] else 0,
-                FLOOR * int(frames[row, column].max()),
-            )
-        return self._cuts[grid]
+        """What is known of a grid in closed form."""
+        return self._once(Codings._cut, grid)
+
+    def _cut(self, grid: Grid) -> Cut:
+        down, across = self._axes(grid)
+        frames = down[:, None] * across[None] * self._cell_bytes  # [row, column, memory]
+        sizes = packed(frames) @ self._frames
+        row, column = divmod(int(sizes.argmax()), grid[1])
+        return Cut(
+            (row, column),
+            int(sizes.max()),
+            int(sizes.sum()),
+            self._once(Codings._handed_across, grid[0 if self._long else 1]) if grid[2] else 0,
+            FLOOR * int(frames[row, column].max()),
+        )
 
     def _handed_across(self, tiles: int) -> int:
         """Bytes that bands hand on for every latent, where so many tiles lie across them."""
-        if tiles not in self._handed:
-            widest = int(self._along(0 if self._long else 1, tiles).sum(axis=1).argmax())
-            band = self._line((tiles, 2, True) if self._long else (2, tiles, True), widest)[0]
-            self._handed[tiles] = vae_footprint.handed_bytes(band, self.spec, self.dtype, self._half.frames)
-        return self._handed[tiles]
+        widest = int(self._along(0 if self._long else 1, tiles).sum(axis=1).argmax())
+        band = self._line((tiles, 2, True) if self._long else (2, tiles, True), widest)[0]
+        return vae_footprint.handed_bytes(band, self.spec, self.dtype, self._half.frames)
 
     @cached_property
     def _cell_bytes(self) -> NDArray[np.int64]:
@@ -293,12 +289,13 @@ class Codings(ABC):
 
     def tile(self, grid: Grid) -> int:
         """Scratch of the largest tile."""
-        if grid not in self._tiles:
-            tile, before = self._largest(grid)
-            run = partial(self.tile_scratch, tile, before)
-            scratch = self.measured(run, "tile", *self._of_half, tile.window, repr(tile))
-            self._tiles[grid] = scratch + self.under_way(tile)
-        return self._tiles[grid]
+        return self._once(Codings._run, grid)
+
+    def _run(self, grid: Grid) -> int:
+        tile, before = self._largest(grid)
+        run = partial(self.tile_scratch, tile, before)
+        scratch = self.measured(run, "tile", *self._of_half, tile.window, repr(tile))
+        return scratch + self.under_way(tile)
 
     def _largest(self, grid: Grid) -> tuple[Tile, Tile | None]:
         """The largest tile, and the band before it."""
@@ -337,16 +334,11 @@ class Codings(ABC):
 
     def _along(self, axis: int, count: int, banded: bool = False) -> NDArray[np.int64]:
         """See `vae_footprint.remembered_cells`; of the rows (0) or of the columns (1)."""
-        what = self.plane[axis], count, banded
-        if what not in self._along_axis:
-            self._along_axis[what] = self.measured(
-                partial(vae_footprint.remembered_cells, self._half, self.spec, *what),
-                "cells",
-                type(self),
-                self.spec,
-                *what,
-            )
-        return self._along_axis[what]
+        return self._once(Codings._cells, self.plane[axis], count, banded)
+
+    def _cells(self, size: int, count: int, banded: bool) -> NDArray[np.int64]:
+        run = partial(vae_footprint.remembered_cells, self._half, self.spec, size, count, banded)
+        return self.measured(run, "cells", type(self), self.spec, size, count, banded)
 
     @cached_property
     def _half(self) -> Half:

@@ -2,6 +2,11 @@
 
 Memory does not grow with their number: of a finished segment only its last frames stay, and what the next one would
 have to compute again of the reference picture.
+
+Inside a segment work and reads overlap: blocks are read and copied ahead of their use, a frame goes to the host while the
+next is made, and is encoded and written by a thread of its own. Nothing of the next segment is begun before a segment is
+decoded. Its conditions are work for the same device, which is busy; and its first reads, the only ones that no work hides,
+are less than a hundredth of a segment (planned at 720p with a disk of 3 GB/s, of 4 steps as of 20).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 plans a hundred thousand jobs that have nothing in common; the gate plans some, under so many budgets each of the
 clips that it draws. What is drawn: see `clips` and `budgets`. What the networks allocate is imagined here, as a round
-number a token or a cell: the promise holds whatever it is, and running them on meta tensors would take most of the time.
+number a token or a cell: the promise holds whatever it is, above the floors that a search goes by
+(`test_tiling_search`), and running them on meta tensors would take most of the time.
 """
 
 from __future__ import annotations

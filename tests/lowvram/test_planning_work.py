@@ -18,6 +18,7 @@ from lowvram.offload.budget import Budget
 from lowvram.planning.choose import choose
 from lowvram.planning.facts import Facts, gather
 from lowvram.planning.plan import Plan
+from lowvram.planning.ways import claims, every_way, least_claims
 from lowvram.sampling.presets import model_preset
 
 GB = 10**9
@@ -62,6 +63,17 @@ def test_few_networks_run_for_a_plan_or_a_refusal(
     found = told(replace(facts(name, *size), known=known), vram, ram)
     assert isinstance(found, BudgetError if 1 in (vram, ram) else Plan)
     assert 5 < known.runs <= runs
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("wan2.2-t2v-a14b", (1280, 720, 121)), ("wan2.2-animate-14b", (832, 480, 77))]
+)
+def test_what_a_forward_claims_is_no_less_than_what_the_search_goes_by(
+    name: str, size: tuple[int, int, int]
+) -> None:
+    known = facts(name, *size)
+    for way in every_way(known):
+        assert 0 < least_claims(known, way.lean)["scratch"] <= claims(known, way.lean)["scratch"]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def cut(video: Tensor, frames: int) -> Tensor:
     """video [B, T, 3, H, W] with T a multiple of `frames` -> [B, T/frames, H/8, W/8, frames*3*64]."""
     b, t, c, h, w = video.shape
     x = video.reshape(b, t // frames, frames, c, h // 8, 8, w // 8, 8)
-    return x.permute(0, 1, 4, 6, 2, 3, 5, 7).reshape(b, t // frames, h // 8, w // 8, -1)
+    return x.permute(0, 1, 4, 6, 2, 3, 5, 7).reshape(b, t // frames, h // 8, w // 8, frames * c * 64)
 
 
 def uncut(x: Tensor, frames: int) -> Tensor:

@@ -44,10 +44,10 @@ def work(scripts: Any, folder: Path) -> Any:
     return scripts["sizes"].Work(folder, scripts["sizes"].SIZES["toy"], torch.device("cpu"), 0)
 
 
-def facts_of(mode: str, work: Any, scripts: Any) -> dict[str, Any]:
+def facts_of(mode: str, work: Any, scripts: Any, rounds: int = 1) -> dict[str, Any]:
     """As in its own process, but in this one: starting one takes seconds."""
     try:
-        return scripts["forward"].measure(mode, work, rounds=1)
+        return scripts["forward"].measure(mode, work, rounds)
     except ImportError as missing:
         pytest.skip(f"not installed: {missing}")
 
@@ -70,7 +70,8 @@ def test_ours_and_theirs_do_the_same_work(resident: dict[str, Any], scripts: Any
 def test_where_our_weights_live_changes_no_bit(
     where: str, work: Any, scripts: Any, resident: dict[str, Any]
 ) -> None:
-    found = facts_of(f"lowvram {where}", work, scripts)
+    # The reader may be two forwards ahead when the counting begins, and only just ahead when it ends.
+    found = facts_of(f"lowvram {where}", work, scripts, rounds=8)
     assert found["checksum"] == resident["lowvram resident"]["checksum"]
     blocks = sum(p.stat().st_size for p in (work.folder / "transformer").glob("*.safetensors"))
     if where == "disk":

@@ -57,9 +57,9 @@ def test_frames_come_by_number_in_any_order_and_more_than_once(tmp_path: Path) -
 
 def test_reading_forward_decodes_every_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    original = clip.read_frames
+    original, video = clip.read_frames, open_clip(make(tmp_path / "a.mp4", 20))
     monkeypatch.setattr(clip, "read_frames", lambda path: opened.append(path) or original(path))
-    with ClipReader(open_clip(make(tmp_path / "a.mp4", 20)), kept=5) as reader:
+    with ClipReader(video, kept=5) as reader:
         for start in (0, 4, 8):
             assert shades(reader.read(range(start, start + 9))) == list(range(start, start + 9))
         assert len(opened) == 1

@@ -2,7 +2,7 @@
 
     LOWVRAM_PLANS=100000 LOWVRAM_BUDGETS=1 python -m pytest -q -n 2 tests/lowvram/test_plan_property.py
 
-plans a hundred thousand jobs that have nothing in common; the gate plans some, under so many budgets each of the
+plans a hundred thousand jobs that have nothing in common; the gate plans ten thousand, 50 budgets for each of the
 clips that it draws. What is drawn: see `clips` and `budgets`. What the networks allocate is imagined here, as a round
 number a token or a cell: the promise holds whatever it is, above the floors that a search goes by
 (`test_tiling_search`), and running them on meta tensors would take most of the time.
@@ -37,7 +37,7 @@ from lowvram.quant.spec import CLIP_TOKENS, VaeSpec, numel
 from lowvram.sampling.presets import load_models
 from lowvram.triton_kernels.modes import EXACT, SDPA, Choice, Matmul
 
-PLANS = int(os.environ.get("LOWVRAM_PLANS", "400"))
+PLANS = int(os.environ.get("LOWVRAM_PLANS", "10000"))
 BUDGETS = int(os.environ.get("LOWVRAM_BUDGETS", "50"))
 """Of each clip."""
 PARTS = 2

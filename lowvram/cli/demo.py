@@ -19,6 +19,7 @@ def demo(
     ),
     seed: o.Seed = 1,
     vram: o.Vram = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     quiet: o.Quiet = False,
     drive: Annotated[
         Path | None,
@@ -31,7 +32,7 @@ def demo(
     from lowvram.cli.carry import Output
     from lowvram.cli.work import start
 
-    out = Output(output, overwrite=True, quiet=quiet)
+    out = Output(output, overwrite, quiet=quiet)
     out.check()
     if drive is None:
         flags = o.JobFlags(seed=seed, vram=vram)

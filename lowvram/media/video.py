@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from queue import Queue
@@ -143,15 +143,18 @@ class VideoWriter:
         self._muxed = 0
 
     def __enter__(self) -> Self:
-        with self._storage():
+        with self._storage(), ExitStack() as undone:
             self._container = open_mp4(
                 self.partial, "frag_keyframe+empty_moov+default_base_moof", self.metadata
             )
+            undone.callback(self.partial.unlink, missing_ok=True)
+            undone.callback(self._container.close)
             self._stream: VideoStream = self._container.add_stream(self.encoder, rate=self.fps)  # type: ignore[assignment]
             configure(self._stream.codec_context, self.encoder, self.width, self.height, self.fps)
             # Writes the header now; left alone, PyAV makes the file when the first packet leaves the encoder.
             self._container.start_encoding()
             self._to_yuv = to_yuv(self.width, self.height)
+            undone.pop_all()
         return self
 
     def write(self, frames: Frames) -> None:

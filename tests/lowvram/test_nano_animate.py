@@ -43,3 +43,5 @@ def test_the_pictures_colour_follows_the_cross_over_three_segments(
     # the sample is the user's then: it is not written over
     again = cli("demo", "--drive", folder, "-o", tmp_path / "again.mp4", "--quiet")
     assert again.code == 2 and "lowvram animate" in again.err and not (tmp_path / "again.mp4").exists()
+    refused = cli("demo", "-o", output, "--quiet")
+    assert refused.code == 2 and "--overwrite" in refused.err

@@ -344,6 +344,20 @@ def test_no_frames_leave_no_files(tmp_path: Path) -> None:
 # ---- encoders
 
 
+def test_a_writer_that_does_not_start_leaves_no_file_and_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = VideoWriter(tmp_path / "a.mp4", 64, 64, 8)
+    monkeypatch.setattr(video, "to_yuv", refuses)  # the last thing that is set up
+    with pytest.raises(StorageError), writer:
+        pass
+    assert list(tmp_path.iterdir()) == []
+    assert not any("a.partial" in each.path for each in psutil.Process().open_files())
+
+
 def test_x264_needs_no_reason(tmp_path: Path) -> None:
     if "libx264" not in av.codecs_available:
         pytest.skip("this PyAV has no libx264")

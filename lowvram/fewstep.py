@@ -84,7 +84,8 @@ def _of_preset(
     """What is wrong with a preset on this model."""
     if preset is None:
         return []
-    where = f"--preset {preset.name}"
+    made_for = [each.name for each in distilled if each.preset == preset.name]
+    where = f"--preset {preset.name}" + (f", which {made_for[0]} was made for" if made_for else "")
     complaints: list[Complaint] = []
     if preset.attention:
         complaints.append(
@@ -197,11 +198,20 @@ def _distilled(job: Job, spec: ModelSpec) -> list[Distilled]:
 
 
 def acts_on(lora: LoraChoice, spec: ModelSpec) -> tuple[str, ...]:
-    """The transformers that a LoRA acts on: those asked for, else the one its name says, else all."""
+    """The transformers that a LoRA acts on: those asked for, else the one its name says, else all. UsageError if its
+    name says another than the one it is given to."""
     if spec.experts == 1:
         return spec.expert_names()
-    named = expert_of(Path(lora.path)) if lora.expert == "both" else lora.expert
-    return spec.expert_names() if named is None else (named,)
+    named = expert_of(Path(lora.path))
+    if lora.expert == "both":
+        return spec.expert_names() if named is None else (named,)
+    if named not in (None, lora.expert):
+        raise UsageError(
+            f"its name says that it is for the {named}-noise expert, but it is given to the {lora.expert}-noise one",
+            where=lora.path,
+            advice=f"give it with :{named}, or rename the file if its name is wrong",
+        )
+    return (lora.expert,)
 
 
 def _with_any_lora(job: Job, spec: ModelSpec) -> set[str]:

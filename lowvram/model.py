@@ -14,7 +14,7 @@ import torch
 from lowvram.errors import FileError, UsageError
 from lowvram.fewstep import acts_on
 from lowvram.job import LoraChoice
-from lowvram.library.naming import expert_of, family_of
+from lowvram.library.naming import family_of
 from lowvram.library.parts import FLAGS, PART_NAMES
 from lowvram.offload.io import Opener
 from lowvram.quant.encodings.base import TORCH_DTYPES, Encoding
@@ -314,24 +314,12 @@ def with_loras(model: Model, choices: tuple[LoraChoice, ...]) -> Model:
         headers = open_checkpoint_files(Path(choice.path), opener)
         matched = match_lora(headers, model.spec.dit, choice.partial)
         ratios = _ratios(matched, opener)
-        for expert in _experts_of(choice, model):
+        for expert in acts_on(choice, model.spec):
             lora = Lora(matched, choice.strengths, ratios)
             _check_faces(lora, model.transformers[expert], choice)
             loras[expert].append(lora)
     transformers = {e: replace(t, loras=tuple(loras[e])) for e, t in model.transformers.items()}
     return replace(model, transformers=transformers, opener=opener)
-
-
-def _experts_of(choice: LoraChoice, model: Model) -> tuple[str, ...]:
-    """The transformers that a LoRA acts on; UsageError if its name says another than the one it is given to."""
-    named = expert_of(Path(choice.path)) if len(model.transformers) == 2 else None
-    if choice.expert != "both" and named not in (None, choice.expert):
-        raise UsageError(
-            f"its name says that it is for the {named}-noise expert, but it is given to the {choice.expert}-noise one",
-            where=choice.path,
-            advice=f"give it with :{named}, or rename the file if its name is wrong",
-        )
-    return acts_on(choice, model.spec)
 
 
 def _check_faces(lora: Lora, transformer: Transformer, choice: LoraChoice) -> None:

@@ -148,6 +148,21 @@ def test_sets_that_contradict_themselves_are_refused_with_the_reason(
     assert caught.value.advice.endswith("or go on with --force") and str(caught.value).count("\n") <= 2
 
 
+def test_a_lora_given_to_the_other_expert_is_told_so_and_not_what_follows_from_it() -> None:
+    swapped = LoraChoice(path=HIGH.path, expert="low")
+    with pytest.raises(UsageError, match="its name says that it is for the high-noise expert") as caught:
+        check(job(preset="lightning-4", loras=(swapped,)), T2V)
+    assert caught.value.where == HIGH.path and ":high" in caught.value.advice
+
+
+def test_a_preset_that_a_file_brought_names_the_file() -> None:
+    five = model_preset("wan2.2-ti2v-5b")
+    settings = with_preset({"loras": (LoraChoice(path=HIGH.path),)}, {})
+    with pytest.raises(UsageError, match=r"made for wan2\.2-t2v-a14b") as caught:
+        check(job({"single": "/m/wan2.2_ti2v_5B_fp16.safetensors"}, "wan2.2-ti2v-5b", **settings), five)
+    assert caught.value.where.endswith("_high_noise.safetensors was made for")
+
+
 def test_files_that_are_known_bring_their_preset_unless_something_was_set_by_hand() -> None:
     assert with_preset({"loras": (HIGH, LOW)}, BASE)["preset"] == "lightning-4"
     assert with_preset({"loras": (MINE,)}, BASE).get("preset") is None

@@ -118,7 +118,7 @@ def test_an_error_without_place_or_expectation_is_shorter(capsys: pytest.Capture
         (KeyboardInterrupt("interrupted; lowvram resume last"), 130, "lowvram resume last"),
         (Terminated(), 143, "terminated"),
         (MemoryError(), 5, "no RAM left"),
-        (PermissionError(13, "Permission denied", "/root/models"), 6, "/root/models: Permission denied"),
+        (PermissionError(13, "Permission denied", "/srv/models"), 6, "/srv/models: Permission denied"),
         (OSError("no file in it"), 70, "bug in lowvram (OSError: no file in it)"),
     ],
     ids=lambda value: repr(value)[:30],

@@ -22,7 +22,8 @@ from lowvram.errors import FileError
 from lowvram.job import Job, describe
 from lowvram.media.join import join
 from lowvram.media.sound import check_sound
-from lowvram.media.video import VideoWriter, check_size, check_target, read_frames, write_behind
+from lowvram.media.target import check_target, reserved
+from lowvram.media.video import VideoWriter, check_size, read_frames, write_behind
 from lowvram.model import with_loras
 from lowvram.offload.io import user_path
 from lowvram.planning.plan import Plan
@@ -56,15 +57,19 @@ class Animation:
         """
         target = user_path(path)
         check_target(target, overwrite)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{target.stem}.", dir=target.parent, ignore_cleanup_errors=True
-        ) as folder:
+        with (
+            reserved(target),
+            tempfile.TemporaryDirectory(
+                prefix=f".{target.stem}.", dir=target.parent, ignore_cleanup_errors=True
+            ) as folder,
+        ):
             return self.make(target, Path(folder), Stand(), Forgetful(), overwrite=overwrite)
 
     def make(
         self, target: Path, parts: Path, stand: Stand, keeper: Keeper, *, overwrite: bool = False
     ) -> Report:
-        """`save`, from `stand` on: finished segments are kept in the folder `parts`, those before `stand` are there."""
+        """`save` for a caller that has reserved `target`, from `stand` on: finished segments are kept in the folder `parts`,
+        those before `stand` are there."""
         job, driving = self.job, self.job.driving
         assert driving is not None
         check_target(target, overwrite)

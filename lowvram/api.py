@@ -26,7 +26,8 @@ from lowvram.job import Job, LoraChoice, check_complete, check_driven, describe,
 from lowvram.machine import Machine, machine_profile, this_machine
 from lowvram.matmul import unfit_for
 from lowvram.media.picture import open_picture
-from lowvram.media.video import VideoWriter, check_size, check_target, write_behind
+from lowvram.media.target import check_target, reserved
+from lowvram.media.video import VideoWriter, check_size, write_behind
 from lowvram.model import Model, imagined_model, open_model, with_loras, with_parts
 from lowvram.offload.budget import Budget, Ledger, format_bytes, parse_bytes
 from lowvram.offload.device import CpuDevice, Device
@@ -375,10 +376,17 @@ class Video:
 
         The report is of all stages: those before, and this decode. It prints with `lowvram.report.table`.
 
-        UsageError for a name that does not end in .mp4, or a file that exists, unless `overwrite`; StorageError if it
-        cannot be written: the frames so far are kept beside it as NAME.partial.mp4.
+        UsageError for a name that does not end in .mp4, or a file that exists, unless `overwrite`; BusyError if it is
+        being made already; StorageError if it cannot be written: the frames so far are kept beside it as
+        NAME.partial.mp4.
         """
         target = user_path(path)
+        check_target(target, overwrite)
+        with reserved(target):
+            return self.make(target, overwrite=overwrite)
+
+    def make(self, target: Path, *, overwrite: bool = False) -> Report:
+        """`save` for a caller that has reserved `target`."""
         check_target(target, overwrite)
         check_size(self.job.width, self.job.height)
         facts = {"comment": json.dumps(describe(self.job, __version__), ensure_ascii=False)}

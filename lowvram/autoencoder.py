@@ -19,6 +19,7 @@ from lowvram.errors import BudgetError, FileError, UsageError
 from lowvram.job import Job, make_job
 from lowvram.media.probe import probe
 from lowvram.media.resize import to_tensor
+from lowvram.media.target import check_target, reserved
 from lowvram.media.video import VideoWriter, read_frames, write_behind
 from lowvram.model import Model
 from lowvram.models.vae_clip import FRAMES
@@ -93,9 +94,10 @@ class Autoencoder:
                 return encode_stage(run, self.model, frames, encoding, traffic)
 
     def save(self, latent: Tensor, plan: Plan, path: Path, fps: float, *, overwrite: bool = False) -> None:
-        """Decode into an mp4 that is verified before it takes its name."""
+        """Decode into an mp4 that is verified before it takes its name; errors as of `Video.save`."""
         _, height, width = self._shape(latent)
-        with VideoWriter(path, width, height, fps, overwrite=overwrite) as writer:
+        check_target(path, overwrite)
+        with reserved(path), VideoWriter(path, width, height, fps, overwrite=overwrite) as writer:
             write_behind(writer, (frame[None] for frame in self._frames(latent, plan, alone=True)))
 
     # ---- plans

@@ -12,18 +12,17 @@ done                   the output was written and verified
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from lowvram.errors import BusyError, FileError, StorageError, UsageError
+from lowvram.errors import FileError, StorageError, UsageError
 from lowvram.job import Job
-from lowvram.offload.io import read_small_text, storage_errors, try_lock, write_atomic
+from lowvram.offload.io import read_small_text, write_atomic
+from lowvram.offload.locks import holding
 
 MAX_JOB_BYTES = 1 << 20
 KEPT = 20
@@ -100,25 +99,10 @@ class JobFolder:
             ):  # held open by a viewer or a scanner (Windows): the folder goes with old jobs
                 path.unlink(missing_ok=True)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the job for this process; BusyError if another one holds it."""
-        path = self.path / "lock"
-        with ExitStack() as stack:
-            with storage_errors(path):
-                file = stack.enter_context(open(path, "a+b"))
-            if not try_lock(file):
-                file.seek(0)
-                owner = file.read(20).decode("ascii", "replace")
-                raise BusyError(
-                    f"process {owner} is working on this job",
-                    where=self.name,
-                    advice="wait for it, or stop it first",
-                )
-            file.truncate(0)
-            file.write(str(os.getpid()).encode())
-            file.flush()
-            yield
+        advice = "wait for it, or stop it first"
+        return holding(self.path / "lock", "working on this job", where=self.name, advice=advice)
 
 
 def new_job(saved: Saved, root: Path, stamp: str) -> JobFolder:

@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import stat
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from lowvram.errors import FileError, StorageError
 from lowvram.offload.faults import Faults
@@ -29,9 +28,6 @@ _NO_FOLDER_SYNC = frozenset(
     {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 )
 """What file systems answer that open no folder, or sync none. The file is in its place all the same."""
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
-_LOCKED_BYTE = 1 << 30
-"""Windows locks bytes, and what it locks nobody can read: one far behind the process number in a lock file."""
 _REPLACE_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Seconds between attempts to replace a file that a scanner or viewer holds open (Windows)."""
 
@@ -287,27 +283,6 @@ def replacing(path: Path) -> Iterator[FileIO]:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(target.parent)
-
-
-def try_lock(file: BinaryIO | FileIO) -> bool:
-    """Lock an open file for this process; False if another has locked it. Closing it unlocks.
-
-    The system's own lock: it ends with the process, however that ends, so none is ever left behind. True also where the
-    file system has no locks (some network ones).
-    """
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(_LOCKED_BYTE)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in _NO_LOCKS
-    return True
 
 
 def user_path(path: str | Path) -> Path:

@@ -10,7 +10,8 @@ from typing import Self
 
 from lowvram.errors import BusyError
 from lowvram.offload.faults import Faults
-from lowvram.offload.io import Buffer, replace_file, storage_errors, sync_folder, try_lock, write_all
+from lowvram.offload.io import Buffer, replace_file, storage_errors, sync_folder, write_all
+from lowvram.offload.locks import try_lock
 
 _SYNC_BYTES = 64 << 20
 """Bytes of a partial file that a power cut may cost."""

@@ -69,13 +69,15 @@ def animate(
     from lowvram.offload.io import user_path
 
     out = Output(output, overwrite, as_json, quiet, report, preview, preview_decoder)
-    out.check()
-    # the videos first: what is wrong with them is known before a model is looked for
     sound = None if audio_from is None else user_path(audio_from)
-    driving = open_folder(user_path(folder), mode, carried=carry, match_colours=match_colours, sound=sound)
-    if sound is not None:
-        check_sound(sound)
-    start(flags, prompt, settings, out, weights=weights, driving=driving)
+    with out.reserved():
+        # the videos first: what is wrong with them is known before a model is looked for
+        driving = open_folder(
+            user_path(folder), mode, carried=carry, match_colours=match_colours, sound=sound
+        )
+        if sound is not None:
+            check_sound(sound)
+        start(flags, prompt, settings, out, weights=weights, driving=driving)
 
 
 def _refuse_what_the_folder_says(flags: o.JobFlags) -> None:

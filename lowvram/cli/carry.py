@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowvram.cli.console import Forecast, Progress, Terminated, emit, emit_json, progress_mode, say
 from lowvram.errors import StorageError, UsageError
 from lowvram.job import Job
-from lowvram.media.video import check_target
+from lowvram.media.target import check_target, reserved
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.io import write_atomic
 from lowvram.planning.plan import Plan
@@ -41,6 +42,13 @@ class Output:
         check_target(self.target, self.overwrite)
         if self.report is not None:
             check_report(self.report)
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """`check`, and keep other jobs from making the video until the block ends: BusyError if one does."""
+        self.check()
+        with reserved(self.target):
+            yield
 
     def progress(self, forecast: list[Forecast], plan: Plan) -> Progress:
         """For work under `plan`."""

@@ -33,15 +33,15 @@ def demo(
     from lowvram.cli.work import start
 
     out = Output(output, overwrite, quiet=quiet)
-    out.check()
-    if drive is None:
-        flags = o.JobFlags(seed=seed, vram=vram)
-        start(flags, prompt, flags.settings(), out)
-        return
-    from lowvram.driving import copy_sample, open_folder
-    from lowvram.offload.io import user_path
+    with out.reserved():
+        if drive is None:
+            flags = o.JobFlags(seed=seed, vram=vram)
+            start(flags, prompt, flags.settings(), out)
+            return
+        from lowvram.driving import copy_sample, open_folder
+        from lowvram.offload.io import user_path
 
-    folder = user_path(drive)
-    copy_sample(folder)
-    flags = o.JobFlags(seed=seed, vram=vram, model="nano-animate")
-    start(flags, "", flags.settings(), out, driving=open_folder(folder, "animate"))
+        folder = user_path(drive)
+        copy_sample(folder)
+        flags = o.JobFlags(seed=seed, vram=vram, model="nano-animate")
+        start(flags, "", flags.settings(), out, driving=open_folder(folder, "animate"))

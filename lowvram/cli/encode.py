@@ -33,17 +33,19 @@ def encode(
     from lowvram.api import Runtime
     from lowvram.autoencoder import Autoencoder, open_vae, open_video, save_latent_file
     from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode
-    from lowvram.media.video import check_target
+    from lowvram.media.target import check_target, reserved
 
     check_target(output, overwrite, ".safetensors")
-    runtime = Runtime(vram, ram, device)
-    found = open_vae(vae) if vae else runtime.load(model).model
-    clip, fps = open_video(video, found.spec.vae, frames)
-    plan = Autoencoder(runtime, found).plan_encode(clip.shape)
-    forecast = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages]
-    with Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:
-        latent = Autoencoder(runtime, found, progress).encode(clip, plan)
-    save_latent_file(output, latent, {"model": found.name, "fps": fps})
+    with reserved(output):
+        runtime = Runtime(vram, ram, device)
+        found = open_vae(vae) if vae else runtime.load(model).model
+        clip, fps = open_video(video, found.spec.vae, frames)
+        plan = Autoencoder(runtime, found).plan_encode(clip.shape)
+        forecast = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages]
+        mode = progress_mode(quiet, as_json)
+        with Progress(forecast, plan.budget.vram, time.monotonic, mode) as progress:
+            latent = Autoencoder(runtime, found, progress).encode(clip, plan)
+        save_latent_file(output, latent, {"model": found.name, "fps": fps})
     if as_json:
         emit_json({"schema": "lowvram.latent/1", "output": str(output), "shape": list(latent.shape)})
     else:

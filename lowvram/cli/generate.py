@@ -31,5 +31,5 @@ def generate(
     from lowvram.cli.work import start
 
     out = Output(output, overwrite, as_json, quiet, report, preview, preview_decoder)
-    out.check()
-    start(flags, prompt, settings, out, weights=weights)
+    with out.reserved():
+        start(flags, prompt, settings, out, weights=weights)

@@ -46,7 +46,7 @@ def resume(
         preview,
         preview_decoder,
     )
-    out.check()
-    pipe = reopen(saved)
-    plan = pipe.plan_job(saved.job, opened(out, pipe.model.spec))
-    work(folder, pipe, saved.job, plan, out)
+    with out.reserved():
+        pipe = reopen(saved)
+        plan = pipe.plan_job(saved.job, opened(out, pipe.model.spec))
+        work(folder, pipe, saved.job, plan, out)

@@ -119,7 +119,7 @@ def rest_of(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output
 
     def make(progress: Progress) -> Report:
         if latent is not None:
-            return pipe.video(job, latent, plan, progress).save(out.target, overwrite=out.overwrite)
+            return pipe.video(job, latent, plan, progress).make(out.target, overwrite=out.overwrite)
         video = pipe.run(
             job,
             state=state,
@@ -131,7 +131,7 @@ def rest_of(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output
             preview=open_preview(out, pipe.model.spec, decoder, job, progress),
         )
         save_latent(folder, video.latent)
-        return video.save(out.target, overwrite=out.overwrite)
+        return video.make(out.target, overwrite=out.overwrite)
 
     return Rest(forecast, [] if latent is not None else [f"job {folder.name}: {summary(job, plan)}"], make)
 

@@ -10,15 +10,11 @@ from typing import TYPE_CHECKING
 
 from lowvram.errors import StorageError
 from lowvram.media.probe import open_media
+from lowvram.media.target import finishing_path
 from lowvram.offload.io import replace_file, sync_folder
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
-
-
-def finishing_path(target: Path) -> Path:
-    """Where the finished file is made before it takes the target's name."""
-    return target.with_name(f"{target.stem}.finishing{target.suffix}")
 
 
 def open_mp4(path: Path, movflags: str, metadata: Mapping[str, str]) -> OutputContainer:

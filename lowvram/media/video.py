@@ -9,8 +9,6 @@ only then does it take the target's name.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
@@ -27,6 +25,7 @@ from lowvram.errors import FileError, InternalError, LowvramError, StorageError,
 from lowvram.media.color import BT709, HDR, LIMITED, convert, to_rgb, to_yuv
 from lowvram.media.finish import open_mp4, publish, remux
 from lowvram.media.probe import open_media
+from lowvram.media.target import check_target, partial_path
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -44,46 +43,6 @@ BITS_PER_PIXEL = 0.25
 
 ENCODERS = ("libx264", "libopenh264", "h264_mf", "h264_videotoolbox")
 """H.264 encoders in order of choice. Those of GPU vendors take video memory that no budget knows of."""
-
-
-def partial_path(target: Path) -> Path:
-    """Where frames go until the video is whole: `a/b.mp4` -> `a/b.partial.mp4`."""
-    return target.with_name(f"{target.stem}.partial{target.suffix}")
-
-
-def check_target(path: Path, overwrite: bool, suffix: str = ".mp4") -> None:
-    """Everything about the output that can be known before a job starts.
-
-    Raises UsageError for a name that does not end in `suffix`, a folder that does not exist, or an existing file unless
-    `overwrite`; StorageError if no file can be made in the folder (tried, because permission bits do not tell).
-    """
-    if path.suffix.lower() != suffix:
-        raise UsageError(
-            f"the output is no {suffix} file", where=str(path), advice=f"give a name that ends in {suffix}"
-        )
-    if path.is_dir():
-        raise UsageError("the output is a folder", where=str(path), advice="give a file name inside it")
-    if not path.parent.is_dir():
-        raise UsageError(
-            "the folder of the output does not exist",
-            where=str(path.parent),
-            advice="make the folder, or choose another output",
-        )
-    if path.exists() and not overwrite:
-        raise UsageError(
-            "the output exists already", where=str(path), advice="choose another name, or add --overwrite"
-        )
-    try:
-        # As long as the longest name that will be needed, so that a name too long is met now.
-        handle, name = tempfile.mkstemp(prefix=f"{path.stem}.check-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        os.unlink(name)
-    except OSError as error:
-        raise StorageError(
-            f"no file can be made here ({error.strerror})",
-            where=str(path.parent),
-            advice="choose a folder that you may write to, with free space",
-        ) from error
 
 
 def check_size(width: int, height: int) -> None:

@@ -25,7 +25,8 @@ from lowvram.cli.preview import preview_path
 from lowvram.cli.work import check_space
 from lowvram.errors import StorageError
 from lowvram.media.probe import probe
-from lowvram.media.video import partial_path, read_frames
+from lowvram.media.target import partial_path
+from lowvram.media.video import read_frames
 from lowvram.models.tae import TaeSpec
 from lowvram.state import JobFolder, list_jobs
 
@@ -165,6 +166,9 @@ def test_a_kill_from_outside_loses_nothing_and_meanwhile_the_job_is_busy(
         busy = cli("resume", "last", "--quiet")
         assert busy.code == 9 and f"process {process.pid} " in busy.err
         assert len(busy.err.splitlines()) <= 3 and process.poll() is None
+        second = cli(*arguments(tiny_model, tmp_path / "out.mp4"))
+        assert second.code == 9 and f"process {process.pid} is making this file" in second.err
+        assert list_jobs(jobs) == [folder] and process.poll() is None
     finally:
         process.send_signal(KILL)
         process.communicate()

@@ -17,9 +17,9 @@ import pytest
 
 from lowvram.errors import FileError, InternalError, StorageError, UsageError
 from lowvram.media import video
-from lowvram.media.finish import finishing_path
 from lowvram.media.probe import probe
-from lowvram.media.video import VideoWriter, check_target, partial_path, read_frames
+from lowvram.media.target import finishing_path, partial_path
+from lowvram.media.video import VideoWriter, read_frames
 from lowvram.offload import io
 
 WIDTH, HEIGHT, FPS = 96, 64, 8
@@ -277,37 +277,6 @@ def test_a_full_disk_is_a_storage_error_and_the_frames_so_far_stay(tmp_path: Pat
         back.extend(read_frames(partial_path(target)))
     assert writer.durable >= FPS
     assert len(back) == probe(partial_path(target)).frames == writer.durable
-
-
-def test_targets_are_checked_before_work(tmp_path: Path) -> None:
-    taken = tmp_path / "a.mp4"
-    taken.write_bytes(b"x")
-    check_target(taken, overwrite=True)
-    check_target(tmp_path / "b.MP4", overwrite=False)
-    (tmp_path / "folder.mp4").mkdir()
-    for path, overwrite in (
-        (taken, False),
-        (tmp_path / "a.mkv", True),
-        (tmp_path / "none" / "a.mp4", True),
-        (tmp_path / "folder.mp4", True),
-    ):
-        with pytest.raises(UsageError):
-            check_target(path, overwrite)
-    with pytest.raises(StorageError):
-        check_target(tmp_path / f"{'n' * 245}.mp4", overwrite=False)
-    assert taken.read_bytes() == b"x"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "folder.mp4"]
-
-
-def test_a_folder_that_takes_no_files_is_a_storage_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(**_: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(video.tempfile, "mkstemp", refuse)
-    with pytest.raises(StorageError, match="Permission denied"):
-        check_target(tmp_path / "a.mp4", overwrite=False)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 
 from lowvram.errors import FileError, StorageError
 from lowvram.offload.faults import FaultPlan, Faults
-from lowvram.offload.io import FileReader, free_bytes, read_small_text, seek_and_read, try_lock, write_atomic
+from lowvram.offload.io import FileReader, free_bytes, read_small_text, seek_and_read, write_atomic
+from lowvram.offload.locks import try_lock
 from lowvram.quant.refs import Reader
 
 DATA = bytes(range(256)) * 40

@@ -1,5 +1,5 @@
 """What torchao writes. No published Wan file is known to be its work: these are what people make of one themselves, with
-diffusers or `flatten_tensor_state_dict`. The package is not needed: where it is not there, what it was seen to write is."""
+diffusers or `flatten_tensor_state_dict`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 from lowvram.offload.slab import as_bytes, build_layout, carve, read_runs
 from lowvram.quant.encodings.registry import keeps_precision
@@ -48,20 +50,18 @@ def decoded(path: Path, open_file) -> tuple[State, set[str]]:
 def test_a_file_of_torchao_decodes_to_what_torchao_makes_of_it(
     kind: str, state: State, tmp_path: Path, open_file
 ) -> None:
-    ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
-    config = ao.Int8WeightOnlyConfig(version=2) if kind == "int8" else ao.Float8WeightOnlyConfig()
+    config = Int8WeightOnlyConfig(version=2) if kind == "int8" else Float8WeightOnlyConfig()
     stored, expected = {n: t for n, t in state.items() if n not in MATRICES}, {}
     for name in MATRICES:
         out, inner = state[name].shape
         linear = torch.nn.Linear(inner, out, bias=False, dtype=torch.bfloat16)
         linear.weight = torch.nn.Parameter(state[name], requires_grad=False)
         module = torch.nn.Sequential(linear)
-        ao.quantize_(module, config)
+        quantize_(module, config)
         quantised = module[0].weight
         expected[name] = quantised.dequantize(torch.float32)
         stored[name] = quantised
-    tensors, metadata = support.flatten_tensor_state_dict(stored)
+    tensors, metadata = flatten_tensor_state_dict(stored)
     save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "m.safetensors", metadata)
     found, encodings = decoded(tmp_path / "m.safetensors", open_file)
     assert encodings == {{"int8": "int8_zero", "float8": "fp8_row"}[kind]}

@@ -19,14 +19,16 @@ from pathlib import Path
 
 import msgspec
 
-from lowvram.errors import FileError, StorageError, UsageError
+from lowvram.errors import BusyError, FileError, StorageError, UsageError
 from lowvram.job import Job
-from lowvram.offload.io import read_small_text, write_atomic
-from lowvram.offload.locks import holding
+from lowvram.offload.io import read_small_text, storage_errors, write_atomic
+from lowvram.offload.locks import holding, is_held
 
 MAX_JOB_BYTES = 1 << 20
 KEPT = 20
 """Finished jobs that are kept."""
+SEGMENT = "segment"
+"""Name of the number that says which segment the tensors beside it belong to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,11 @@ class JobFolder:
     def finished(self) -> bool:
         return (self.path / "done").exists()
 
+    @property
+    def running(self) -> bool:
+        """Whether a process works on it."""
+        return is_held(self.path / "lock")
+
     def save(self, saved: Saved) -> None:
         write_atomic(self.path / "job.json", _encoded(saved))
 
@@ -104,6 +111,14 @@ class JobFolder:
         advice = "wait for it, or stop it first"
         return holding(self.path / "lock", "working on this job", where=self.name, advice=advice)
 
+    def remove(self) -> None:
+        """The job, finished or not, is gone at once and for good. BusyError while a process works on it."""
+        with self.locked(), storage_errors(self.path):
+            (self.path / "job.json").unlink(missing_ok=True)
+            shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # Windows keeps a folder whose lock is held; others have removed it
+            self.path.rmdir()
+
 
 def new_job(saved: Saved, root: Path, stamp: str) -> JobFolder:
     """A new folder under `root` named after `stamp`, a time that sorts as text; old finished jobs are removed."""
@@ -120,7 +135,8 @@ def new_job(saved: Saved, root: Path, stamp: str) -> JobFolder:
         ) from problem
     job.save(saved)
     for old in [j for j in list_jobs(root) if j.finished][:-KEPT]:
-        shutil.rmtree(old.path, ignore_errors=True)
+        with suppress(BusyError, StorageError):
+            old.remove()
     return job
 
 

@@ -57,6 +57,15 @@ def holding(path: Path, doing: str, *, where: str, advice: str) -> Iterator[None
         _remove(file, path)
 
 
+def is_held(path: Path) -> bool:
+    """Whether another process holds the lock file `path`, or this one in another place."""
+    try:
+        with FileIO(path, "r+") as file:
+            return not try_lock(file)
+    except OSError:
+        return False
+
+
 def _locked(path: Path, doing: str, where: str, advice: str) -> FileIO:
     """The lock file, open and locked. One that its holder removed before it was locked here is nobody's: it is made anew."""
     while True:

@@ -22,10 +22,7 @@ from lowvram.report import Report
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages.denoise import State
 from lowvram.stages.segments import Stand
-from lowvram.state import JobFolder
-
-_SEGMENT = "segment"
-"""Name of the number that says which segment the tensors beside it belong to."""
+from lowvram.state import SEGMENT, JobFolder
 
 
 def rest_of_driven(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output) -> Rest:
@@ -112,7 +109,7 @@ def load_stand(folder: JobFolder) -> Stand:
 
 
 def _keep(path: Path, segment: int, tensors: Mapping[str, Tensor]) -> None:
-    save_tensors(path, {**tensors, _SEGMENT: torch.tensor(segment)})
+    save_tensors(path, {**tensors, SEGMENT: torch.tensor(segment)})
 
 
 def _of(segment: int, path: Path) -> dict[str, Tensor] | None:
@@ -124,7 +121,7 @@ def _of(segment: int, path: Path) -> dict[str, Tensor] | None:
 
 
 def _number(tensors: dict[str, Tensor], path: Path) -> int:
-    number = tensors.pop(_SEGMENT, None)
+    number = tensors.pop(SEGMENT, None)
     if number is None or number.numel() != 1:
         raise damaged(path)
     return int(number)

@@ -20,6 +20,7 @@ from lowvram.cli import (
     encode,
     generate,
     inspect,
+    jobs,
     models,
     plan,
     quantize,
@@ -88,6 +89,11 @@ library = typer.Typer(help="The model files on this machine.", rich_markup_mode=
 for name, action in models.verbs():
     library.command(name)(_verb(action))
 app.add_typer(library, name="models")
+
+kept = typer.Typer(help="The jobs that are kept on this machine.", rich_markup_mode=None)
+kept.callback(invoke_without_command=True)(_verb(jobs.jobs))
+kept.command("rm")(_verb(jobs.rm))
+app.add_typer(kept, name="jobs")
 
 
 def run(arguments: list[str] | None = None) -> None:

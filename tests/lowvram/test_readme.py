@@ -59,6 +59,7 @@ def test_the_readme_shows_every_verb() -> None:
         "resume",
         "encode",
         "decode",
+        "jobs",
     }
 
 
@@ -92,7 +93,8 @@ def test_plans_are_what_is_shown(block: str, cli: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("arguments", ELSEWHERE, ids=shlex.join)
 def test_flags_of_the_other_commands_exist(arguments: list[str]) -> None:
     verb: Any = typer.main.get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
-    verb = verb.commands[arguments[1]] if arguments[0] == "models" else verb
+    named = len(arguments) > 1 and arguments[0] in ("models", "jobs")
+    verb = verb.commands[arguments[1]] if named else verb
     known = {flag for parameter in verb.params for flag in parameter.opts}
     assert {a for a in arguments[1:] if a.startswith("-")} <= known
     if "--preset" in arguments:

@@ -169,10 +169,14 @@ def test_a_kill_from_outside_loses_nothing_and_meanwhile_the_job_is_busy(
         second = cli(*arguments(tiny_model, tmp_path / "out.mp4"))
         assert second.code == 9 and f"process {process.pid} is making this file" in second.err
         assert list_jobs(jobs) == [folder] and process.poll() is None
+        (listed,) = cli("jobs", "--json").objects
+        assert (listed["state"], listed["step"], listed["steps"]) == ("running", 2, STEPS)
+        kept = sorted(folder.path.iterdir())
+        assert cli("jobs", "rm", folder.name).code == 9 and sorted(folder.path.iterdir()) == kept
     finally:
         process.send_signal(KILL)
         process.communicate()
-    assert saved_step(folder) == 2
+    assert saved_step(folder) == 2 and "stopped" in cli("jobs").out
     assert cli("resume", "last", "--quiet").code == 0
     assert np.array_equal(frames_of(tmp_path / "out.mp4"), undisturbed)
 

@@ -97,6 +97,9 @@ def test_half_a_minute_takes_no_more_memory_than_its_beginning_and_outlives_a_ki
     (job,) = list_jobs(jobs)
     assert not output.exists() and not job.finished
     assert sorted(p.name for p in job.path.glob("segment-*")) == [f"segment-0000{n}.mp4" for n in range(3)]
+    (listed,) = cli("jobs", "--json").objects
+    assert [listed[k] for k in ("state", "segment", "segments", "step", "steps")] == ["stopped", 3, 12, 1, 2]
+    assert "1/2 of segment 4/12" in cli("jobs").out
 
     said = cli("resume", "last", "--json")
     assert said.code == 0, said.err

@@ -164,6 +164,11 @@ def _lora() -> bytes:
         made[f"diffusion_model.{module}.lora_up.weight"] = torch.zeros(out, 2)
         made[f"diffusion_model.{module}.alpha"] = torch.tensor(2.0)
         made[f"diffusion_model.{module}.diff_b"] = torch.zeros(out)
+    kron = {"lokr_w1": (4, 4), "lokr_w2_a": (64, 2), "lokr_w2_b": (2, 64), "alpha": ()}
+    made |= {f"lycoris_blocks_0_attn2_to_q.{role}": torch.ones(size) for role, size in kron.items()}
+    for n in (1, 2):
+        made[f"lora_unet_blocks_0_ffn_2.hada_w{n}_a"] = torch.zeros(256, 2)
+        made[f"lora_unet_blocks_0_ffn_2.hada_w{n}_b"] = torch.zeros(2, 512)
     return save(made, {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'})
 
 

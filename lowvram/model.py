@@ -83,14 +83,16 @@ class Lora:
     def scale(self, pair: LoraPair, strength: float) -> LoraScale:
         ratio = self.ratios[pair.target]
         if pair.magnitude is None:
-            return LoraScale(strength * ratio)
-        return LoraScale(ratio, strength, pair.of_base)
+            return LoraScale(pair.roles, strength * ratio)
+        return LoraScale(pair.roles, ratio, strength, pair.of_base)
 
 
 @dataclass(frozen=True, slots=True)
 class LoraScale:
-    """The numbers of one LoRA branch; see `lowvram.quant.linear.Branch` and `Dora`."""
+    """The numbers of one LoRA branch; see `lowvram.quant.branches`."""
 
+    roles: tuple[str, ...]
+    """Of its factors."""
     scale: float
     dora: float | None = None
     """Strength of a DoRA; None for a plain LoRA."""
@@ -137,9 +139,8 @@ class Transformer:
                 scales = branches.setdefault(group, {})
                 index = len(scales.get(inner, ()))
                 scales[inner] = (*scales.get(inner, ()), lora.scale(pair, strength))
-                for part in (pair.down, pair.up, pair.magnitude):
-                    if part is not None:
-                        _add(refs[group], branch_name(inner, index, part.role), part)
+                for part in (*pair.factors, *([pair.magnitude] if pair.magnitude else [])):
+                    _add(refs[group], branch_name(inner, index, part.role), part)
             for delta in lora.matched.deltas:
                 group, inner = self._split(delta.target)
                 added = deltas.setdefault(group, {})
@@ -199,7 +200,7 @@ def kinds(groups: Iterable[Group]) -> list[Group]:
 
 
 def branch_name(linear: str, index: int, role: str) -> str:
-    """Name under which `role` ("down", "up", "magnitude") of LoRA branch `index` travels beside a Linear."""
+    """Name under which `role` (of a factor, or "magnitude") of LoRA branch `index` travels beside a Linear."""
     return f"{linear}.lora.{index}.{role}"
 
 
@@ -348,7 +349,7 @@ def _ratios(matched: LoraSet, opener: Opener) -> dict[str, float]:
             if not math.isfinite(ratio):
                 raise FileError(
                     f"the alpha of {pair.target} is not finite",
-                    where=str(pair.down.file),
+                    where=str(pair.factors[0].file),
                     advice="the LoRA is damaged: download it again, or use another",
                 )
             ratios[pair.target] = ratio

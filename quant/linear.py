@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowvram.quant import fused
+from lowvram.quant.branches import Branch, Combined, Delta
 from lowvram.triton_kernels.gemm import LowRank, low_rank
 from lowvram.triton_kernels.ops import W8A8Ops
 from lowvram.triton_kernels.quantise import QuantisedRows
@@ -86,53 +87,6 @@ class Multiplied(Encoded):
         return replace(self, shape=(parts["weight"].shape[0], self.shape[1]), parts=parts, lora=lora)
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """One LoRA on one Linear: y += scale * up(down(x))."""
-
-    down: Tensor
-    """[rank, in]"""
-    up: Tensor
-    """[out, rank]"""
-    scale: float
-    """strength * alpha / rank; with `dora`, whose strength is its own, alpha / rank"""
-    dora: Dora | None = None
-
-    def copied(self) -> Branch:
-        dora = self.dora and replace(self.dora, magnitude=self.dora.magnitude.clone())
-        return Branch(self.down.clone(), self.up.clone(), self.scale, dora)
-
-
-@dataclass(frozen=True, slots=True)
-class Dora:
-    """What makes a LoRA branch a DoRA: the magnitudes of the rows, or of the columns, of the changed weight."""
-
-    magnitude: Tensor
-    """[out, 1] or [1, in]"""
-    strength: float
-    of_base: bool
-    """Whether directions of rows are measured on the base weight (ComfyUI), not on the changed one (peft)."""
-
-    def apply(self, weight: Tensor, change: Tensor) -> Tensor:
-        """weight [out, in] and alpha / rank * up @ down, float32 -> W + strength * (V * magnitude / |V| - W), V their
-        sum (ComfyUI `comfy/weight_adapter/base.py`, peft `tuners/lora/dora.py`)."""
-        changed = weight + change
-        rows = self.magnitude.shape[0] == weight.shape[0]
-        measured = weight if rows and self.of_base else changed
-        norm = measured.norm(dim=1 if rows else 0, keepdim=True)
-        factor = self.magnitude.to(torch.float32) / norm.clamp_(min=torch.finfo(torch.float32).eps)
-        return weight.lerp(changed.mul_(factor), self.strength)
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """A difference for one whole parameter: value += strength * delta."""
-
-    delta: Tensor
-    """Of as many elements as the parameter."""
-    strength: float
-
-
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """x [..., in] @ weight [out, in] transposed, plus bias [out]: `functional.linear`, into `out` [..., out] unless a
     gradient is wanted."""
@@ -155,7 +109,7 @@ class Params:
     """Named parameters of a network or of one of its blocks, with what LoRAs add to them."""
 
     tensors: Mapping[str, Tensor | Encoded]
-    branches: Mapping[str, tuple[Branch, ...]] = field(default_factory=dict)
+    branches: Mapping[str, tuple[Branch | Combined, ...]] = field(default_factory=dict)
     """By name of a Linear."""
     deltas: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
     """By name of a parameter."""
@@ -196,10 +150,9 @@ class Params:
         # Before the dense weight, which it outlives: an allocator then has no hole below it.
         y = x.new_empty(*x.shape[:-1], value.shape[0])
         y = _multiply(x, self._weight(name, x.dtype), bias, y)
-        for branch in self.branches.get(name, ()):
-            if branch.dora is None:
-                down = functional.linear(x, branch.down.flatten(1).to(x.dtype))
-                y = y.add_(functional.linear(down, branch.up.flatten(1).to(x.dtype)), alpha=branch.scale)
+        for branch in self._beside(name):
+            down = functional.linear(x, branch.down.flatten(1).to(x.dtype))
+            y = y.add_(functional.linear(down, branch.up.flatten(1).to(x.dtype)), alpha=branch.scale)
         return y
 
     def linear_gated_(
@@ -231,7 +184,7 @@ class Params:
         """The same parameters; Linears whose names start with one of `prefixes` multiply as they are stored where that is
         the form of `ops`, with their LoRA branches, which are made ready here for activations of `dtype`.
 
-        A weight that a difference or a DoRA changes is not what is stored any more: it is multiplied as numbers.
+        A weight that a difference, a DoRA, a LoKr or a LoHa changes is not what is stored any more: it is multiplied as numbers.
         """
         tensors, branches = dict(self.tensors), dict(self.branches)
         for name, value in self.tensors.items():
@@ -245,7 +198,8 @@ class Params:
                 and not self._is_changed(name)
             ):
                 weight = Multiplied(value.encoding, value.shape, value.parts, ops=ops)
-                beside = branches.pop(name.removesuffix(".weight"), ())
+                beside = self._beside(name.removesuffix(".weight"))
+                branches.pop(name.removesuffix(".weight"), None)
                 lora = _low_rank(beside, weight.group, ops, dtype) if beside else None
                 tensors[name] = replace(weight, lora=lora)
         return replace(self, tensors=tensors, branches=branches)
@@ -254,13 +208,13 @@ class Params:
         return self.dense(f"{name}.bias", dtype) if f"{name}.bias" in self.tensors else None
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The matrix [out, in] of a Linear, changed by its DoRA branches: they have no meaning beside the weight."""
-        doras = [b for b in self.branches.get(name, ()) if b.dora is not None]
-        weight = self.dense(f"{name}.weight", torch.float32 if doras else dtype).flatten(1)
-        for branch in doras:
-            assert branch.dora is not None
-            change = branch.up.flatten(1).to(torch.float32) @ branch.down.flatten(1).to(torch.float32)
-            weight = branch.dora.apply(weight, change.mul_(branch.scale))
+        """The matrix [out, in] of a Linear, changed by those branches that are not beside it."""
+        inside = [b for b in self.branches.get(name, ()) if not b.is_beside]
+        weight = self.dense(f"{name}.weight", torch.float32 if inside else dtype).flatten(1)
+        for branch in inside:
+            change = branch.change().mul_(branch.scale)
+            # Never in place on the weight: one of float32 is the slab's own memory.
+            weight = change.add_(weight) if branch.dora is None else branch.dora.apply(weight, change)
         return weight.to(dtype)
 
     def slices(self, names: Iterable[str], dtype: torch.dtype, rows: slice | None = None) -> Params:
@@ -270,7 +224,7 @@ class Params:
         """
         keep = slice(None) if rows is None else rows
         tensors: dict[str, Tensor | Encoded] = {}
-        branches: dict[str, tuple[Branch, ...]] = {}
+        branches: dict[str, tuple[Branch | Combined, ...]] = {}
         for name in names:
             stored = self.tensors[f"{name}.weight"]
             if isinstance(stored, Multiplied):
@@ -282,9 +236,7 @@ class Params:
                 tensors[f"{name}.weight"] = weight.clone() if fresh else weight
             if f"{name}.bias" in self.tensors:
                 tensors[f"{name}.bias"] = self.dense(f"{name}.bias", dtype)[keep]
-            branches[name] = tuple(
-                replace(b, up=b.up[keep]) for b in self.branches.get(name, ()) if b.dora is None
-            )
+            branches[name] = tuple(replace(b, up=b.up[keep]) for b in self._beside(name))
         return Params(tensors, branches)
 
     def unpacked_nbytes(self, dtype: torch.dtype) -> int:
@@ -308,7 +260,7 @@ class Params:
                 continue
             tensors[name] = out.copy_(self._weight(linear, dtype))
             deltas.pop(name, None)
-            branches[linear] = tuple(b for b in self.branches.get(linear, ()) if b.dora is None)
+            branches[linear] = self._beside(linear)
         return Params(tensors, branches, deltas)
 
     def _packed(self, dtype: torch.dtype) -> Iterable[tuple[str, int]]:
@@ -326,7 +278,11 @@ class Params:
     def _is_changed(self, name: str) -> bool:
         """Whether a LoRA changes the weight `name` itself, not only what its Linear gives."""
         branches = self.branches.get(name.removesuffix(".weight"), ())
-        return name in self.deltas or any(branch.dora is not None for branch in branches)
+        return name in self.deltas or not all(branch.is_beside for branch in branches)
+
+    def _beside(self, linear: str) -> tuple[Branch, ...]:
+        """The branches of a Linear that leave its weight as it is."""
+        return tuple(b for b in self.branches.get(linear, ()) if isinstance(b, Branch) and b.is_beside)
 
     def copied(self, prefixes: tuple[str, ...]) -> Params:
         """A copy of the parameters whose names start with one of `prefixes`, differences added: it stays when the

@@ -1,6 +1,7 @@
 """LoRA files: headers -> pairs matched to the native weights of one transformer. No factor is read.
 
-Key styles and the formula W' = W + strength * alpha / rank * up @ down are in checkpoint-formats 10.
+Key styles and the formulas are in checkpoint-formats 10: W' = W + strength * alpha / rank * up @ down, and what a LoKr or
+a LoHa of LyCORIS has in place of up @ down.
 """
 
 from __future__ import annotations
@@ -47,11 +48,10 @@ _ROLE = re.compile(
   | (?P<diff_b> \.diff_b )
   | (?P<bias>   \.lora_B(\.\w+)?\.bias )
   | (?P<diff_m> \.diff_m )
-  | (?P<lokr>   \.lokr_\w+ )
-  | (?P<loha>   \.hada_\w+ )
+  | \.(?P<factor> lokr_w[12](_[ab])? | hada_w[12]_[ab] )
   | (?P<dora>   \.dora_scale )
   | (?P<magnitude> \.lora_magnitude_vector(\.\w+)?(\.weight)? )
-  | (?P<locon>  \.lora_mid\.weight )
+  | (?P<middle> \.lora_mid\.weight | \.lokr_t2 | \.hada_t[12] )
     )""",
     re.VERBOSE | re.ASCII,
 )
@@ -65,31 +65,35 @@ _ROLES = (
     "diff",
     "diff_b",
     "diff_m",
-    "lokr",
-    "loha",
     "dora",
     "magnitude",
-    "locon",
+    "middle",
 )
 _MAGNITUDES = ("dora", "magnitude")
-_UNSUPPORTED: Mapping[str, str] = {
-    "lokr": "LoKr",
-    "loha": "LoHa",
-    "locon": "LoCon with a middle factor",
-}
+_FACTORS = frozenset(
+    [
+        "down",
+        "up",
+        *(f"lokr_w{n}{x}" for n in (1, 2) for x in ("", "_a", "_b")),
+        *(f"hada_w{n}_{x}" for n in (1, 2) for x in "ab"),
+    ]
+)
+"""Roles of factors."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """Two factors for one weight."""
+    """The factors for one weight."""
 
     target: str
     """Native name of the weight, [out, in] (or a convolution [out, in, 1, 2, 2])."""
-    down: Part
-    """[rank, in]; for a convolution [rank, in, 1, 2, 2]"""
-    up: Part
-    """[out, rank]; for a convolution [out, rank, 1, 1, 1]"""
+    factors: tuple[Part, ...]
+    """"up" [out, rank] and "down" [rank, in], of a convolution [out, rank, 1, 1, 1] and [rank, in, 1, 2, 2]. Of a LoHa
+    "hada_w1_a" [out, rank] and "hada_w1_b" [rank, in], and the same with w2: their products, element by element. Of a
+    LoKr "lokr_w1" [m, n] and "lokr_w2" [out / m, in / n], each of them or both as a product of "_a" and "_b": their
+    Kronecker product."""
     rank: int
+    """Of a LoKr that of its last product; 0 if both matrices are whole."""
     alpha: Part | float | None
     """A scalar in the file, a number from its header, or None: alpha = rank, factor 1."""
     magnitude: Part | None = None
@@ -97,6 +101,11 @@ class LoraPair:
     of_base: bool = True
     """Whether the directions of a DoRA are measured on the base weight (`dora_scale`, as ComfyUI does) or on the
     changed one (`lora_magnitude_vector`, as peft does)."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of the factors."""
+        return tuple(factor.role for factor in self.factors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +139,7 @@ class LoraSet:
     @property
     def ranks(self) -> tuple[int, ...]:
         """The different ranks, rising."""
-        return tuple(sorted({pair.rank for pair in self.pairs}))
+        return tuple(sorted({pair.rank for pair in self.pairs if pair.rank}))
 
 
 def is_lora(names: Iterable[str]) -> bool:
@@ -145,8 +154,8 @@ def is_lora(names: Iterable[str]) -> bool:
 def match_lora(headers: Sequence[Header], spec: DitSpec, partial: bool = False) -> LoraSet:
     """The LoRA in these files, matched to the transformer `spec`.
 
-    FileError if it is none, if a factor is missing or of another rank than its twin, if it is of a kind that is
-    not supported (LoKr, LoHa), or if less than ENOUGH of it fits; with `partial` any fit will do.
+    FileError if it is none, if a factor is missing or of another rank than its twin, if its convolutions have a factor
+    in the middle, or if less than ENOUGH of it fits; with `partial` any fit will do.
     """
     where = headers[0].path
     modules = _Modules(spec)
@@ -164,7 +173,8 @@ def _split(name: str) -> tuple[str, str] | None:
     found = _ROLE.fullmatch(name) if any(hint in name for hint in _HINTS) else None
     if found is None:
         return None
-    return found["module"], next(role for role in _ROLES if found[role] is not None)
+    role = found["factor"] or next(role for role in _ROLES if found[role] is not None)
+    return found["module"], role
 
 
 def _by_module(headers: Sequence[Header], where: Path) -> dict[str, Roles]:
@@ -172,14 +182,25 @@ def _by_module(headers: Sequence[Header], where: Path) -> dict[str, Roles]:
     for header in headers:
         for tensor in header.tensors:
             module, role = _split(tensor.name) or (tensor.name, "other")
-            if role in _UNSUPPORTED:
-                found = f"this is a {_UNSUPPORTED[role]} file: not supported yet"
-                raise FileError(found, where=str(where), advice="use a plain LoRA")
+            if role == "middle":
+                found = f"{shown(tensor.name)}: convolutions with a factor in the middle are not supported"
+                raise FileError(found, where=str(where), advice="use a LoRA without it")
             roles = modules.setdefault(module, {})
             if role in roles:
                 _refuse(where, f"two {role} tensors for {shown(module)}")
             roles[role] = (tensor, header.path)
     return modules
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """The matrix that some factors make."""
+
+    roles: tuple[str, ...]
+    rows: int
+    columns: int
+    rank: int
+    """Of the products in it; 0 if there are none."""
 
 
 class _Modules:
@@ -224,7 +245,7 @@ class _Match:
 
     def add(self, spelled: str, native: str | None, roles: Roles) -> None:
         """Takes the tensors of one module of the file."""
-        if "down" in roles or "up" in roles:
+        if any(role in _FACTORS for role in roles):
             self._add_pair(spelled, native, roles)
         else:
             self.unused += [roles[role][0].name for role in ("alpha", *_MAGNITUDES) if role in roles]
@@ -236,16 +257,10 @@ class _Match:
             self.unused.append(roles["other"][0].name)
 
     def _add_pair(self, spelled: str, native: str | None, roles: Roles) -> None:
-        if "down" not in roles or "up" not in roles:
-            half = "up" if "down" in roles else "down"
-            _refuse(self.where, f"the {half} factor of {shown(spelled)} is missing")
-        down, up = roles["down"][0], roles["up"][0]
-        for factor in (down, up):
-            if factor.dtype not in _FACTOR_DTYPES or len(factor.shape) < 2 or 0 in factor.shape:
-                _refuse(self.where, f"the factor {shown(factor.name)} is {factor.dtype} {list(factor.shape)}")
-        rank = down.shape[0]
-        if up.shape[1] != rank:
-            _refuse(self.where, f"{shown(spelled)} has factors of rank {rank} and {up.shape[1]}")
+        made = self._product(spelled, roles)
+        if not _FACTORS.isdisjoint(roles.keys() - set(made.roles)):
+            _refuse(self.where, f"{shown(spelled)} has factors of two kinds")
+        rank = made.rank
         alpha: Part | float | None = self._header_alpha(rank)
         if "alpha" in roles:
             scalar, file = roles["alpha"]
@@ -254,21 +269,58 @@ class _Match:
                     self.where, f"{shown(scalar.name)} is {scalar.dtype} {list(scalar.shape)}, not a number"
                 )
             alpha = _part("alpha", scalar, file)
-        names = [t.name for role, (t, _) in roles.items() if role in ("down", "up", "alpha", *_MAGNITUDES)]
+        names = [t.name for role, (t, _) in roles.items() if role in (*_FACTORS, "alpha", *_MAGNITUDES)]
         target = f"{native}.weight"
         shape = self._wanted(native, target, names)
         if shape is None:
             return
-        inner = numel(shape[1:])
-        if numel(down.shape) != rank * inner or up.shape[0] != shape[0] or numel(up.shape) != shape[0] * rank:
-            factors = f"{list(up.shape)} x {list(down.shape)}"
-            self._misfit(names, f"{target} is {list(shape)} here, but {factors} in the LoRA")
+        if (made.rows, made.columns) != (shape[0], numel(shape[1:])):
+            sizes = " x ".join(str(list(roles[role][0].shape)) for role in made.roles)
+            self._misfit(names, f"{target} is {list(shape)} here, but {sizes} in the LoRA")
         elif target in self.pairs:
             _refuse(self.where, f"two LoRAs for {target} (a file for both experts must be split)")
         else:
-            parts = (_part("down", *roles["down"]), _part("up", *roles["up"]))
+            factors = tuple(_part(role, *roles[role]) for role in made.roles)
+            # Two whole matrices are what they are: LyCORIS writes an alpha that means nothing then.
+            alpha = alpha if rank else None
             magnitude = self._magnitude(shape, roles)
-            self.pairs[target] = LoraPair(target, *parts, rank, alpha, magnitude, "dora" in roles)
+            self.pairs[target] = LoraPair(target, factors, rank, alpha, magnitude, "dora" in roles)
+
+    def _product(self, spelled: str, roles: Roles) -> _Product:
+        """What the factors of a module make together; all of them are there and fit each other."""
+        if "up" in roles or "down" in roles:
+            return self._factors(spelled, roles, "up", "down")
+        if any(role.startswith("hada") for role in roles):
+            first, second = (self._factors(spelled, roles, f"hada_w{n}_a", f"hada_w{n}_b") for n in (1, 2))
+            if (first.rows, first.columns) != (second.rows, second.columns):
+                _refuse(self.where, f"{shown(spelled)} has two products of different sizes")
+            return replace(first, roles=first.roles + second.roles)
+        first, second = (
+            self._factors(
+                spelled, roles, f"lokr_w{n}" if f"lokr_w{n}" in roles else f"lokr_w{n}_a", f"lokr_w{n}_b"
+            )
+            for n in (1, 2)
+        )
+        rows, columns = first.rows * second.rows, first.columns * second.columns
+        return _Product(first.roles + second.roles, rows, columns, second.rank or first.rank)
+
+    def _factors(self, spelled: str, roles: Roles, *wanted: str) -> _Product:
+        """The product of these two factors, or the first alone if it is a whole matrix of a LoKr."""
+        whole = wanted[0] in ("lokr_w1", "lokr_w2")
+        wanted = wanted[:1] if whole else wanted
+        for role in wanted:
+            if role not in roles:
+                _refuse(self.where, f"the {role} factor of {shown(spelled)} is missing")
+            factor = roles[role][0]
+            if factor.dtype not in _FACTOR_DTYPES or len(factor.shape) < 2 or 0 in factor.shape:
+                _refuse(self.where, f"the factor {shown(factor.name)} is {factor.dtype} {list(factor.shape)}")
+        left, right = roles[wanted[0]][0].shape, roles[wanted[-1]][0].shape
+        if whole:
+            return _Product(wanted, left[0], numel(left[1:]), 0)
+        if left[1] != right[0]:
+            _refuse(self.where, f"{shown(spelled)} has factors of rank {right[0]} and {left[1]}")
+        # A kernel belongs to the second factor: what has one in the first is of no size that any weight has.
+        return _Product(wanted, left[0] if numel(left[2:]) == 1 else 0, numel(right[1:]), right[0])
 
     def _magnitude(self, shape: Shape, roles: Roles) -> Part | None:
         """The magnitudes of a DoRA for a weight of `shape`; None for a plain LoRA."""

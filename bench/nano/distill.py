@@ -22,7 +22,8 @@ from data import split
 from networks import DIT, Text, Weights, average, velocity
 from torch import Tensor
 
-from lowvram.quant.linear import Branch, Params
+from lowvram.quant.branches import Branch
+from lowvram.quant.linear import Params
 
 LEVELS = (1.0, 0.9375, 5 / 6, 0.625, 0.0)
 """Wan2.2-Lightning's noise levels for four steps."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lowvram.model import Group, branch_name, delta_name
+from lowvram.quant.branches import Delta, Dora, branch_of
 from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.encodings.plain import Plain
-from lowvram.quant.linear import Branch, Delta, Dora, Encoded, Params
+from lowvram.quant.linear import Encoded, Params
 
 Views = Mapping[str, Mapping[str, Tensor]]
 """Parts by tensor name and role, as `lowvram.offload.slab.carve` gives them."""
@@ -38,11 +39,11 @@ def to_params(group: Group, views: Views, by_kernel: frozenset[Encoding] = froze
     for linear, scales in group.branches.items():
         found = []
         for i, scale in enumerate(scales):
-            down, up = (taken(branch_name(linear, i, role)) for role in ("down", "up"))
+            factors = {role: taken(branch_name(linear, i, role)) for role in scale.roles}
             dora = None
             if scale.dora is not None:
                 dora = Dora(taken(branch_name(linear, i, "magnitude")), scale.dora, scale.of_base)
-            found.append(Branch(down, up, scale.scale, dora))
+            found.append(branch_of(factors, scale.scale, dora))
         branches[linear] = tuple(found)
     deltas = {
         name: tuple(Delta(taken(delta_name(name, i)), strength) for i, strength in enumerate(strengths))

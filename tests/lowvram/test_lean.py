@@ -21,8 +21,9 @@ from lowvram.offload.rows import HostRows
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Lean, Plan
 from lowvram.planning.visits import visiting_order
+from lowvram.quant.branches import Branch
 from lowvram.quant.encodings.plain import Plain
-from lowvram.quant.linear import Branch, Encoded, Params
+from lowvram.quant.linear import Encoded, Params
 from lowvram.quant.spec import HEAD_DIM, DitSpec, numel
 from lowvram.sampling.presets import model_preset
 from lowvram.triton_kernels.keys import carve, stored_bytes

@@ -1,4 +1,4 @@
-"""What a LoRA adds - factors, DoRA, whole differences - is what merging it in float64 gives, wherever the weights lie."""
+"""What a LoRA adds - factors, DoRA, LoKr, LoHa, whole differences - is what merging it in float64 gives, wherever the weights lie."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowvram.errors import FileError, UsageError
 from lowvram.job import LoraChoice
 from lowvram.model import with_loras
 from lowvram.phases import phase
-from lowvram.quant.linear import Dora
+from lowvram.quant.branches import Dora
 from lowvram.sampling.presets import model_preset
 from lowvram.stages.denoise import State
 
@@ -35,6 +35,10 @@ DORAS = {
     "blocks.1.self_attn.o": "lora_magnitude_vector",
     "blocks.2.ffn.2": "dora_scale",
 }
+LOKRS = {"blocks.1.ffn.0": ("w1", "w2_a", "w2_b"), "blocks.4.self_attn.v": ("w1", "w2"),
+         "text_embedding.0": ("w1_a", "w1_b", "w2"), "blocks.2.cross_attn.q": ("w1_a", "w1_b", "w2_a", "w2_b")}  # fmt: skip
+"""LoKr: which of its factors are products. The last has magnitudes as well."""
+LOHA = "blocks.5.ffn.0"
 DIFFS = ["blocks.0.norm3.weight", "blocks.2.ffn.0.weight", "blocks.1.self_attn.norm_q.weight", "blocks.4.ffn.0.bias",
          "blocks.0.self_attn.q.bias", "blocks.1.modulation", "head.modulation", "head.head.bias"]  # fmt: skip
 
@@ -59,6 +63,22 @@ def parts() -> Weights:
             made[f"{module}.{DORAS[module]}"] = 0.5 + torch.rand(
                 size, generator=torch.Generator().manual_seed(i)
             )
+    for i, (module, roles) in enumerate(LOKRS.items()):
+        out, inner = SHAPES[f"{module}.weight"]
+        rows, columns = 4, 8
+        sizes = {"w1": (rows, columns), "w1_a": (rows, 2), "w1_b": (2, columns), "w2_a": (out // rows, RANK),
+                 "w2": (out // rows, inner // columns), "w2_b": (RANK, inner // columns)}  # fmt: skip
+        for n, role in enumerate(roles):
+            made[f"{module}.lokr_{role}"] = noise(sizes[role], 400 + 10 * i + n) / 5
+        made[f"{module}.alpha"] = torch.tensor(ALPHA if len(roles) > 2 else 1e10)
+    made["blocks.2.cross_attn.q.dora_scale"] = 0.5 + torch.rand(
+        SHAPES["blocks.2.cross_attn.q.weight"][0], 1, generator=torch.Generator().manual_seed(9)
+    )
+    out, inner = SHAPES[f"{LOHA}.weight"]
+    for n, (role, size) in enumerate(
+        [("w1_a", (out, 2)), ("w1_b", (2, inner)), ("w2_a", (out, 2)), ("w2_b", (2, inner))]
+    ):
+        made[f"{LOHA}.hada_{role}"] = noise(size, 500 + n) / 4
     made[f"{BIASED}.lora_B.bias"] = noise(SHAPES[f"{BIASED}.bias"], 300) / 16
     for i, name in enumerate(DIFFS):
         module, _, kind = name.rpartition(".")
@@ -89,6 +109,17 @@ def merged(weights: Weights, parts: Weights, strength: float) -> Weights:
         rows = m.shape[0] > 1
         norm = (w if rows and DORAS[module] == "dora_scale" else v).norm(dim=1 if rows else 0, keepdim=True)
         made[f"{module}.weight"] = w + strength * (v * m / norm - w)
+    for module, roles in LOKRS.items():
+        f = {role: p[f"{module}.lokr_{role}"] for role in roles}
+        ranks = [f[role].shape[0] for role in roles if role.endswith("_b")]
+        first, second = (f[w] if w in f else f[f"{w}_a"] @ f[f"{w}_b"] for w in ("w1", "w2"))
+        w = made[f"{module}.weight"]
+        change = torch.kron(first, second) * (ALPHA / ranks[-1] if ranks else 1)
+        if f"{module}.dora_scale" in p:
+            change = (w + change) * p[f"{module}.dora_scale"] / w.norm(dim=1, keepdim=True) - w
+        made[f"{module}.weight"] = w + strength * change
+    a, b, c, d = (p[f"{LOHA}.hada_{role}"] for role in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    made[f"{LOHA}.weight"] += strength * (a @ b) * (c @ d)
     made[f"{BIASED}.bias"] += strength * ALPHA / RANK * p[f"{BIASED}.lora_B.bias"]
     for name in DIFFS:
         module, _, kind = name.rpartition(".")
@@ -216,7 +247,9 @@ def test_a_lora_that_fits_in_part_is_taken_only_when_asked_for(
     model = with_loras(pipe.model, (LoraChoice(path=str(path), partial=True),))
     (used,) = model.transformers["high"].loras
     assert 0 < used.matched.matched < used.matched.total and used.matched.unused
-    assert used.report().startswith(f"{used.matched.matched} of {used.matched.total} parts, rank 4; unused: ")
+    assert used.report().startswith(
+        f"{used.matched.matched} of {used.matched.total} parts, rank 2, 4; unused: "
+    )
     assert "blocks.77" in used.report() and used.report().endswith("more")
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lowvram.models import dit
 from lowvram.models.self_attention import plain_workspace
-from lowvram.quant.linear import Branch, Params
+from lowvram.quant.branches import Branch
+from lowvram.quant.linear import Params
 from lowvram.quant.names import DIT
 
 Error = Callable[[Tensor, Tensor], float]

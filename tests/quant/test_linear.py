@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowvram.quant.branches import Branch
 from lowvram.quant.encodings.registry import encoding_by_name
-from lowvram.quant.linear import Branch, Encoded, Params
+from lowvram.quant.linear import Encoded, Params
 from lowvram.triton_kernels.ops import TORCH
 from lowvram.triton_kernels.quantise import quantise
 

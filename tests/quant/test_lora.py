@@ -92,7 +92,10 @@ def test_every_key_style_matches_every_module(match, style):
     assert is_lora(STYLES[style])
     for pair in found.pairs:
         out, inner = SPEC.shapes()[pair.target]
-        assert (pair.down.shape, pair.up.shape) == ((RANK, inner), (out, RANK))
+        assert {factor.role: factor.shape for factor in pair.factors} == {
+            "up": (out, RANK),
+            "down": (RANK, inner),
+        }
         assert isinstance(pair.alpha, Part) == any(".alpha" in name for name in STYLES[style])
 
 
@@ -102,8 +105,8 @@ def test_factors_point_at_the_right_bytes(header_of):
     for pair in match_lora([header], SPEC).pairs:
         base = kohya(pair.target.removesuffix(".weight"))
         for part, suffix in (
-            (pair.down, "lora_down.weight"),
-            (pair.up, "lora_up.weight"),
+            (pair.factors[0], "lora_up.weight"),
+            (pair.factors[1], "lora_down.weight"),
             (pair.alpha, "alpha"),
         ):
             tensor = stored[f"{base}.{suffix}"]
@@ -221,12 +224,55 @@ def test_a_difference_of_the_wrong_shape_is_unused(match, name, shape):
     assert found.unused == (f"blocks.0.ffn.0.{name}",) and found.deltas == ()
 
 
+WHOLE_LOKR = {"lokr_w1": (16, 16), "lokr_w2": (48, 16), "alpha": ()}
+LOKR = {"lokr_w1": (16, 16), "lokr_w2_a": (48, RANK), "lokr_w2_b": (RANK, 16), "alpha": ()}
+SPLIT_LOKR = {"lokr_w1_a": (8, 2), "lokr_w1_b": (2, 4), "lokr_w2_a": (96, RANK), "lokr_w2_b": (RANK, 64)}
+LOHA = {
+    "hada_w1_a": (768, RANK),
+    "hada_w1_b": (RANK, 256),
+    "hada_w2_a": (768, RANK),
+    "hada_w2_b": (RANK, 256),
+}
+
+
+def lycoris(factors, module="lycoris_blocks_0_ffn_net_0_proj"):
+    return {f"{module}.{role}": ("F16", shape) for role, shape in factors.items()}
+
+
 @pytest.mark.parametrize(
-    ("suffix", "kind"),
-    [(".lokr_w1", "LoKr"), (".hada_w1_a", "LoHa"), (".lora_mid.weight", "LoCon")],
+    ("factors", "ranks"), [(WHOLE_LOKR, ()), (LOKR, (RANK,)), (SPLIT_LOKR, (RANK,)), (LOHA, (RANK,))]
 )
-def test_other_kinds_of_adapters_are_named(refusal, suffix, kind):
-    assert f"this is a {kind}" in refusal(pairs() | {f"blocks.0.ffn.0{suffix}": ("F32", (4, 4))})
+@pytest.mark.parametrize(
+    "module",
+    ["lycoris_blocks_0_ffn_net_0_proj", "lora_unet_blocks_0_ffn_0", "diffusion_model.blocks.0.ffn.0"],
+)
+def test_the_factors_of_lycoris_are_found(match, factors, ranks, module):
+    """As SimpleTuner (with the names of diffusers), musubi-tuner and ai-toolkit write them."""
+    found = match(lycoris(factors, module))
+    (pair,) = found.pairs
+    assert pair.target == "blocks.0.ffn.0.weight" and found.ranks == ranks and not found.unused
+    assert {f.role: f.shape for f in pair.factors} == {r: s for r, s in factors.items() if r != "alpha"}
+    # The alpha of whole matrices means nothing.
+    assert (pair.alpha is not None) == ("alpha" in factors and ranks != ())
+    assert is_lora(name for name in lycoris(factors, module) if "alpha" not in name)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (LOKR | {"lokr_w2_b": None}, "the lokr_w2_b factor"),
+        (LOKR | {"lokr_w2_a": (48, 5)}, "rank 4 and 5"),
+        (LOKR | {"lokr_w1": (16,)}, "lokr_w1"),
+        (LOKR | {"lokr_w1": (16, 8)}, "[768, 256] here, but [16, 8] x [48, 4] x [4, 16]"),
+        (LOKR | {"lora_up.weight": (768, 4), "lora_down.weight": (4, 256)}, "two kinds"),
+        (LOHA | {"hada_w2_a": None}, "the hada_w2_a factor"),
+        (LOHA | {"hada_w2_a": (700, 4)}, "different sizes"),
+        (LOHA | {"hada_t1": (4, 4, 3, 3)}, "in the middle"),
+        (LOKR | {"lokr_t2": (4, 4, 3, 3)}, "in the middle"),
+    ],
+)
+def test_factors_of_lycoris_that_do_not_fit_are_refused(refusal, change, says):
+    assert says in refusal(lycoris({role: shape for role, shape in change.items() if shape is not None}))
 
 
 @pytest.mark.parametrize(

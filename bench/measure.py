@@ -91,7 +91,7 @@ class Stopwatch:
     stage: str = ""
     least_free: int | None = None
 
-    def begin(self, stage: str) -> None:
+    def begin(self, stage: str, done: int = 0) -> None:
         self.stage = stage
         self.at.append(self.clock())
         if self.tracker is not None:

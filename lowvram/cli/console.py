@@ -153,6 +153,9 @@ class Forecast:
     steps: int
     """Denoise steps, text layers, VAE chunks: how often `Progress.step` will be called."""
     seconds: float
+    """Of all its steps."""
+    done: int = 0
+    """Steps that were done before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +207,13 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def remaining(forecast: Sequence[Forecast], index: int, durations: Sequence[float], elapsed: float) -> float:
+def remaining(
+    forecast: Sequence[Forecast], index: int, done: int, durations: Sequence[float], elapsed: float
+) -> float:
     """Seconds left in the whole job.
 
     index      stage that runs, from 0
+    done       its steps that were done before it began
     durations  seconds of each of its steps that is done; their median speaks for the rest, because the first step
                holds compilation and cold caches. Before there is one, the forecast speaks.
     elapsed    seconds since the last of them ended, or since the stage began
@@ -215,10 +221,12 @@ def remaining(forecast: Sequence[Forecast], index: int, durations: Sequence[floa
     Later stages are taken from the forecast as it stands.
     """
     stage = forecast[index]
-    left = max(0, stage.steps - len(durations))
+    left = max(0, stage.steps - done - len(durations))
     per_step = statistics.median(durations) if durations else stage.seconds / max(1, stage.steps)
     here = max(0.0, left * per_step - min(elapsed, per_step)) if left else 0.0
-    return here + sum(later.seconds for later in forecast[index + 1 :])
+    return here + sum(
+        later.seconds * (1 - later.done / max(1, later.steps)) for later in forecast[index + 1 :]
+    )
 
 
 Mode = Literal["live", "plain", "off"]
@@ -258,7 +266,7 @@ class Progress:
     ) -> None:
         self._forecast, self._budget, self._clock = tuple(forecast), budget, clock
         self._mode, self._every = mode, every
-        self._index = self._next = 0
+        self._index = self._next = self._done = 0
         self._durations: list[float] = []
         self._began = self._last_step = self._last_line = clock()
         self._vram: int | None = None
@@ -289,16 +297,21 @@ class Progress:
             self._live.stop()
             self._live = None
 
-    def begin(self, stage: str) -> None:
-        """The next stage of this name of the forecast starts, or, if there is none, the last one once more.
+    def begin(self, stage: str, done: int = 0) -> None:
+        """The next stage of this name of the forecast starts, after so many of its steps; if there is none, or the stage
+        under way is not done yet (it failed, and is begun again with what leads to it), the last one once more.
 
         Raises ValueError if there never was one.
         """
         names = [each.name for each in self._forecast]
-        ahead = stage in names[self._next :]
-        index = names.index(stage, self._next) if ahead else len(names) - 1 - names[::-1].index(stage)
+        begun = names[: self._next][::-1]
+        under_way = self._next > 0 and self._taken < self._forecast[self._index].steps
+        if stage in names[self._next :] and not (under_way and stage in begun):
+            index = names.index(stage, self._next)
+        else:
+            index = len(begun) - 1 - begun.index(stage)
         self._next = index + 1
-        self._durations, self._index = [], index
+        self._durations, self._index, self._done = [], index, done
         self._began = self._last_step = self._last_line = self._clock()
 
     def step(self, vram: int | None = None) -> None:
@@ -306,7 +319,7 @@ class Progress:
         now = self._clock()
         self._durations.append(now - self._last_step)
         self._last_step, self._vram = now, vram
-        last = len(self._durations) >= self._forecast[self._index].steps
+        last = self._taken >= self._forecast[self._index].steps
         if self._mode == "plain" and (last or now - self._last_line >= self._every):
             self._last_line = now
             say(self.status().line())
@@ -337,6 +350,11 @@ class Progress:
         if self._live is not None:
             self._live.console.print(picture)
 
+    @property
+    def _taken(self) -> int:
+        """Steps of the stage that are done."""
+        return self._done + len(self._durations)
+
     def status(self) -> Status:
         """Where the job is now."""
         stage = self._forecast[self._index]
@@ -345,10 +363,12 @@ class Progress:
             stage=stage.name,
             index=self._index + 1,
             stages=len(self._forecast),
-            step=len(durations),
+            step=self._taken,
             steps=stage.steps,
             per_step=statistics.median(durations) if durations else None,
-            eta=remaining(self._forecast, self._index, durations, self._clock() - self._last_step),
+            eta=remaining(
+                self._forecast, self._index, self._done, durations, self._clock() - self._last_step
+            ),
             vram=self._vram,
             budget=self._budget,
         )

@@ -57,17 +57,16 @@ def forecast(plan: Plan, stand: Stand, total: int) -> list[Forecast]:
         done = stand.state.step if first and stand.state is not None else 0
         for s in plan.stages:
             steps = s.steps
+            before = done if s.name == "denoise" else 0
             if s.name == "text" and not first:
                 continue
             if s.name == _OF_PICTURE and (made or not first):
                 continue
             if s.name in _OF_VIDEOS and made:
                 continue
-            if s.name == "denoise":
-                steps -= done
-            elif s.name == "encode":
+            if s.name == "encode":
                 steps -= not first  # the picture is encoded beside the first segment's videos
-            stages.append(Forecast(s.name, steps, s.seconds))
+            stages.append(Forecast(s.name, steps, s.seconds, before))
     return stages
 
 

@@ -113,9 +113,7 @@ def rest_of(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output
     latent, state = load_latent(folder), load_state(folder)
     decoder = preview_decoder(out, pipe.model.spec)
     done = state.step if state else 0
-    forecast = [
-        Forecast(s.name, s.steps - done if s.name == "denoise" else s.steps, s.seconds) for s in plan.stages
-    ]
+    forecast = [Forecast(s.name, s.steps, s.seconds, done if s.name == "denoise" else 0) for s in plan.stages]
 
     def make(progress: Progress) -> Report:
         if latent is not None:

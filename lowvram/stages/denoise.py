@@ -105,7 +105,7 @@ def denoise(
     x = _imposed(x, fixed)
     grid = (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
     tokens = grid[0] * grid[1] * grid[2]
-    with run.stage("denoise") as (stack, traffic):
+    with run.stage("denoise", state.step) as (stack, traffic):
         # What stays is allocated first, and what is large before what is small: the allocator leaves no holes.
         works = _workspaces(run, stack, job, spec.dit, tokens, len(texts) if lean.together else 1)
         stream = _open_stream(run, stack, traffic, layouts, job, model, state.step, stop)

@@ -40,8 +40,8 @@ def resident_set() -> int:
 class Listener(Protocol):
     """Is told of the progress of a job."""
 
-    def begin(self, stage: str) -> None:
-        """A stage starts."""
+    def begin(self, stage: str, done: int = 0) -> None:
+        """A stage starts. done: its steps that were done before, and are not told again."""
 
     def step(self, vram: int | None = None) -> None:
         """One more step of it is done. vram: bytes that are claimed on the device now."""
@@ -56,7 +56,7 @@ class Listener(Protocol):
 class Silent:
     """A listener that ignores what it is told."""
 
-    def begin(self, stage: str) -> None:
+    def begin(self, stage: str, done: int = 0) -> None:
         return
 
     def step(self, vram: int | None = None) -> None:
@@ -160,15 +160,16 @@ class Run:
             check_ram(self.device, self.under_way, self.rss(), self.began)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[tuple[ExitStack, Traffic]]:
-        """A stage inside its claims. Yields a stack that frees what the stage holds, and its traffic.
+    def stage(self, name: str, done: int = 0) -> Iterator[tuple[ExitStack, Traffic]]:
+        """A stage inside its claims, of which so many steps are done. Yields a stack that frees what the stage holds, and
+        its traffic.
 
         The claims that no buffer of a stream takes are taken here, so that the ledger always shows the truth.
         """
         planned = self.plan.stage(name)
         self.device.release_unused()
         began, traffic, first = self.clock(), Traffic(), len(self.samples)
-        self.listener.begin(name)
+        self.listener.begin(name, done)
         with ExitStack() as stack:
             for claim, nbytes in planned.claims.items():
                 if not _streamed(claim) and claim not in self.device.ledger.claims:

@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -164,13 +164,13 @@ def test_sigterm_raises_inside_the_block_and_the_old_handler_returns() -> None:
 
 
 def test_the_eta_uses_the_median_step_and_the_plan_for_later_stages() -> None:
-    assert console.remaining(JOB, 0, [], 0.0) == 50.0
-    assert console.remaining(JOB, 0, [], 1.5) == 48.5
-    assert console.remaining(JOB, 1, [], 0.0) == 46.0
-    assert console.remaining(JOB, 1, [90.0, 20.0, 20.0], 5.0) == 21.0
-    assert console.remaining(JOB, 1, [20.0], 500.0) == 46.0, "a late step does not make the rest shorter"
-    assert console.remaining(JOB, 2, [2.0, 2.0, 2.0], 9.0) == 0.0
-    assert console.remaining(JOB, 2, [2.0] * 5, 0.0) == 0.0, "more steps than planned"
+    assert console.remaining(JOB, 0, 0, [], 0.0) == 50.0
+    assert console.remaining(JOB, 0, 0, [], 1.5) == 48.5
+    assert console.remaining(JOB, 1, 0, [], 0.0) == 46.0
+    assert console.remaining(JOB, 1, 0, [90.0, 20.0, 20.0], 5.0) == 21.0
+    assert console.remaining(JOB, 1, 0, [20.0], 500.0) == 46.0, "a late step does not make the rest shorter"
+    assert console.remaining(JOB, 2, 0, [2.0, 2.0, 2.0], 9.0) == 0.0
+    assert console.remaining(JOB, 2, 0, [2.0] * 5, 0.0) == 0.0, "more steps than planned"
 
 
 def test_times_read_like_a_clock() -> None:
@@ -197,6 +197,39 @@ def test_plain_progress_is_a_line_per_step_with_everything_in_it(capsys: pytest.
         "[2/3] denoise done in 40.0 s",
         "tile 64",
     ]
+
+
+def test_what_was_done_before_counts_and_takes_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    resumed = (JOB[0], replace(JOB[1], done=3), JOB[2])
+    with Progress(resumed, 16 * GB, clock, "plain") as progress:
+        progress.begin("text")
+        assert progress.status().eta == 4 + 10 + 6
+        progress.begin("denoise", 3)
+        assert (progress.status().step, progress.status().eta) == (3, 10 + 6)
+        clock.now += 12.0
+        progress.step()
+    assert capsys.readouterr().err.splitlines() == ["[2/3] denoise 4/4  12.0 s/it  ETA 0:06"]
+
+
+def test_a_stage_that_failed_is_begun_again_where_it_was_and_not_in_the_next_segment() -> None:
+    """Memory that ran out: what leads to the stage is done again, its own steps are not."""
+    segment = (Forecast("prepare", 2, 1.0), Forecast("denoise", 4, 40.0), Forecast("decode", 1, 6.0))
+    progress = Progress(segment * 2, GB, Clock(), "off")
+    seen = []
+    for stage, done, steps in (
+        ("prepare", 0, 2),
+        ("denoise", 0, 3),
+        ("prepare", 0, 2),
+        ("denoise", 3, 1),
+        ("decode", 0, 1),
+        ("prepare", 0, 2),
+    ):
+        progress.begin(stage, done)
+        for _ in range(steps):
+            progress.step()
+        seen.append((progress.status().index, progress.status().step))
+    assert seen == [(1, 2), (2, 3), (1, 2), (2, 4), (3, 1), (4, 2)]
 
 
 def test_quick_steps_do_not_flood_a_log(capsys: pytest.CaptureFixture[str]) -> None:

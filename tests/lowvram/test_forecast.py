@@ -20,7 +20,7 @@ class PeakOfStages:
         self.tracker, self.name = tracker, ""
         self.peaks: dict[str, int] = {}
 
-    def begin(self, stage: str) -> None:
+    def begin(self, stage: str, done: int = 0) -> None:
         self.name = stage
         self.tracker.restart()
 

@@ -33,7 +33,7 @@ class Log:
     peaks: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
     """By (stage, "VRAM" or "RAM")."""
 
-    def begin(self, stage: str) -> None:
+    def begin(self, stage: str, done: int = 0) -> None:
         self.stage = stage
 
     def step(self, vram: int | None = None) -> None:

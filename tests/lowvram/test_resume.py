@@ -251,6 +251,7 @@ def test_resume_shows_what_it_goes_on_with(
     save_file({name: torch.zeros(shape).half() for name, shape in TaeSpec(16, 1).shapes().items()}, small)
     said = cli("resume", unfinished.name, "--preview", STEPS - 1, "--preview-decoder", small)
     assert said.code == 0 and said.err.count("after step") == 1 and "no more previews" not in said.err
+    assert f"denoise {STEPS}/{STEPS} " in said.err  # of the whole job, not of what was left
     assert f"after step {STEPS - 1} of {STEPS}: {preview_path(target)}" in said.err.replace("\n", "")
     assert preview_path(target).exists() and target.exists()
 

@@ -155,7 +155,7 @@ def test_frames_are_asked_for_when_their_latent_has_its_turn(case: Case) -> None
     clip, seen = Clip(13, 16, 16), []
 
     class Watch:
-        def begin(self, stage: str) -> None: ...
+        def begin(self, stage: str, done: int = 0) -> None: ...
         def step(self, vram: int | None = None) -> None:
             seen.append(clip.asked)
 

@@ -20,7 +20,7 @@ class Peaks:
         self.tracker, self.name = tracker, ""
         self.peaks: dict[str, int] = {}
 
-    def begin(self, stage: str) -> None:
+    def begin(self, stage: str, done: int = 0) -> None:
         self.name = stage
         self.tracker._peak_bytes = self.tracker.live_bytes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from lowvram.cli.console import Forecast, Progress, Terminated, emit, emit_json, progress_mode, say
 from lowvram.errors import StorageError, UsageError
 from lowvram.job import Job
-from lowvram.media.target import check_target, reserved
+from lowvram.media.target import check_place, check_target, reserved
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.io import write_atomic
 from lowvram.planning.plan import Plan
@@ -108,7 +108,8 @@ def carry_on(folder: JobFolder, job: Job, plan: Plan, out: Output, find: Callabl
 
 
 def check_report(path: Path) -> None:
-    """UsageError unless a report can be written to `path`: known before hours of work, and no video is replaced by it."""
+    """Known before hours of work, and no video is replaced by it: UsageError for a name that no report has, StorageError
+    if no file can be made there."""
     if path.suffix.lower() not in (".json", ".svg"):
         raise UsageError(
             "a report is neither JSON nor a drawing by this name",
@@ -121,6 +122,7 @@ def check_report(path: Path) -> None:
             where=f"--report {path}",
             advice="give the name of a file in a folder that is there",
         )
+    check_place(path)
 
 
 def write_report(report: Report, plan: Plan, path: Path) -> None:

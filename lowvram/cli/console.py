@@ -26,8 +26,17 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 INTERRUPTED, TERMINATED, BUG = 130, 143, 70
+BAR = 24
+"""Columns of a progress bar, where the line beside it leaves them."""
 
 # ---- plain output
+
+
+def open_streams() -> None:
+    """Give a process that was started without stdout or stderr (`>&-`, Windows' pythonw) ones that nobody reads."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 as long as the process
 
 
 def emit(text: str) -> None:
@@ -343,7 +352,8 @@ class Progress:
         if self._live is None:
             return False
         console = self._live.console
-        return console.color_system is not None and not console.options.ascii_only
+        coloured = console.color_system is not None and not console.no_color
+        return coloured and not console.options.ascii_only
 
     def show(self, picture: RenderableType) -> None:
         """Something for people that the progress does not overwrite; nothing if it is not live."""
@@ -379,9 +389,13 @@ class Progress:
         from rich.text import Text
 
         grid = Table.grid(padding=(0, 1))
-        if not self._forecast:
+        if not self._forecast or self._live is None:
             return grid
         status = self.status()
-        bar = ProgressBar(total=max(1, status.steps), completed=status.step, width=24)
-        grid.add_row(bar, Text(status.line(), no_wrap=True, overflow="ellipsis"))
+        line = Text(status.line(), no_wrap=True, overflow="ellipsis")
+        room = self._live.console.width - len(line) - 2
+        if room < BAR // 2:  # the numbers say more than the bar
+            return line
+        bar = ProgressBar(total=max(1, status.steps), completed=status.step, width=min(BAR, room))
+        grid.add_row(bar, line)
         return grid

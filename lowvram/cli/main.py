@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Annotated, Any, cast
 
@@ -27,7 +28,7 @@ from lowvram.cli import (
     resume,
 )
 from lowvram.cli.foreign import ANSWERS, translate
-from lowvram.errors import UsageError
+from lowvram.errors import StorageError, UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -98,6 +99,7 @@ app.add_typer(kept, name="jobs")
 
 def run(arguments: list[str] | None = None) -> None:
     """Entry point: parse, run, and leave with the exit code of what happened."""
+    console.open_streams()
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     sys.exit(_run([a for a in given if a != "--debug"], debug, "--json" in given))
@@ -125,7 +127,8 @@ def _run(arguments: list[str], debug: bool, as_json: bool) -> int:
         error = problem
     code = console.print_error(error, debug)
     if as_json:
-        console.emit_json(console.error_record(error))
+        with suppress(StorageError):  # stdout takes nothing: that was told on stderr
+            console.emit_json(console.error_record(error))
     return code
 
 

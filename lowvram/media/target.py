@@ -25,7 +25,7 @@ def check_target(path: Path, overwrite: bool, suffix: str = ".mp4") -> None:
     """Everything about the output that can be known before a job starts.
 
     Raises UsageError for a name that does not end in `suffix` or is that of another job's unfinished video, a folder that
-    does not exist, or an existing file unless `overwrite`; StorageError if no file can be made in the folder (tried, because permission bits do not tell).
+    does not exist, or an existing file unless `overwrite`; StorageError if no file can be made in the folder.
     """
     if path.suffix.lower() != suffix:
         raise UsageError(
@@ -47,6 +47,11 @@ def check_target(path: Path, overwrite: bool, suffix: str = ".mp4") -> None:
         raise UsageError(
             "the output exists already", where=str(path), advice="choose another name, or add --overwrite"
         )
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """StorageError if no file like `path` can be made in its folder: tried, because permission bits do not tell."""
     try:
         # As long as the longest name that will be needed, so that a name too long is met now.
         handle, name = tempfile.mkstemp(prefix=f"{path.stem}.check-", suffix=path.suffix, dir=path.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -188,6 +189,13 @@ def test_where_no_job_can_be_kept_is_a_storage_error(
     assert not (folder / "out.mp4").exists()
 
 
+def test_a_report_that_cannot_be_written_is_known_before_the_job(
+    folder: Path, jobs: Path, cli: Callable[..., Any]
+) -> None:
+    said = cli(*GENERATE, "--report", "r" * 250 + ".json")  # longer than a name may be
+    assert said.code == 6 and not jobs.exists() and not (folder / "out.mp4").exists()
+
+
 @pytest.mark.parametrize(("signal_error", "code"), [(KeyboardInterrupt(), 130), (console.Terminated(), 143)])
 def test_interruptions_have_their_exit_codes(
     signal_error: KeyboardInterrupt,
@@ -213,6 +221,27 @@ def test_an_unforeseen_error_is_called_a_bug(
     monkeypatch.setattr("lowvram.cli.inspect.describe", fail)
     said = cli("inspect", "notes.txt")
     assert said.code == 70 and "ZeroDivisionError" in said.err and "--debug" in said.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="streams as Linux has them")
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("--version >&-", 0),
+        ("--version > /dev/full", 6),
+        ("--stepz 2>&-", 2),
+        ("--json > /dev/full", 2),  # not the second error, and no traceback
+    ],
+)
+def test_streams_that_are_closed_or_full_are_no_bug(command: str, code: int) -> None:
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m lowvram {command}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr
 
 
 def test_every_error_has_an_exit_code_of_its_own_and_advice() -> None:

@@ -256,10 +256,11 @@ def test_off_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("columns", ["120", "62"])  # a narrow one has no bar
 def test_a_terminal_shows_the_same_line_and_keeps_notes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "120"), ("NO_COLOR", "1")):
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", columns), ("NO_COLOR", "1")):
         monkeypatch.setenv(name, value)
     clock = Clock()
     with Progress(JOB, 16 * GB, clock, "live") as progress:
@@ -274,14 +275,18 @@ def test_a_terminal_shows_the_same_line_and_keeps_notes(
 
 
 @pytest.mark.parametrize(
-    ("encoding", "colours", "shown"),
-    [("utf-8", True, True), ("cp1252", True, False), ("utf-8", False, False)],
+    ("encoding", "terminal", "no_color", "shown"),
+    [
+        ("utf-8", "xterm-256color", "", True),
+        ("cp1252", "xterm-256color", "", False),
+        ("utf-8", "dumb", "", False),
+        ("utf-8", "xterm-256color", "1", False),
+    ],
 )
 def test_pictures_are_for_terminals_that_have_the_characters_and_the_colours(
-    encoding: str, colours: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+    encoding: str, terminal: str, no_color: str, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color" if colours else "dumb")):
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", terminal), ("NO_COLOR", no_color)):
         monkeypatch.setenv(name, value)
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, encoding, errors="backslashreplace"))

@@ -1,6 +1,6 @@
 """Mutants of small model files through the parsers that meet strangers' files.
 
-    python bench/fuzz.py [safetensors gguf vocabulary index lora pickle archive] [--count 1000000] [--seed 0]
+    python bench/fuzz.py [safetensors gguf vocabulary index lora pickle archive stream] [--count 1000000] [--seed 0]
 
 A mutant must be read, or refused with FileError; anything else, a parse that takes a tenth of a second, or more memory than the
 limit of the process (Linux) ends the run with the mutant in a file. Counts and times are printed as they grow. The same
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from sentencepiece import SentencePieceProcessor
 
 from lowvram.errors import FileError
 from lowvram.quant.files.gguf import read_gguf_header
@@ -31,12 +30,12 @@ from lowvram.quant.files.pickled import read_pickle
 from lowvram.quant.files.safetensors import read_header
 from lowvram.quant.files.shards import read_index
 from lowvram.quant.files.strict_json import Malformed
-from lowvram.quant.files.torch_zip import read_torch_header
+from lowvram.quant.files.torch_saved import read_torch_header
 from lowvram.quant.files.writing import Entry, gguf_head
 from lowvram.quant.lora import match_lora
 from lowvram.quant.spec import DitSpec
 from lowvram.quant.stored import group_by_weight
-from lowvram.quant.vocabulary import find_vocabulary, sentencepiece_model
+from lowvram.quant.vocabulary import find_vocabulary, sentencepiece_model, sentencepieces
 
 CHUNK = 20_000
 SLOW = 0.1
@@ -148,11 +147,9 @@ def _read_vocabulary(data: bytes) -> None:
     vocabulary = find_vocabulary([read_gguf_header(reader)])
     if vocabulary is None:
         return
-    processor = SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(sentencepiece_model(vocabulary, reader))
-    except RuntimeError:
-        raise FileError("not a sentencepiece model", advice="") from None
+    processor = sentencepieces(sentencepiece_model(vocabulary, reader))
+    if processor is None:
+        raise FileError("not a sentencepiece model", advice="")
     processor.encode("a b \u00e9")
 
 
@@ -172,9 +169,10 @@ def _lora() -> bytes:
     return save(made, {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'})
 
 
-def _saved() -> bytes:
+def _saved(archive: bool = True) -> bytes:
     file = io.BytesIO()
-    torch.save({"state_dict": {"w": torch.zeros(2, 3), "b": torch.zeros(3).bfloat16()}, "epoch": 1}, file)
+    made = {"state_dict": {"w": torch.zeros(2, 3), "b": torch.zeros(3).bfloat16()}, "epoch": 1}
+    torch.save(made, file, _use_new_zipfile_serialization=archive)
     return file.getvalue()
 
 
@@ -220,6 +218,7 @@ TARGETS: dict[str, tuple[Callable[[], bytes], Callable[[bytes], object]]] = {
     "lora": (_lora, _read_lora),
     "pickle": (_pickle, _read_pickle),
     "archive": (_saved, lambda data: _inside(read_torch_header(Bytes(data)))),
+    "stream": (lambda: _saved(archive=False), lambda data: _inside(read_torch_header(Bytes(data)))),
 }
 
 

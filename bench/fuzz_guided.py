@@ -7,7 +7,7 @@ the whole file of that format. A parse that is neither done nor refused, or that
 run with the input in a file (`crash-*`). atheris (`pip install atheris`, CPython 3.11 on Linux) is needed for this
 alone. A night of all formats:
 
-    for format in safetensors gguf vocabulary index lora pickle archive; do
+    for format in safetensors gguf vocabulary index lora pickle archive stream; do
         python bench/fuzz_guided.py $format ~/corpus/$format -- -max_total_time=3600 -rss_limit_mb=4096
     done
 """

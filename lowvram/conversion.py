@@ -37,7 +37,7 @@ from lowvram.quant.encodings.kquants import Blocks
 from lowvram.quant.encodings.plain import Plain
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.quant.files.shards import INDEX_SUFFIX
-from lowvram.quant.files.torch_zip import SUFFIXES
+from lowvram.quant.files.torch_saved import SUFFIXES
 from lowvram.quant.identify import Checkpoint, identify_path
 from lowvram.quant.refs import Part
 from lowvram.quant.vocabulary import Vocabulary, sentencepiece_model

@@ -9,7 +9,7 @@ from lowvram.errors import FileError
 from lowvram.model import Model
 from lowvram.offload.io import FileReader
 from lowvram.quant.refs import Part
-from lowvram.quant.vocabulary import Vocabulary, sentencepiece_model
+from lowvram.quant.vocabulary import Vocabulary, sentencepiece_model, sentencepieces
 
 END = 1
 """Id of </s>, which closes every prompt; the empty prompt is this one token."""
@@ -21,8 +21,6 @@ def tokenize(model: Model, prompts: Sequence[str]) -> list[list[int]]:
 
     FileError if there is no tokenizer, if it is not a sentencepiece model, or if it is of another vocabulary.
     """
-    import sentencepiece
-
     source = model.tokenizer
     if source is None:
         raise FileError(
@@ -32,11 +30,9 @@ def tokenize(model: Model, prompts: Sequence[str]) -> list[list[int]]:
             advice="give it with --tokenizer FILE, or use a text encoder file that carries it (ComfyUI's and GGUF ones do)",
         )
     path, data = _serialized(source)
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(data)
-    except RuntimeError as problem:
-        raise _refused(str(path)) from problem
+    processor = sentencepieces(data)
+    if processor is None:
+        raise _refused(str(path))
     length = model.spec.dit.text_len
     ids = [[*processor.encode(text)[: length - 1], END] for text in prompts]
     if any(i >= model.spec.text.vocab for row in ids for i in row):

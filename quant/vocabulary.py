@@ -12,11 +12,14 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lowvram.errors import FileError
 from lowvram.quant.files.header import STRINGS, Header, StoredTensor
 from lowvram.quant.refs import Reader
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 _KEYS = "tokenizer.ggml."
 _MODEL = "t5"
@@ -40,6 +43,18 @@ class Vocabulary:
     """How characters are normalised, in sentencepiece's own packed form; None if they are not."""
     space_in_front: bool
     fold_spaces: bool
+
+
+def sentencepieces(model: bytes) -> SentencePieceProcessor | None:
+    """The tokenizer that a sentencepiece model is; None if these bytes are none."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+    except (RuntimeError, UnicodeDecodeError):  # its complaint may quote a piece that is no text
+        return None
+    return processor
 
 
 def find_vocabulary(headers: Iterable[Header]) -> Vocabulary | None:

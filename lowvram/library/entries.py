@@ -220,15 +220,13 @@ def _unusable(path: Path, kind: str, error: LowvramError) -> Entry:
 
 
 def _tokenizer(path: Path) -> Entry:
-    import sentencepiece
+    from lowvram.quant.vocabulary import sentencepieces
 
     with FileReader(path) as reader:
         size = reader.size
         data = reader.read_at(0, size) if 0 < size <= MAX_TOKENIZER_BYTES else b""
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(data)
-    except RuntimeError:
+    processor = sentencepieces(data)
+    if processor is None:
         return Entry(path=str(path), kind="other", nbytes=size, problem="not a sentencepiece model")
     pieces = processor.get_piece_size()
     return Entry(path=str(path), kind="tokenizer", variant="sentencepiece", nbytes=size, vocabulary=pieces)

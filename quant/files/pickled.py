@@ -20,6 +20,7 @@ from lowvram.quant.refs import DTYPE_BITS, Shape
 
 MAX_INSTRUCTIONS = 200_000
 """A tensor takes about forty: three times what any Wan file has, and a tenth of a second at most."""
+MAX_PICKLE_BYTES = 8 << 20
 MAX_DIMS = 8
 
 _STORAGES: Mapping[str, str] = MappingProxyType(
@@ -62,6 +63,24 @@ class PickledTensor:
     dtype: str
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Bytes of a file that lie together."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a file of torch.save holds."""
+
+    made: object
+    """As `read_pickle` gives it."""
+    runs: Mapping[str, Run]
+    """Where the numbers of each storage lie, by its key."""
+
+
 class _Name(NamedTuple):
     """Something that a pickle asks for by name."""
 
@@ -79,17 +98,24 @@ _MARK = object()
 def read_pickle(text: bytes) -> object:
     """What the pickle `text` makes: dicts, lists, tuples, numbers, texts and PickledTensors. Malformed for anything that
     is no pickle, asks for what tensors do not need, or is too long."""
-    return _Machine(text).run()
+    return Pickles(text).read()
 
 
-class _Machine:
-    def __init__(self, text: bytes) -> None:
-        self.text, self.at = text, 0
+class Pickles:
+    """Pickles that follow each other in `text`, from byte `at` on. `storages`: those that were asked for, by their keys."""
+
+    def __init__(self, text: bytes, at: int = 0) -> None:
+        self.text, self.at = text, at
+        self.storages: dict[str, Storage] = {}
+        self._left = MAX_INSTRUCTIONS
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
 
-    def run(self) -> object:
-        for _ in range(MAX_INSTRUCTIONS):
+    def read(self) -> object:
+        """What the next of them makes; see `read_pickle`."""
+        self.stack, self.memo = [], {}
+        while self._left:
+            self._left -= 1
             code = self.take(1)[0]
             if code == 0x2E:  # STOP
                 return self.pop()
@@ -176,10 +202,15 @@ class _Machine:
 
     def storage(self) -> None:
         match self.pop():
-            case ("storage", _Name(full), str(key), str(), int(count)) if count >= 0:
+            # Torch before 1.6 says None too: it is no view of another storage.
+            case ("storage", _Name(full), str(key), str(), int(count), *view) if count >= 0 and view in (
+                [],
+                [None],
+            ):
                 dtype = _STORAGES.get(full.rpartition(".")[2])
                 if dtype is not None:
-                    self.push(Storage(key, dtype, count))
+                    storage = self.storages[key] = Storage(key, dtype, count)
+                    self.push(storage)
                     return
         raise Malformed(f"a reference at byte {self.at:,} that is no storage")
 
@@ -267,7 +298,7 @@ _KNOWN = frozenset(
     {*_MAKERS, *(f"torch.{n}" for n in (*_STORAGES, *_DTYPES)), *(f"torch.storage.{n}" for n in _STORAGES)}
 )
 
-_WORK: Mapping[int, Callable[[_Machine], None]] = MappingProxyType(
+_WORK: Mapping[int, Callable[[Pickles], None]] = MappingProxyType(
     {
         0x80: lambda m: _skip(m, 1),  # PROTO
         0x95: lambda m: _skip(m, 8),  # FRAME
@@ -286,7 +317,7 @@ _WORK: Mapping[int, Callable[[_Machine], None]] = MappingProxyType(
         ord("K"): lambda m: m.push(m.number("<B")),
         ord("M"): lambda m: m.push(m.number("<H")),
         ord("J"): lambda m: m.push(m.number("<i")),
-        0x8A: _Machine.long,
+        0x8A: Pickles.long,
         ord("G"): lambda m: _inert(m, 8),  # BINFLOAT
         ord("X"): lambda m: m.push(m.word(m.take(m.number("<I")))),
         0x8C: lambda m: m.push(m.word(m.take(m.number("<B")))),
@@ -300,10 +331,10 @@ _WORK: Mapping[int, Callable[[_Machine], None]] = MappingProxyType(
         0x94: lambda m: m.put(len(m.memo)),
         ord("h"): lambda m: m.get(m.number("<B")),
         ord("j"): lambda m: m.get(m.number("<I")),
-        ord("Q"): _Machine.storage,
-        ord("R"): _Machine.call,
-        0x81: _Machine.new_object,
-        ord("b"): _Machine.build,
+        ord("Q"): Pickles.storage,
+        ord("R"): Pickles.call,
+        0x81: Pickles.new_object,
+        ord("b"): Pickles.build,
         ord("s"): lambda m: _set_item(m),
         ord("u"): lambda m: m.add_items(m.marked()),
         ord("a"): lambda m: m.add_values([m.pop()]),
@@ -314,20 +345,20 @@ _WORK: Mapping[int, Callable[[_Machine], None]] = MappingProxyType(
 """By instruction code (CPython `Lib/pickle.py`): those that torch.save uses in protocols 2 to 5."""
 
 
-def _skip(machine: _Machine, count: int) -> None:
+def _skip(machine: Pickles, count: int) -> None:
     machine.take(count)
 
 
-def _inert(machine: _Machine, count: int) -> None:
+def _inert(machine: Pickles, count: int) -> None:
     machine.take(count)
     machine.push(_OTHER)
 
 
-def _stack_name(machine: _Machine) -> None:
+def _stack_name(machine: Pickles) -> None:
     name, module = machine.pop(), machine.pop()
     machine.name(module, name)
 
 
-def _set_item(machine: _Machine) -> None:
+def _set_item(machine: Pickles) -> None:
     value, key = machine.pop(), machine.pop()
     machine.add_items([key, value])

@@ -15,7 +15,7 @@ from lowvram.quant.files.notes import with_notes
 from lowvram.quant.files.safetensors import MAX_TENSORS, read_header
 from lowvram.quant.files.sniff import HEAD_BYTES, recognise_content
 from lowvram.quant.files.strict_json import Malformed, Scanner
-from lowvram.quant.files.torch_zip import SUFFIXES, read_torch_header
+from lowvram.quant.files.torch_saved import SUFFIXES, read_torch_header
 from lowvram.quant.refs import Reader
 
 OpenReader = Callable[[Path], AbstractContextManager[Reader]]

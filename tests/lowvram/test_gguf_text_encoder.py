@@ -292,6 +292,7 @@ def test_a_safetensors_file_made_of_it_carries_the_words_on(
         ({"kinds": [9]}, "not that of a sentencepiece model"),
         ({"tokens": [b""]}, "not that of a sentencepiece model"),
         ({"charsmap": b"\xff\xff\xff\x7f1234"}, "not a sentencepiece model"),
+        ({"tokens": [b"\xbe", b"\xbe"]}, "not a sentencepiece model"),
     ],
 )
 def test_a_vocabulary_that_is_none_is_refused(
@@ -304,7 +305,7 @@ def test_a_vocabulary_that_is_none_is_refused(
         "charsmap": b"",
     }
     for name, value in harm.items():
-        keys[name] = value if name == "charsmap" else [*value, *keys[name][1:]]
+        keys[name] = value if name == "charsmap" else [*value, *keys[name][len(value) :]]
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "t5encoder")
     writer.add_tokenizer_model("t5")
     writer.add_token_list(keys["tokens"])

@@ -15,7 +15,7 @@ from work import fair_share, lines_run
 
 from lowvram.errors import FileError
 from lowvram.quant.encodings.base import TORCH_DTYPES
-from lowvram.quant.files.torch_zip import read_torch_header
+from lowvram.quant.files.torch_saved import read_torch_header
 
 NAME = "w.pth"
 
@@ -72,12 +72,18 @@ WHOLE = {
 }
 
 
+OLD = {"_use_new_zipfile_serialization": False}
+"""As torch before 1.6 wrote it."""
+
+
 @pytest.mark.parametrize("kind", WHOLE)
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_the_tensors_are_those_that_torch_loads(kind, protocol, bytes_reader):
+@pytest.mark.parametrize(
+    "form", [{"pickle_protocol": p} for p in (2, 4, 5)] + [OLD], ids=["2", "4", "5", "old"]
+)
+def test_the_tensors_are_those_that_torch_loads(kind, form, bytes_reader):
     made = WHOLE[kind]
     inner = next((made[k] for k in ("state_dict", "module", "anything") if k in made), made)
-    found = tensors(saved(made, pickle_protocol=protocol), bytes_reader)
+    found = tensors(saved(made, **form), bytes_reader)
     expected = {k: v.detach() for k, v in inner.items() if isinstance(v, torch.Tensor)}
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -120,13 +126,15 @@ class Builds:
 
 
 @pytest.mark.parametrize(("what", "named"), [(Runs, "system"), (Evaluates, "eval"), (Builds, "load")])
-def test_a_pickle_that_would_run_something_is_refused_by_name(what, named, bytes_reader):
-    assert named in refusal(saved({"w": torch.zeros(2), "x": what()}), bytes_reader)
+@pytest.mark.parametrize("form", [{}, OLD], ids=["zip", "old"])
+def test_a_pickle_that_would_run_something_is_refused_by_name(what, named, form, bytes_reader):
+    assert named in refusal(saved({"w": torch.zeros(2), "x": what()}, **form), bytes_reader)
 
 
-def test_a_tensor_that_is_no_run_of_bytes_is_refused(bytes_reader):
-    assert "strides" in refusal(saved({"w": torch.zeros(3, 4).T}), bytes_reader)
-    assert "beyond" in refusal(saved({"w": torch.zeros(1).expand(4)}), bytes_reader)
+@pytest.mark.parametrize("form", [{}, OLD], ids=["zip", "old"])
+def test_a_tensor_that_is_no_run_of_bytes_is_refused(form, bytes_reader):
+    assert "strides" in refusal(saved({"w": torch.zeros(3, 4).T}, **form), bytes_reader)
+    assert "beyond" in refusal(saved({"w": torch.zeros(1).expand(4)}, **form), bytes_reader)
 
 
 def rewritten(data: bytes, change, compression=zipfile.ZIP_STORED) -> bytes:
@@ -145,6 +153,7 @@ def replaced(name: str, content: bytes):
 
 
 GOOD = saved(state())
+GOOD_OLD = saved(state(), **OLD)
 BAD = {
     "compressed": (rewritten(GOOD, lambda n, c: c * 1, zipfile.ZIP_DEFLATED), "compressed"),
     "no pickle": (rewritten(GOOD, lambda n, c: None if n.endswith("data.pkl") else c), "data.pkl"),
@@ -161,8 +170,13 @@ BAD = {
     ),
     "not an archive": (b"hello world, this is a text", "hell"),
     "html": (b"<!DOCTYPE html><html></html>", "HTML"),
-    "a pickle alone": (pickle.dumps({"a": 1}, 2), "before 1.6"),
-    "old torch": (saved({"w": torch.zeros(2)}, _use_new_zipfile_serialization=False), "before 1.6"),
+    "a pickle alone": (pickle.dumps({"a": 1}, 2), "a pickle"),
+    "old and longer": (GOOD_OLD + b"\0", "1 bytes after"),
+    "old with another count": (GOOD_OLD.replace(struct.pack("<Q", 35), struct.pack("<Q", 34)), "34 numbers"),
+    "old and big-endian": (
+        GOOD_OLD.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89"),
+        "big-endian",
+    ),
     "safetensors": (struct.pack("<Q", 2) + b"{}", "starts with"),
     "empty": (b"", "empty"),
 }
@@ -187,24 +201,25 @@ def test_members_that_overlap_or_are_encrypted_are_refused(encrypted, bytes_read
         refusal(bytes(data), bytes_reader)
 
 
-def test_a_file_cut_anywhere_is_refused(bytes_reader):
-    for length in [*range(0, len(GOOD), 97), len(GOOD) - 1]:
-        refusal(GOOD[:length], bytes_reader)
+@pytest.mark.parametrize("good", [GOOD, GOOD_OLD], ids=["zip", "old"])
+def test_a_file_cut_anywhere_is_refused(good, bytes_reader):
+    for length in [*range(0, len(good), 97), len(good) - 1]:
+        refusal(good[:length], bytes_reader)
 
 
 def test_numbers_at_their_limits_are_survived(bytes_reader):
     """Every 2, 4 or 8 bytes of the directory and of the pickle set to an extreme: an error, or a header inside the file."""
     start = struct.unpack_from("<I", GOOD, GOOD.rfind(b"PK\x05\x06") + 16)[0]
     pkl = GOOD.find(b"\x80\x02")
-    places = [*range(start, len(GOOD), 5), *range(pkl, pkl + 1200, 7)]
-    for at in places:
+    places = [(GOOD, at) for at in (*range(start, len(GOOD), 5), *range(pkl, pkl + 1200, 7))]
+    for good, at in places + [(GOOD_OLD, at) for at in range(0, len(GOOD_OLD), 5)]:
         for extreme in (b"\xff" * 2, b"\xff" * 4, b"\xff" * 8, b"\x00" * 4, b"\xff\xff\xff\x7f"):
-            data = GOOD[:at] + extreme + GOOD[at + len(extreme) :]
+            data = good[:at] + extreme + good[at + len(extreme) :]
             try:
-                header = header_of(data[: len(GOOD)], bytes_reader)
+                header = header_of(data[: len(good)], bytes_reader)
             except FileError:
                 continue
-            assert all(t.offset >= 0 and t.offset + t.nbytes <= len(GOOD) for t in header.tensors)
+            assert all(t.offset >= 0 and t.offset + t.nbytes <= len(good) for t in header.tensors)
 
 
 def test_more_than_four_gigabytes_need_the_wide_directory(bytes_reader):

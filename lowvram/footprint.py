@@ -134,7 +134,7 @@ def block_scratch(
         x, rope = torch.empty(n, spec.dim, dtype=residual or dtype), torch.empty(n, HEAD_DIM // 2, 2)
         out = torch.empty(n, spec.dim, dtype=dtype) if group else None
         work = Workspace(keys, dtype, out, chunk, ops)
-        finite = torch.ones(2, dtype=torch.bool)
+        finite = torch.ones(len(dit.PARTS), dtype=torch.bool)
         scratch = torch.empty(as_multiplied(p, matmul, ops, dtype).unpacked_nbytes(dtype), dtype=torch.uint8)
     factors = factor_bytes(tokens) - factor_bytes(n) if group else 0
 
@@ -225,7 +225,8 @@ def attend_scratch(
         per_slot = tokens // slots
         x = torch.empty(-(-min(tokens, 2 * chunk) // per_slot) * per_slot, spec.dim, dtype=residual or dtype)
         kv = torch.empty(2, x.shape[0] // per_slot, spec.heads, spec.face.tokens, HEAD_DIM, dtype=dtype)
-    return peak(lambda x: animate.attend_(p, x, animate.FaceKV(kv[0], kv[1]), chunk), x)
+        finite = torch.ones(len(dit.PARTS), dtype=torch.bool)
+    return peak(lambda x: animate.attend_(p, x, animate.FaceKV(kv[0], kv[1]), chunk, finite), x)
 
 
 def faces_scratch(spec: DitSpec, encoders: Group, adapter: Group, frames: int, dtype: torch.dtype) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowvram.models.rows import Rows
+from lowvram.models.rows import Rows, watch
 from lowvram.quant.face_spec import FACE_STAGES, MOTION_LAYERS
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM
@@ -155,10 +155,10 @@ def add_pose_(x: Rows, frames: Iterable[Tensor], chunk: int) -> None:
             x[i : i + part.shape[0]] += part
 
 
-def attend_(p: Params, x: Rows, kv: FaceKV, chunk: int) -> None:
+def attend_(p: Params, x: Rows, kv: FaceKV, chunk: int, finite: Tensor | None = None) -> None:
     """x [L, dim] += what its tokens hear of the face, `chunk` tokens at a time; tokens are ordered by slot.
 
-    Each token attends to the tokens of its own latent slot alone: no positions, no gate.
+    Each token attends to the tokens of its own latent slot alone: no positions, no gate. finite: as `dit.block_` has it.
     """
     per_slot = x.shape[0] // kv.k.shape[0]
     for i in range(0, x.shape[0], chunk):
@@ -171,7 +171,9 @@ def attend_(p: Params, x: Rows, kv: FaceKV, chunk: int) -> None:
             stop = min(c.shape[0], (slot + 1) * per_slot - i)
             heard.append(attention(q[:, start:stop], kv.k[slot], kv.v[slot]))
             start = stop
-        x[i : i + chunk] = c + p.linear("linear2", torch.cat(heard))
+        c = c + p.linear("linear2", torch.cat(heard))
+        watch(finite, -1, c)
+        x[i : i + chunk] = c
 
 
 def _layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

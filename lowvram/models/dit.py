@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowvram.models import animate
-from lowvram.models.rows import Rows
+from lowvram.models.rows import Rows, watch
 from lowvram.models.self_attention import CHUNK, SelfAttention, Workspace, chunks, modulated
 from lowvram.models.token_order import TokenOrder
 from lowvram.quant.face_spec import FACE_SCOPE
@@ -39,6 +39,8 @@ ENDS = ("patch_embedding.", "pose_patch_embedding.", "head.")
 """How the names outside the blocks begin that every step needs."""
 W8A8_LINEARS = ("self_attn.", "cross_attn.", "ffn.")
 """How the names inside a block begin of the Linears that may multiply 8 bits: all but those of a face adapter."""
+PARTS = ("self attention", "cross attention", "FFN", "face adapter")
+"""What a block adds to the residual stream, in order; the last in some blocks of Animate only."""
 ROPE_THETA = 10000.0
 ROPE_PAIRS = (22, 21, 21)
 """Complex pairs of a head given to time, rows and columns."""
@@ -319,7 +321,7 @@ def block_(
     through the rest of the block. A chunk of x is overwritten only after its own query was taken, and keys and
     values were taken before, so no copy is needed.
 
-    finite: two truths on the device of x, of self attention and of what follows; made false where numbers are not.
+    finite: a truth for each of PARTS on the device of x, made false where the residual stream is not finite behind it.
     """
     mod, ops, kv = _Modulation(p, time), work.ops, _cross_kv(p, context)
     attend = SelfAttention(p, x, mod, rope, work)
@@ -333,22 +335,15 @@ def block_(
     for i, j in chunks(x.shape[0], work.chunk):
         y = attend(i, j, None) if work.out is None else work.out[i:j]
         c = x[i:j]
-        if finite is not None:
-            _watch(finite[0], y)
         p.linear_gated_("self_attn.o", y, c, mod.gates(2, i, j), ops.gated_)
+        watch(finite, 0, c)
         c += _cross(p, c, kv)
+        watch(finite, 1, c)
         h = modulated(p, ops, ("ffn.0",), c, mod(3, i, j), mod(4, i, j), work.dtype)
         p.linear_gated_("ffn.2", _activated(p, ops, p.linear("ffn.0", h)), c, mod.gates(5, i, j), ops.gated_)
-        if finite is not None:
-            _watch(finite[1], c)
+        watch(finite, 2, c)
         if not isinstance(x, Tensor):  # what was worked on is a copy
             x[i:j] = c
-
-
-def _watch(flag: Tensor, x: Tensor) -> None:
-    """Make `flag` false if x holds NaN or infinity. Nothing waits, and nothing of the size of x is made."""
-    for extreme in torch.aminmax(x):
-        flag.logical_and_(torch.isfinite(extreme))
 
 
 # ---- head and whole
@@ -418,7 +413,7 @@ def forward(
     What is multiplied is in the dtype of the workspace; the residual streams in theirs.
 
     given: channels [C', F, H, W] float32 that follow those of the latent, the same in every step. first: the
-    workspace of the first block, if another attention mode runs there. finite: [blocks, 2] bool, see `block_`.
+    workspace of the first block, if another attention mode runs there. finite: [blocks, PARTS] bool, see `block_`.
     order: of the tokens between patches and head, that of `rope`; one frame after the other where a face is heard.
 
     Each block is used for all contexts before the next is asked for, so guidance costs no second weight pass.
@@ -447,7 +442,8 @@ def forward(
         p = stored if work.unpacked is None else stored.unpacked(work.dtype, work.unpacked)
         for x, context in zip(streams, contexts, strict=True):
             here = first if first is not None and n == 0 else work
-            block_(p, x, time, context, rope, here, None if finite is None else finite[n])
+            flags = None if finite is None else finite[n]
+            block_(p, x, time, context, rope, here, flags)
             if context.driving is not None and n in spec.face_blocks:
-                animate.attend_(p.scope(FACE_SCOPE), x, context.driving.kv[n], work.chunk)
+                animate.attend_(p.scope(FACE_SCOPE), x, context.driving.kv[n], work.chunk, flags)
     return [head(outer, spec, x, time, grid, work.chunk, order) for x in streams]

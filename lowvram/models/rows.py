@@ -23,3 +23,11 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice, /) -> Tensor: ...
 
     def __setitem__(self, rows: slice, value: Tensor, /) -> None: ...
+
+
+def watch(finite: Tensor | None, part: int, x: Tensor) -> None:
+    """Make truth `part` of `finite`, if there are any, false if x holds NaN or infinity. Nothing waits for the device, and
+    nothing of the size of x is made."""
+    if finite is not None:
+        for extreme in torch.aminmax(x):
+            finite[part].logical_and_(torch.isfinite(extreme))

@@ -7,6 +7,7 @@ from functools import partial
 
 from lowvram import footprint
 from lowvram.conditions.contract import kept
+from lowvram.models.dit import PARTS
 from lowvram.models.self_attention import CHUNK
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.rows import WINDOWS
@@ -166,7 +167,7 @@ def _scratch(facts: Facts, chunk: int, grouped: bool, unpacked: bool) -> int:
             attend = partial(footprint.attend_scratch, spec, block, *face)
             found.append(facts.measured(attend, "face", block.kind, *face))
     found.append(facts.once(_ends_scratch, chunk))
-    return max(found) + allocated_size(2 * spec.layers)  # two truths a block
+    return max(found) + allocated_size(len(PARTS) * spec.layers)  # a truth a part
 
 
 def _ends_scratch(facts: Facts, chunk: int) -> int:

@@ -115,7 +115,7 @@ def denoise(
         order = _order(job, spec.dit, grid, device)
         rope = dit.rope_table(*grid, device=device, order=order)
         for i in range(state.step, stop):
-            finite = torch.ones(spec.dit.layers, 2, dtype=torch.bool, device=device)
+            finite = torch.ones(spec.dit.layers, len(dit.PARTS), dtype=torch.bool, device=device)
             work, first = works[job.attention.of_step(i, len(schedule)).name], works[job.attention.ends]
             around, inside = outside[i], groups[phases[i]]
             passes = 2 if guidance.needs_uncond(schedule.guidance[i]) else 1
@@ -149,7 +149,8 @@ def denoise(
             x, memory = solvers.step(schedule, i, memory, x, v, noise)
             x = _imposed(x, fixed)
             del v, velocities, noise  # not held beside the blocks of the next step
-            _check_finite(x, finite, f"step {i + 1} of {len(schedule)}, {names[schedule.experts[i]]}", work)
+            step = f"step {i + 1} of {len(schedule)}, {names[schedule.experts[i]]}"
+            _check_finite(x, finite, step, first.keys.mode.name, work.keys.mode.name)
             save(State(x.cpu(), _solver_to(memory, torch.device("cpu"))))
             run.step("denoise")
             if i + 1 < stop:
@@ -307,15 +308,15 @@ def _solver_to(state: SolverState, device: torch.device) -> SolverState:
     return replace(state, outputs=tuple(o.to(device) for o in state.outputs), sample=sample)
 
 
-def _check_finite(x: Tensor, finite: Tensor, step: str, work: Workspace) -> None:
-    """finite: [blocks, 2] of `dit.forward`."""
+def _check_finite(x: Tensor, finite: Tensor, step: str, first: str, others: str) -> None:
+    """finite: [blocks, PARTS] of `dit.forward`. first, others: modes of self attention, in the first block and after it."""
     bad = [n for n, good in enumerate(finite.flatten().tolist()) if not good]
     if bad or not bool(torch.isfinite(x).all()):
         after = "after the last block"
-        if bad:
-            block, part = divmod(bad[0], 2)
-            what = "cross attention or FFN" if part else f"self attention ({work.keys.mode.name})"
-            after = f"block {block}, {what}"
+        if bad:  # behind the first, all are
+            block, part = divmod(bad[0], len(dit.PARTS))
+            mode = "" if part else f" ({others if block else first})"
+            after = f"block {block}, {dit.PARTS[part]}{mode}"
         raise NonFiniteError(
             "NaN or infinity",
             where=f"denoise, {step}, {after}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,15 +16,16 @@ from torch import Tensor
 
 from lowvram import NonFiniteError, Runtime
 from lowvram.job import Job, describe
-from lowvram.models import self_attention
+from lowvram.models import animate, self_attention
 from lowvram.offload.budget import allocated_size
 from lowvram.planning.plan import Plan
+from lowvram.quant.linear import Params
 from lowvram.stages import denoise
 from lowvram.stages.denoise import State
 from lowvram.state import Saved, list_jobs
 from lowvram.triton_kernels.keys import Keys, attend, stored_bytes
 from lowvram.triton_kernels.modes import MODES, Choice
-from lowvram.triton_kernels.ops import Ops
+from lowvram.triton_kernels.ops import TORCH, Ops
 
 PROMPT = "a red circle moves left on a black background"
 SMALL = {"steps": 3, "seed": 1, "frames": 1, "width": 48, "height": 48}
@@ -136,6 +138,54 @@ def test_nan_on_the_safe_path_too_names_step_block_and_operation(
         poisoned(pipe, monkeypatch, ("int8", "sdpa"))
     assert refused.value.exit_code == 8
     assert "step 2 of 3" in str(refused.value) and "block 0, self attention (sdpa)" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [("self_attn.o", "self attention (sdpa)"), ("cross_attn.o", "cross attention"), ("ffn.2", "FFN")],
+)
+def test_the_block_and_the_operation_that_made_nan_are_named(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, broken: str, named: str
+) -> None:
+    whole, calls = Params.linear, 0
+
+    def linear(self: Params, name: str, x: Any) -> Tensor:
+        nonlocal calls
+        calls += name == broken
+        y = whole(self, name, x)
+        return y * torch.inf if name == broken and calls == 4 else y  # the second block, without the prompt
+
+    monkeypatch.setattr(Params, "linear", linear)
+    with pytest.raises(NonFiniteError, match=re.escape(f"step 1 of 3, high, block 1, {named}")):
+        pipe.run(pipe.job(PROMPT, attention="sdpa", guidance=5.0, **SMALL))
+
+
+def test_a_face_adapter_that_makes_nan_says_so() -> None:
+    square, finite = torch.eye(128), torch.ones(4, dtype=torch.bool)
+    p = {"linear1_q.weight": square, "q_norm.weight": torch.ones(128), "linear2.weight": square}
+    kv = animate.FaceKV(*torch.ones(2, 3, 1, 5, 128))
+    for bad in (0.0, torch.nan):
+        animate.attend_(Params(p), torch.ones(6, 128), replace(kv, v=kv.v + bad), 4, finite)
+        assert finite.tolist() == [True, True, True, bad == 0]
+
+
+def test_fused_kernels_that_make_nan_are_replaced_for_a_step(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def ops_for(arch: str, unfused: str) -> Ops:
+        asked.append(unfused)
+        return TORCH if unfused else replace(TORCH, gelu=lambda x: x * torch.nan)
+
+    job = pipe.job(PROMPT, attention="sdpa", **SMALL)
+    plan, plain = pipe.plan_job(job), pipe.run(job).latent
+    monkeypatch.setattr(denoise, "ops_for", ops_for)
+    video = pipe.run(job, plan=replace(plan, machine=replace(plan.machine, unfused="")))
+    assert torch.equal(video.latent, plain) and not any(asked[::2]) and all(asked[1::2])
+    told = [note for note in video.notes if "done again" in note]
+    assert len(told) == 3 and all("block 0, FFN: NaN" in note for note in told)
+    assert all(note.endswith("with torch's kernels") for note in told)
 
 
 def test_what_describes_a_job_says_its_attention(pipe: Any) -> None:

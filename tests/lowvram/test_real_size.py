@@ -48,7 +48,7 @@ class Nowhere(Run):
     allocator: ClassVar[CachingAllocator]
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[tuple[ExitStack, Traffic]]:
+    def stage(self, name: str, done: int = 0) -> Iterator[tuple[ExitStack, Traffic]]:
         self.allocator.empty_cache()
         with ExitStack() as stack:
             yield stack, Traffic()

@@ -38,7 +38,7 @@ from lowvram.planning.plan import Plan
 from lowvram.preview import Decoder, Preview, open_decoder
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.report import Report, Sample, StageReport
-from lowvram.sampling.presets import few_step, model_preset
+from lowvram.sampling.presets import few_step, model_preset, preset_of_file
 from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.denoise import State
 from lowvram.stages.run import Listener, Run, Silent, resident_set
@@ -116,7 +116,9 @@ class Runtime:
             force=force,
             progress=progress,
         )
-        return Pipeline(self, open_model(model, found.paths), found.paths, found.reasons, folders)
+        opened = open_model(model, found.paths)
+        _check_used(opened, given)
+        return Pipeline(self, opened, found.paths, found.reasons, folders)
 
     def attention(self, asked: str = "auto", ends: str | None = None) -> Choice:
         """How self attention runs here when `asked` for a mode; on CUDA it is tried on the card first."""
@@ -412,20 +414,22 @@ def plan_without_files(
     force: bool = False,
     preview_decoder: Path | None = None,
     files: Mapping[str, str] = MappingProxyType({}),
-    **settings: Any,
+    **elsewhere: Any,
 ) -> Plan:
     """A plan for a known model of which not all files are here, on a machine that may not be here either.
 
-    weights   how the transformers are stored
-    files     parts that are here, as `Runtime.load` takes them: planned as their headers say
+    weights    how the transformers are stored
+    files      parts that are here, as `Runtime.load` takes them: planned as their headers say
+    elsewhere  more that `plan_elsewhere` takes
 
     What is here besides: pictures and LoRAs among the settings, and preview_decoder, the small decoder that makes previews.
     """
     encoding_by_name(weights or DEFAULT_WEIGHTS)
     model = imagined_model(name, model_preset(name), weights or DEFAULT_WEIGHTS)
+    _check_used(model, files)
     model = with_parts(model, {part: str(user_path(path)) for part, path in files.items()})
     return plan_elsewhere(
-        model, machine, vram, ram, prompt, force=force, preview_decoder=preview_decoder, **settings
+        model, machine, vram, ram, prompt, force=force, preview_decoder=preview_decoder, **elsewhere
     )
 
 
@@ -440,15 +444,18 @@ def plan_elsewhere(
     preview_decoder: Path | None = None,
     files: Mapping[str, str] = MappingProxyType({}),
     models_dirs: Sequence[str] = (),
+    device: str | None = None,
     **settings: Any,
 ) -> Plan:
     """A plan for a model on a machine of the table, or on this one without a try of its card.
 
-    files: those of the model, if all are here: a preset is then theirs, or brings its LoRAs, as in `Pipeline.job`.
+    files        those of the model, if all are here: a preset may be theirs, as in `Pipeline.job`
+    models_dirs  where the LoRAs of a preset are looked for besides the usual places; the plan says if they are not here
+    device       of this machine, as for `Runtime`
     """
     spec = model.spec
     preview = None if preview_decoder is None else open_decoder(preview_decoder, spec.vae)
-    where = machine_profile(machine) if machine else this_machine()
+    where = machine_profile(machine) if machine else _machine(device)
     asked = settings.pop("attention", None) or "auto"
     packages = frozenset(dispatch.PACKAGES) if machine else dispatch.installed()
     settings["attention"] = dispatch.choose(
@@ -457,13 +464,24 @@ def plan_elsewhere(
     settings["matmul"] = dispatch.choose_matmul(
         settings.get("matmul") or "auto", where.arch, partial(unfit_for, model=model)
     )
-    if files:
-        settings = _with_preset_loras(model, files, models_dirs, settings)
+    stored = {expert: str(t.file) for expert, t in model.transformers.items() if t.is_here}
+    settings = _with_preset_loras(model, files or stored, models_dirs, settings)
     settings = fewstep.with_preset(_with_pictures(settings), files)
     job = make_job(spec, model=model.name, files=dict(files), prompt=prompt, **settings)
     if not force:
         fewstep.check(job, spec)
-    return make_plan(job, with_loras(model, job.loras), _budget(vram, ram, where), where, preview=preview)
+    budget = _budget(vram, ram, where)
+    found = make_plan(job, with_loras(model, job.loras), budget, where, preview=preview)
+    return replace(found, advice=(*found.advice, *_left_out(job, stored)))
+
+
+def _left_out(job: Job, stored: Mapping[str, str]) -> Iterator[str]:
+    """What a plan does not count because it is not here: the LoRAs of a preset, unless the transformers need none."""
+    if job.preset is None or job.loras or any(preset_of_file(Path(path), "dit") for path in stored.values()):
+        return
+    preset = few_step(job.preset)
+    if preset.loras or not preset.checkpoints:
+        yield f"the LoRAs of --preset {preset.name} are not here, and not counted: name them with --lora"
 
 
 def _with_pictures(settings: dict[str, Any]) -> dict[str, Any]:
@@ -488,6 +506,16 @@ def _with_preset_loras(
 def _held_beside(kept: KeptBytes | None) -> int:
     """Bytes of RAM that this process holds, without what is kept for the next job."""
     return resident_set() - (0 if kept is None else kept.used)
+
+
+def _check_used(model: Model, given: Mapping[str, str]) -> None:
+    """UsageError for a file that the model has no use for."""
+    if given.get("clip") and not model.spec.dit.image_tokens:
+        raise UsageError(
+            "a CLIP vision encoder for a model that has no use for it",
+            where=f"--clip {given['clip']}",
+            advice="leave --clip out, or name the model that you mean",
+        )
 
 
 def check_device(device: str | None) -> None:

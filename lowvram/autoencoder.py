@@ -63,6 +63,20 @@ def open_vae(file: str) -> Model:
     )
 
 
+def find_vae(runtime: Runtime, model: str | None, file: str | None) -> Model:
+    """The model whose VAE is meant: the one called `model`, or that of a VAE's `file`; nano's if neither is given.
+    UsageError for both."""
+    if file is None:
+        return runtime.load(model or "nano").model
+    if model is not None:
+        raise UsageError(
+            f"--model {model} beside --vae {file}",
+            expected="one or the other: whose VAE it is, or the VAE itself",
+            advice="leave --model out: the file says what it is",
+        )
+    return open_vae(file)
+
+
 @dataclass(frozen=True, slots=True)
 class Autoencoder:
     """The VAE of a model inside a budget."""

@@ -49,6 +49,7 @@ its contents."""
 _SHARED: Mapping[str, str] = {"nano-animate": "nano"}
 """Embedded models, and the one that has the parts which their own folder has not."""
 
+_TRANSFORMERS = frozenset({"high", "low", "single"})
 _SAMPLES, _SAMPLE_BYTES = 8, 4096
 
 
@@ -104,6 +105,13 @@ def find(
         found = ModelFiles({}, {})
     else:
         found = _by_name(model, chosen, models_dirs, weights, preset, progress)
+    if weights is not None and not _TRANSFORMERS & found.reasons.keys():
+        raise UsageError(
+            f"--weights {weights}, but no transformer is chosen by its encoding",
+            where=" and ".join(FLAGS[part] for part in chosen if part in _TRANSFORMERS) or f"--model {model}",
+            expected="the name of a model that is here in several encodings",
+            advice="leave --weights out, or name that model alone",
+        )
     parts = _without_other_transformers(found.paths, chosen) | chosen
     if "text" in chosen and "tokenizer" not in chosen and _has_tokenizer(user_path(chosen["text"])):
         parts.pop("tokenizer", None)  # a found one may be of another vocabulary
@@ -164,7 +172,7 @@ def _in_folder(
 ) -> ModelFiles:
     """The parts in a folder: by the names of the known layouts, the rest by what the files hold."""
     paths = _parts_in(folder)
-    if not {"high", "low", "single"} & (paths.keys() | given.keys()):
+    if not _TRANSFORMERS & (paths.keys() | given.keys()):
         # ComfyUI's folder `vae` holds everybody's: without a transformer in its place this is none of these layouts.
         paths = {part: path for part, path in paths.items() if part == "tokenizer"}
     reasons: dict[str, str] = {}
@@ -172,7 +180,7 @@ def _in_folder(
     if not {"vae", "text"} <= have or not ("single" in have or {"high", "low"} <= have):
         library = _scan([Place(folder, folder.name)], progress)
         models = possible_models(library.entries)
-        if len(models) > 1 and not have & {"single", "high", "low"}:
+        if len(models) > 1 and not have & _TRANSFORMERS:
             raise UsageError(
                 f"{len(models)} models lie here: {', '.join(models)}",
                 where=str(folder),

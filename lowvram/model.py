@@ -110,9 +110,14 @@ class Transformer:
     """Blocks that a face adapter follows."""
 
     @property
+    def file(self) -> Path:
+        """Where it lies, or the first of its shards."""
+        return next(iter(self.refs.values())).parts[0].file
+
+    @property
     def is_here(self) -> bool:
         """Whether it lies in a file: one that is imagined does not."""
-        return not str(next(iter(self.refs.values())).parts[0].file).startswith(_NOWHERE)
+        return not str(self.file).startswith(_NOWHERE)
 
     @property
     def strengths(self) -> tuple[float, ...]:

@@ -25,7 +25,12 @@ def decode(
         "out.mp4"
     ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    model: Annotated[str, typer.Option("--model", "-m", help="Whose VAE decodes a latent file.")] = "nano",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Whose VAE decodes a latent file; nano's if --vae is not given either."
+        ),
+    ] = None,
     vae: Annotated[str | None, typer.Option("--vae", help="The VAE that decodes a latent file.")] = None,
     fps: Annotated[
         float | None, typer.Option("--fps", help="Frames a second of a latent file's video.")
@@ -55,7 +60,7 @@ def decode(
             Path(job_name), output, overwrite, model, vae, fps, Runtime(vram, ram, device), as_json, quiet
         )
         return
-    given = {"--model": model != "nano", "--vae": vae, "--fps": fps, "--vram": vram, "--ram": ram}
+    given = {"--model": model, "--vae": vae, "--fps": fps, "--vram": vram, "--ram": ram}
     if wrong := [flag for flag, value in (given | {"--device": device}).items() if value]:
         raise UsageError(
             f"{wrong[0]} beside a job",
@@ -86,7 +91,7 @@ def _decode_file(
     file: Path,
     output: Path,
     overwrite: bool,
-    model: str,
+    model: str | None,
     vae: str | None,
     fps: float | None,
     runtime: Runtime,
@@ -95,11 +100,11 @@ def _decode_file(
 ) -> None:
     import time
 
-    from lowvram.autoencoder import Autoencoder, load_latent_file, open_vae
+    from lowvram.autoencoder import Autoencoder, find_vae, load_latent_file
     from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode
 
     latent, rate = load_latent_file(file)
-    found = open_vae(vae) if vae else runtime.load(model).model
+    found = find_vae(runtime, model, vae)
     plan = Autoencoder(runtime, found).plan_decode(latent)
     forecast = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages]
     with Progress(forecast, plan.budget.vram, time.monotonic, progress_mode(quiet, as_json)) as progress:

@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 from lowvram.cli import options as o
+from lowvram.errors import UsageError
+
+PROMPT = "a red circle moves left on a teal background"
+"""What is made if nothing is asked for."""
 
 
 def demo(
     prompt: Annotated[
-        str, typer.Argument(help="a COLOUR SHAPE moves DIRECTION on a BACKGROUND background")
-    ] = "a red circle moves left on a teal background",
+        str | None, typer.Argument(help="a COLOUR SHAPE moves DIRECTION on a BACKGROUND background")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The mp4 to write.")] = Path(
         "demo.mp4"
     ),
@@ -32,11 +36,17 @@ def demo(
     from lowvram.cli.carry import Output
     from lowvram.cli.work import start
 
+    if drive is not None and prompt is not None:
+        raise UsageError(
+            f'"{prompt}" beside --drive',
+            expected="one or the other: with --drive the videos say what is shown",
+            advice="leave the prompt out, or --drive",
+        )
     out = Output(output, overwrite, quiet=quiet)
     with out.reserved():
         if drive is None:
             flags = o.JobFlags(seed=seed, vram=vram)
-            start(flags, prompt, flags.settings(), out)
+            start(flags, prompt or PROMPT, flags.settings(), out)
             return
         from lowvram.driving import copy_sample, open_folder
         from lowvram.offload.io import user_path

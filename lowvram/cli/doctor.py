@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 def doctor(
     folder: Annotated[
-        Path, typer.Option("--folder", help="Where the models lie: the disk that is measured.")
-    ] = Path("."),
+        Path | None,
+        typer.Option(
+            "--folder", help="Where the models lie: the disk that is measured; this one if left out."
+        ),
+    ] = None,
     device: o.Device = None,
     machine: Annotated[
         str | None, typer.Option("--machine", help="Show what a plan assumes of a card, such as rtx4090.")
@@ -33,12 +36,20 @@ def doctor(
     from lowvram.machine import machine_profile, rates_path, save_rates
 
     if machine is not None:
+        for flag, given in (("--folder", folder), ("--device", device)):
+            if given is not None:
+                raise UsageError(
+                    f"{flag} {given} beside --machine {machine}",
+                    expected="one or the other: a card of the table is not measured",
+                    advice=f"leave {flag} out to see that card, or --machine to measure this machine",
+                )
         card = machine_profile(machine)
         if as_json:
             emit_json({"schema": "lowvram.profile/1"} | dataclasses.asdict(card))
         else:
             emit(profile(card))
         return
+    folder = folder or Path(".")
     if not folder.is_dir():
         raise UsageError(
             "no such folder", where=f"--folder {folder}", advice="give the folder of your models"

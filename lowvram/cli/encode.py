@@ -15,7 +15,10 @@ def encode(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The latent file to write.")
     ] = Path("latents.safetensors"),
-    model: o.Model = "nano",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Whose VAE encodes; nano's if --vae is not given either."),
+    ] = None,
     vae: o.Vae = None,
     frames: Annotated[
         int | None, typer.Option("--frames", help="Take the first so many frames, 4n+1; all if left out.")
@@ -31,14 +34,14 @@ def encode(
     import time
 
     from lowvram.api import Runtime
-    from lowvram.autoencoder import Autoencoder, open_vae, open_video, save_latent_file
+    from lowvram.autoencoder import Autoencoder, find_vae, open_video, save_latent_file
     from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode
     from lowvram.media.target import check_target, reserved
 
     check_target(output, overwrite, ".safetensors")
     with reserved(output):
         runtime = Runtime(vram, ram, device)
-        found = open_vae(vae) if vae else runtime.load(model).model
+        found = find_vae(runtime, model, vae)
         clip, fps = open_video(video, found.spec.vae, frames)
         plan = Autoencoder(runtime, found).plan_encode(clip.shape)
         forecast = [Forecast(s.name, s.steps, s.seconds) for s in plan.stages]

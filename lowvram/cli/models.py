@@ -95,10 +95,16 @@ def verify(
     """Read model files to their end and check them. Ranges against sizes, sha256 against what was published."""
     from lowvram.cli.console import emit, emit_json
     from lowvram.discovery import look
-    from lowvram.errors import FileError
+    from lowvram.errors import FileError, UsageError
     from lowvram.library.cache import load_cache, models_cache, save_cache
     from lowvram.library.verify import verify as verify_file
 
+    if files and models_dir:
+        raise UsageError(
+            f"--models-dir {models_dir[0]} beside files",
+            expected="one or the other: the files are all that is verified",
+            advice="leave --models-dir out, or the files to verify all in it",
+        )
     paths = files or [Path(e.path) for e in look(models_dir or (), announce(quiet or as_json)).entries]
     cache, count, wrong = load_cache(models_cache()), 0, 0
     progress = Percent(quiet or as_json)

@@ -332,6 +332,10 @@ def parse_guidance(text: str | None) -> dict[str, tuple[float, float]]:
 
 def parse_loras(texts: list[str] | None, partial: bool = False) -> dict[str, Any]:
     """FILE[:high|:low][@STRENGTH[,STRENGTH...]] each -> LoraChoices; nothing for none."""
+    if partial and not texts:
+        raise UsageError(
+            "no LoRA is given", where="--lora-partial", expected="--lora FILE", advice="leave it out"
+        )
     if not texts:
         return {}
     from lowvram.job import LoraChoice

@@ -43,12 +43,20 @@ def plan(
     from lowvram.model import open_model
     from lowvram.preview import open_decoder
 
+    if machine is not None and flags.device is not None:
+        raise UsageError(
+            f"--device {flags.device} beside --machine {machine}",
+            expected="one or the other: a device is one of this machine",
+            advice="leave --device out to plan for that card",
+        )
     look, folders = announce(as_json), flags.models_dir or ()
     asked = {
         "vram": flags.vram,
         "ram": flags.ram,
         "prompt": prompt,
         "preview_decoder": preview_decoder,
+        "models_dirs": folders,
+        "device": flags.device,
     } | settings
     if weights is not None or machine is not None:
         _check_known(flags.model, given, weights)
@@ -61,7 +69,7 @@ def plan(
     elif machine is not None:
         files = find(flags.model, given, models_dirs=folders, preset=flags.preset, progress=look).paths
         model = open_model(flags.model, files)
-        found = plan_elsewhere(model, machine, files=files, models_dirs=folders, **asked)
+        found = plan_elsewhere(model, machine, files=files, **asked)
     else:
         pipe = Runtime(flags.vram, flags.ram, flags.device, cache=not flags.no_cache).load(
             flags.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,16 @@ from torch import Tensor
 
 from lowvram.bench.parts import Setup, attending
 from lowvram.triton_kernels import attention_triton, modes
-from lowvram.triton_kernels.attention import KEY_TILE, attend_reference, pool_keys, select_tiles
+from lowvram.triton_kernels.attention import (
+    KEY_TILE,
+    V_RUN,
+    attend_reference,
+    pool_keys,
+    select_tiles,
+)
+from lowvram.triton_kernels.keys import carve, stored_bytes, write_keys_, write_values_
 from lowvram.triton_kernels.norm_rope import centre_of, quantise_rows, quantise_values
+from lowvram.triton_kernels.ops import FUSED
 from lowvram.triton_kernels.tiles import Tile
 
 TILE = Tile(64, 64, 4, 2)
@@ -131,6 +140,59 @@ def test_an_index_skips_tiles(mode: tuple[str, bool], keep: float) -> None:
     attention_triton.attend(got, q8, qs, *parts, index, v_format=v_format, half=half, tile=TILE)
     assert (got - want).norm() < TOLERANCE * want.norm()
     assert TILE.n == KEY_TILE
+
+
+@pytest.mark.parametrize(("name", "n"), [("int8", 150), ("int8-fp16", 150), ("int8-fp8", V_RUN + 66)])
+def test_rows_that_calls_before_quantised_serve_attention_bit_for_bit(name: str, n: int) -> None:
+    """Head by head and chunk by chunk, every projection gone before attention begins, as all at once."""
+    m, heads, mode = 21, 2, modes.MODES[name]
+    half = mode.v_format != "bf16"
+    weight, turn = torch.rand(heads * 128, generator=torch.Generator().manual_seed(5)), rows(1, n)[0, :, :64]
+    rope, centre = torch.stack([turn.cos(), turn.sin()], -1), rows(heads, 1, 6)[:, 0]
+    alive: list[weakref.ref[Tensor]] = []
+
+    def projected(what: int, tokens: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        x = rows(1, n, what)[0].repeat(1, heads).mul_(torch.arange(1, heads * 128 + 1) / 200)
+        alive.append(weakref.ref(made := x.bfloat16()[tokens, columns].clone()))
+        return made
+
+    q, k, v = (projected(what) for what in (1, 2, 3))
+    q8, k8 = torch.empty(heads, m, 128, dtype=torch.int8), torch.empty(heads, n, 128, dtype=torch.int8)
+    qs, ks = torch.empty(heads, m), torch.empty(heads, n)
+    FUSED.norm_rope_int8_(q8, qs, q[:m], weight, rope[:m], None, None)
+    FUSED.norm_rope_int8_(k8, ks, k, weight, rope, None, centre)
+    values = v.unflatten(-1, (heads, 128)).transpose(0, 1).contiguous(), torch.empty(heads, 2, 128)
+    if half:
+        values = tuple(torch.empty_like(x) for x in quantise_values(values[0], mode.v_format))
+        FUSED.quantise_values_(*values, v, mode.v_format)
+    want = torch.empty(m, heads * 128, dtype=torch.bfloat16)
+    attention_triton.attend(want, q8, qs, k8, ks, *values, v_format=mode.v_format, half=half, tile=TILE)
+
+    factors = FUSED.rms_factor(q), FUSED.rms_factor(k)
+    del q, k, v
+    got = torch.full_like(want, torch.nan)
+    garbage = (torch.full((size,), 0x7F, dtype=torch.uint8) for size in stored_bytes(mode, 1, n, want.dtype))
+    kept = carve(mode, 1, n, want.dtype, *garbage, half=half)
+    for head in range(heads):
+        some = slice(head * 128, (head + 1) * 128)
+        for start in range(0, n, 96):
+            part = slice(start, start + 96)
+            key, factor = projected(2, part, some), factors[1][part]
+            write_keys_(FUSED, kept, start, key, weight[some], rope[part], factor, centre[head : head + 1])
+            del key
+        for start in range(0, n, V_RUN):
+            write_values_(FUSED, kept, start, projected(3, slice(start, start + V_RUN), some))
+        asked = projected(1, slice(0, m), some)
+        q8, qs = torch.empty(1, m, 128, dtype=torch.int8), torch.empty(1, m)
+        FUSED.norm_rope_int8_(q8, qs, asked, weight[some], rope[:m], factors[0][:m], None)
+        del asked
+        assert alive and not any(x() is not None for x in alive)
+        for part in (slice(0, 16), slice(16, m)):
+            attention_triton.attend(
+                got[part, some], q8[:, part], qs[:, part], kept.k, kept.k_scale, kept.v, kept.v_scale,
+                v_format=mode.v_format, half=half, tile=TILE,
+            )  # fmt: skip
+    assert torch.equal(got, want)
 
 
 def test_the_result_takes_the_type_of_its_buffer() -> None:

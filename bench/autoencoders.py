@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lowvram.bench.results import Fact
 from lowvram.codings import Decodings
-from lowvram.model import imagined_model, vae_group
+from lowvram.imagined import imagined_model
+from lowvram.model import vae_group
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger, segment_size

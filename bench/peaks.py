@@ -19,10 +19,10 @@ from typing import Any
 
 from lowvram.bench.cases import GB
 from lowvram.errors import BudgetError
+from lowvram.imagined import imagined_model
 from lowvram.job import make_job
 from lowvram.machine import machine_profile
 from lowvram.media.picture import Picture
-from lowvram.model import imagined_model
 from lowvram.offload.budget import Budget
 from lowvram.offload.io import read_small_text, write_atomic
 from lowvram.planning.choose import choose

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from lowvram.api import plan_without_files
 from lowvram.bench.cases import GB, Case
 from lowvram.bench.results import Projection
+from lowvram.elsewhere import plan_without_files
 from lowvram.errors import BudgetError
 
 _STAGES: Mapping[str, str] = {"text": "text", "forward": "denoise", "step": "denoise", "decode": "decode"}

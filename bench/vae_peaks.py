@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lowvram.codings import decodings, encodings
-from lowvram.model import imagined_model
+from lowvram.imagined import imagined_model
 from lowvram.offload.budget import format_bytes, segment_size
 from lowvram.sampling.presets import model_preset
 from lowvram.tiling import Codings

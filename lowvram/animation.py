@@ -24,7 +24,7 @@ from lowvram.media.join import join
 from lowvram.media.sound import check_sound
 from lowvram.media.target import check_target, reserved
 from lowvram.media.video import VideoWriter, check_size, read_frames, write_behind
-from lowvram.model import with_loras
+from lowvram.model_files import with_loras
 from lowvram.offload.io import user_path
 from lowvram.planning.plan import Plan
 from lowvram.preview import Preview

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,26 +18,24 @@ from torch import Tensor
 
 from lowvram import __version__, discovery, fewstep
 from lowvram.animation import Animation, driven_settings
+from lowvram.caps import beside, budget_of, machine_here, size_of
 from lowvram.conditions.contract import Condition
 from lowvram.driving import Driving, open_folder
-from lowvram.errors import UsageError
-from lowvram.job import Job, LoraChoice, check_complete, check_driven, describe, make_job
-from lowvram.machine import Machine, machine_profile, this_machine
+from lowvram.job import Job, check_complete, check_driven, describe, make_job
 from lowvram.matmul import unfit_for
-from lowvram.media.picture import open_picture
 from lowvram.media.target import check_target, reserved
 from lowvram.media.video import VideoWriter, check_size, write_behind
-from lowvram.model import Model, imagined_model, open_model, with_loras, with_parts
-from lowvram.offload.budget import Budget, Ledger, format_bytes, parse_bytes
+from lowvram.model import Model
+from lowvram.model_files import open_model, with_loras
+from lowvram.offload.budget import Ledger
 from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.io import user_path
 from lowvram.offload.kept import KeptBytes
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
-from lowvram.preview import Decoder, Preview, open_decoder
-from lowvram.quant.encodings.registry import encoding_by_name
+from lowvram.preview import Decoder, Preview
 from lowvram.report import Report, Sample, StageReport
-from lowvram.sampling.presets import few_step, model_preset, preset_of_file
+from lowvram.settings import check_used, with_pictures, with_preset_loras
 from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.denoise import State
 from lowvram.stages.run import Listener, Run, Silent, resident_set
@@ -47,8 +44,6 @@ from lowvram.text_cache import text_cache
 from lowvram.triton_kernels import dispatch
 from lowvram.triton_kernels.modes import Choice, Matmul
 from lowvram.triton_kernels.ops import ops_for
-
-DEFAULT_WEIGHTS = "bf16"
 
 
 class Runtime:
@@ -72,11 +67,11 @@ class Runtime:
         cache: bool = True,
         keep: str | int | None = None,
     ) -> None:
-        self.machine = _machine(device)
-        self.budget = _budget(vram, ram, self.machine)
-        self.kept = None if keep is None else KeptBytes(_size(keep, "keep"))
+        self.machine = machine_here(device)
+        self.budget = budget_of(vram, ram, self.machine)
+        self.kept = None if keep is None else KeptBytes(size_of(keep, "keep"))
         if self.kept is not None:
-            self.budget = _beside(self.budget, self.kept.capacity)
+            self.budget = beside(self.budget, self.kept.capacity)
         self.texts = text_cache() if cache else None
 
     def load(
@@ -108,16 +103,10 @@ class Runtime:
         given = {part: path for part, path in files.items() if path}
         folders = (models_dirs,) if isinstance(models_dirs, str) else tuple(models_dirs)
         found = discovery.find(
-            model,
-            given,
-            models_dirs=folders,
-            weights=weights,
-            preset=preset,
-            force=force,
-            progress=progress,
+            model, given, models_dirs=folders, weights=weights, preset=preset, force=force, progress=progress
         )
         opened = open_model(model, found.paths)
-        _check_used(opened, given)
+        check_used(opened, given)
         return Pipeline(self, opened, found.paths, found.reasons, folders)
 
     def attention(self, asked: str = "auto", ends: str | None = None) -> Choice:
@@ -215,7 +204,7 @@ class Pipeline:
         of 20), unless `force`; FileError for a picture that cannot be read.
         """
         settings = fewstep.with_preset(
-            _with_preset_loras(self.model, self.files, self.models_dirs, _with_pictures(settings)), self.files
+            with_preset_loras(self.model, self.files, self.models_dirs, with_pictures(settings)), self.files
         )
         settings["attention"] = self.runtime.attention(
             settings.get("attention") or "auto", settings.pop("attention_ends", None)
@@ -403,166 +392,6 @@ class Video:
         return Report(tuple(reports), tuple(notes), tuple(samples))
 
 
-def plan_without_files(
-    name: str,
-    *,
-    weights: str | None,
-    machine: str | None,
-    vram: str | int | None,
-    ram: str | int | None,
-    prompt: str = "",
-    force: bool = False,
-    preview_decoder: Path | None = None,
-    files: Mapping[str, str] = MappingProxyType({}),
-    **elsewhere: Any,
-) -> Plan:
-    """A plan for a known model of which not all files are here, on a machine that may not be here either.
-
-    weights    how the transformers are stored
-    files      parts that are here, as `Runtime.load` takes them: planned as their headers say
-    elsewhere  more that `plan_elsewhere` takes
-
-    What is here besides: pictures and LoRAs among the settings, and preview_decoder, the small decoder that makes previews.
-    """
-    encoding_by_name(weights or DEFAULT_WEIGHTS)
-    model = imagined_model(name, model_preset(name), weights or DEFAULT_WEIGHTS)
-    _check_used(model, files)
-    model = with_parts(model, {part: str(user_path(path)) for part, path in files.items()})
-    return plan_elsewhere(
-        model, machine, vram, ram, prompt, force=force, preview_decoder=preview_decoder, **elsewhere
-    )
-
-
-def plan_elsewhere(
-    model: Model,
-    machine: str | None,
-    vram: str | int | None,
-    ram: str | int | None,
-    prompt: str = "",
-    *,
-    force: bool = False,
-    preview_decoder: Path | None = None,
-    files: Mapping[str, str] = MappingProxyType({}),
-    models_dirs: Sequence[str] = (),
-    device: str | None = None,
-    **settings: Any,
-) -> Plan:
-    """A plan for a model on a machine of the table, or on this one without a try of its card.
-
-    files        those of the model, if all are here: a preset may be theirs, as in `Pipeline.job`
-    models_dirs  where the LoRAs of a preset are looked for besides the usual places; the plan says if they are not here
-    device       of this machine, as for `Runtime`
-    """
-    spec = model.spec
-    preview = None if preview_decoder is None else open_decoder(preview_decoder, spec.vae)
-    where = machine_profile(machine) if machine else _machine(device)
-    asked = settings.pop("attention", None) or "auto"
-    packages = frozenset(dispatch.PACKAGES) if machine else dispatch.installed()
-    settings["attention"] = dispatch.choose(
-        asked, where.arch, packages, ends=settings.pop("attention_ends", None)
-    )
-    settings["matmul"] = dispatch.choose_matmul(
-        settings.get("matmul") or "auto", where.arch, partial(unfit_for, model=model)
-    )
-    stored = {expert: str(t.file) for expert, t in model.transformers.items() if t.is_here}
-    settings = _with_preset_loras(model, files or stored, models_dirs, settings)
-    settings = fewstep.with_preset(_with_pictures(settings), files)
-    job = make_job(spec, model=model.name, files=dict(files), prompt=prompt, **settings)
-    if not force:
-        fewstep.check(job, spec)
-    budget = _budget(vram, ram, where)
-    found = make_plan(job, with_loras(model, job.loras), budget, where, preview=preview)
-    return replace(found, advice=(*found.advice, *_left_out(job, stored)))
-
-
-def _left_out(job: Job, stored: Mapping[str, str]) -> Iterator[str]:
-    """What a plan does not count because it is not here: the LoRAs of a preset, unless the transformers need none."""
-    if job.preset is None or job.loras or any(preset_of_file(Path(path), "dit") for path in stored.values()):
-        return
-    preset = few_step(job.preset)
-    if preset.loras or not preset.checkpoints:
-        yield f"the LoRAs of --preset {preset.name} are not here, and not counted: name them with --lora"
-
-
-def _with_pictures(settings: dict[str, Any]) -> dict[str, Any]:
-    """Paths of pictures become what their headers say."""
-    paths = {name: settings[name] for name in ("image", "last_image") if settings.get(name) is not None}
-    return settings | {name: open_picture(user_path(path)) for name, path in paths.items()}
-
-
-def _with_preset_loras(
-    model: Model, files: Mapping[str, str], models_dirs: Sequence[str], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """A preset brings its LoRAs: those that ship inside, or those that are on this machine."""
-    preset = settings.get("preset")
-    if preset is None or settings.get("loras"):
-        return settings
-    paths = discovery.preset_loras(model.name, model.spec, files, preset, models_dirs)
-    strength = few_step(preset).strength
-    loras = tuple(LoraChoice(path=path, expert=expert, strength=strength) for expert, path in paths.items())
-    return settings | {"loras": loras}
-
-
 def _held_beside(kept: KeptBytes | None) -> int:
     """Bytes of RAM that this process holds, without what is kept for the next job."""
     return resident_set() - (0 if kept is None else kept.used)
-
-
-def _check_used(model: Model, given: Mapping[str, str]) -> None:
-    """UsageError for a file that the model has no use for."""
-    if given.get("clip") and not model.spec.dit.image_tokens:
-        raise UsageError(
-            "a CLIP vision encoder for a model that has no use for it",
-            where=f"--clip {given['clip']}",
-            advice="leave --clip out, or name the model that you mean",
-        )
-
-
-def check_device(device: str | None) -> None:
-    """UsageError for a device that is none, or that is not here."""
-    if device not in (None, "cpu", "cuda"):
-        raise UsageError(
-            f'device "{device}"', where="--device", expected="cpu or cuda", advice="leave it out"
-        )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "no CUDA device here", where="--device", advice="check the driver, or use --device cpu"
-        )
-
-
-def _machine(device: str | None) -> Machine:
-    check_device(device)
-    return this_machine(device)
-
-
-def _budget(vram: str | int | None, ram: str | int | None, machine: Machine) -> Budget:
-    return Budget(
-        machine.vram if vram is None else _size(vram, "--vram"),
-        machine.ram if ram is None else _size(ram, "--ram"),
-    )
-
-
-def _size(value: str | int, flag: str) -> int:
-    """Bytes, typed with a unit or given as a whole number. UsageError for anything else."""
-    if isinstance(value, str):
-        return parse_bytes(value, flag=flag)
-    if not isinstance(value, int) or value < 1:
-        raise UsageError(
-            f"{value!r} bytes",
-            where=flag,
-            expected='a size such as "16GB", or a whole number of bytes',
-            advice='write it with its unit, such as "16GB"',
-        )
-    return value
-
-
-def _beside(budget: Budget, kept: int) -> Budget:
-    """What is left for jobs. UsageError if that is nothing."""
-    if not 0 <= kept < budget.ram:
-        raise UsageError(
-            f"{format_bytes(kept)} of {format_bytes(budget.ram)} RAM are to be kept",
-            where="keep",
-            expected="less than the RAM of the budget",
-            advice="give a larger ram, or keep less",
-        )
-    return replace(budget, ram=budget.ram - kept)

@@ -52,8 +52,8 @@ def bench(
             expected="a folder with about 40 GB of room, or --dry",
             advice="give --folder DIR on the disk that your models lie on, or --dry",
         )
-    from lowvram.api import check_device
     from lowvram.bench import suite
+    from lowvram.caps import check_device
     from lowvram.cli.console import emit, say
 
     check_device(device)

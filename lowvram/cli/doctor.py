@@ -54,7 +54,7 @@ def doctor(
         raise UsageError(
             "no such folder", where=f"--folder {folder}", advice="give the folder of your models"
         )
-    from lowvram.api import check_device
+    from lowvram.caps import check_device
     from lowvram.doctor import examine
     from lowvram.survey import identify
 

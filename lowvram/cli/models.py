@@ -237,7 +237,7 @@ def tell_files(pipe: Pipeline, quiet: bool) -> None:
 def tell_preset(pipe: Pipeline, flags: o.JobFlags, job: Job, quiet: bool) -> None:
     """The preset that was not asked for by name, and what every LoRA does."""
     from lowvram.cli.console import say
-    from lowvram.model import with_loras
+    from lowvram.model_files import with_loras
 
     if quiet:
         return

@@ -36,11 +36,12 @@ def plan(
 ) -> None:
     """Forecast peak memory, bytes moved and time of a job."""
     settings, given = flags.settings(), flags.files()
-    from lowvram.api import Runtime, plan_elsewhere, plan_without_files
+    from lowvram.api import Runtime
     from lowvram.cli.console import emit, emit_json
     from lowvram.cli.models import announce, tell_files, tell_preset
     from lowvram.discovery import find, is_here
-    from lowvram.model import open_model
+    from lowvram.elsewhere import plan_elsewhere, plan_without_files
+    from lowvram.model_files import open_model
     from lowvram.preview import open_decoder
 
     if machine is not None and flags.device is not None:

@@ -22,7 +22,7 @@ from lowvram.driving import Driving
 from lowvram.errors import StorageError
 from lowvram.folders import jobs_folder
 from lowvram.job import Job, check_complete
-from lowvram.model import open_model
+from lowvram.model_files import open_model
 from lowvram.offload.budget import format_bytes
 from lowvram.offload.io import free_bytes
 from lowvram.planning.plan import Plan

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from lowvram.errors import BudgetError
-from lowvram.model import Model, imagined_model
+from lowvram.imagined import imagined_model
+from lowvram.model import Model
 from lowvram.offload.budget import Budget, format_bytes
 from lowvram.planning.facts import Facts
 from lowvram.planning.once import Once

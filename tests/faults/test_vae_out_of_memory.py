@@ -29,9 +29,10 @@ from lowvram.api import Pipeline, Video
 from lowvram.codings import Decodings, Encodings, decodings
 from lowvram.conditions.pictures import GivenClip
 from lowvram.errors import OutOfMemoryError
+from lowvram.imagined import imagined_model
 from lowvram.job import Job
 from lowvram.media.picture import open_picture
-from lowvram.model import Model, imagined_model, vae_group
+from lowvram.model import Model, vae_group
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger, exact_size

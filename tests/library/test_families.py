@@ -8,7 +8,7 @@ import pytest
 
 from lowvram.errors import FileError
 from lowvram.library.naming import derived_name, family_of
-from lowvram.model import open_model
+from lowvram.model_files import open_model
 
 NAMED = {
     "/m/Phantom-Wan-14B_fp16.safetensors": "Phantom",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.api import plan_without_files
 from lowvram.driving import Driving
+from lowvram.elsewhere import plan_without_files
 from lowvram.errors import BudgetError
+from lowvram.imagined import imagined_model
 from lowvram.job import make_job
 from lowvram.machine import machine_profile
 from lowvram.media.clip import Clip
 from lowvram.media.picture import Picture
-from lowvram.model import imagined_model
 from lowvram.offload.budget import Budget
 from lowvram.planning.choose import choose
 from lowvram.planning.facts import gather

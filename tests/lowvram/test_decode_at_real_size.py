@@ -9,9 +9,9 @@ from meta_device import META, MetaDevice
 
 from lowvram.codings import decodings
 from lowvram.footprint import meta_params
+from lowvram.imagined import imagined_model
 from lowvram.job import make_job
 from lowvram.machine import machine_profile
-from lowvram.model import imagined_model
 from lowvram.models import vae_clip
 from lowvram.models.vae import to_uint8
 from lowvram.offload.allocator import CachingAllocator

@@ -9,9 +9,9 @@ import torch
 
 from lowvram import footprint
 from lowvram.errors import BudgetError
+from lowvram.imagined import imagined_model
 from lowvram.job import make_job
 from lowvram.machine import machine_profile
-from lowvram.model import imagined_model
 from lowvram.models import dit
 from lowvram.models.self_attention import Workspace, plain_workspace
 from lowvram.offload.budget import Budget, allocated_size
@@ -123,7 +123,7 @@ def test_nor_where_keys_are_centred_by_tokens_from_all_over_the_sequence(
 
 @pytest.mark.parametrize(("group", "chunk"), [(0, 4096), (0, 16), (1, 4096), (2, 32)])
 def test_what_a_block_allocates_is_what_fake_tensors_say(params: Params, group: int, chunk: int) -> None:
-    from lowvram.model import imagined_model as imagine  # the block's shapes, as a plan sees them
+    from lowvram.imagined import imagined_model as imagine  # the block's shapes, as a plan sees them
 
     spec = model_preset("nano")
     block = imagine("nano", spec, "fp32").transformers["high"].groups()["blocks.0"]

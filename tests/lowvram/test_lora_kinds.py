@@ -15,7 +15,7 @@ from torch import Tensor
 from lowvram import Pipeline, Runtime
 from lowvram.errors import FileError, UsageError
 from lowvram.job import LoraChoice
-from lowvram.model import with_loras
+from lowvram.model_files import with_loras
 from lowvram.phases import phase
 from lowvram.quant.branches import Dora
 from lowvram.sampling.presets import model_preset

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lowvram.api import plan_without_files
+from lowvram.elsewhere import plan_without_files
+from lowvram.imagined import imagined_model
 from lowvram.job import make_job
 from lowvram.machine import machine_profile
-from lowvram.model import imagined_model
 from lowvram.planning.denoise import ways
 from lowvram.planning.facts import gather
 from lowvram.planning.ways import claims

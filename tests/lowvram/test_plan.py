@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from lowvram import Plan, Runtime
-from lowvram.api import plan_without_files
+from lowvram.elsewhere import plan_without_files
 from lowvram.errors import BudgetError
 from lowvram.offload.io import FileReader
 

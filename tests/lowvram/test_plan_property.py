@@ -20,10 +20,11 @@ import pytest
 from imagined import Imagined
 
 from lowvram.errors import BudgetError
+from lowvram.imagined import imagined_model
 from lowvram.job import make_job
 from lowvram.machine import machine_names, machine_profile
 from lowvram.media.picture import Picture
-from lowvram.model import Group, Model, imagined_model
+from lowvram.model import Group, Model
 from lowvram.models.tae import TaeSpec
 from lowvram.offload.budget import Budget
 from lowvram.planning.choose import choose, fits

@@ -11,9 +11,9 @@ from imagined import Imagined
 from work import lines_run
 
 from lowvram.errors import BudgetError
+from lowvram.imagined import imagined_model
 from lowvram.job import make_job
 from lowvram.machine import machine_profile
-from lowvram.model import imagined_model
 from lowvram.offload.budget import Budget
 from lowvram.planning.choose import choose
 from lowvram.planning.facts import Facts, gather

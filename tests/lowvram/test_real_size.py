@@ -16,9 +16,10 @@ import pytest
 import torch
 from meta_device import META, MetaDevice
 
+from lowvram.imagined import imagined_model
 from lowvram.job import Job, make_job
 from lowvram.machine import machine_profile
-from lowvram.model import Group, Model, imagined_model
+from lowvram.model import Group, Model
 from lowvram.offload.allocator import ROOM, CachingAllocator
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.estimate import Peak, peak_memory

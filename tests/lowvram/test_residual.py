@@ -14,9 +14,9 @@ from strict_device import StrictRuntime, metered
 
 from lowvram import BudgetError, Job, Pipeline, Plan, UsageError
 from lowvram.bench import peaks
+from lowvram.imagined import imagined_model
 from lowvram.job import describe, make_job
 from lowvram.machine import machine_profile
-from lowvram.model import imagined_model
 from lowvram.offload.budget import Budget
 from lowvram.offload.placement import Placement
 from lowvram.planning.choose import choose, make_plan

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from lowvram.errors import BudgetError
+from lowvram.imagined import imagined_model
 from lowvram.job import make_job
 from lowvram.machine import machine_profile
-from lowvram.model import imagined_model
 from lowvram.offload.budget import Budget
 from lowvram.planning.choose import choose, make_plan
 from lowvram.planning.facts import gather

@@ -12,7 +12,7 @@ import torch
 
 from lowvram.codings import Decodings, Encodings, decodings, encodings
 from lowvram.footprint import META, meta_params
-from lowvram.model import imagined_model
+from lowvram.imagined import imagined_model
 from lowvram.models.vae_bands import Band, Borders
 from lowvram.models.vae_handed import handed_on
 from lowvram.models.vae_history import Memory, tile_memories

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram import api
+from lowvram import api, caps
 from lowvram.autoencoder import save_latent_file
 from lowvram.driving import copy_sample
 from lowvram.machine import Machine, this_machine
@@ -61,7 +61,7 @@ def test_a_plan_without_files_is_for_the_device_that_is_asked_for(
         asked.append(device)
         return this_machine("cpu")
 
-    monkeypatch.setattr(api, "this_machine", remembering)
+    monkeypatch.setattr(caps, "this_machine", remembering)
     assert cli("plan", *A14B, "--weights", "fp8", "--device", "cpu").code == 0
     assert asked == ["cpu"]
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from lowvram import Runtime
 from lowvram.codings import Encodings, encodings
 from lowvram.errors import InternalError
+from lowvram.imagined import imagined_model
 from lowvram.machine import machine_profile
-from lowvram.model import Model, imagined_model, vae_group
+from lowvram.model import Model, vae_group
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger, allocated_size, exact_size, segment_size

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lowvram import Runtime
 from lowvram.codings import Decodings
-from lowvram.model import Group, Model, imagined_model
+from lowvram.imagined import imagined_model
+from lowvram.model import Group, Model
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Ledger, allocated_size, exact_size, segment_size

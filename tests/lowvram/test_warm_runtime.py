@@ -125,7 +125,7 @@ def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
 
 def test_the_base_lies_in_the_same_pieces_beside_any_lora(tiny_model: Path, loras: tuple[Path, Path]) -> None:
     """What makes the swap free: runs of the base's file begin and end where they did."""
-    from lowvram.model import with_loras
+    from lowvram.model_files import with_loras
     from lowvram.offload.slab import read_runs
 
     pipe = Runtime(GB, 2 * GB, "cpu").load(str(tiny_model))

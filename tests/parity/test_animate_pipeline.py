@@ -23,9 +23,10 @@ from torch import Tensor
 from lowvram import Runtime
 from lowvram.animation import driven_settings
 from lowvram.driving import open_folder
+from lowvram.imagined import imagined_model
 from lowvram.job import make_job
 from lowvram.media.video import VideoWriter, read_frames
-from lowvram.model import Model, Transformer, imagined_model
+from lowvram.model import Model, Transformer
 from lowvram.models import clip as clip_network
 from lowvram.offload.io import FileReader
 from lowvram.planning.choose import make_plan

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowvram import Runtime
+from lowvram.imagined import imagined_model
 from lowvram.job import make_job
 from lowvram.media.picture import open_picture
-from lowvram.model import Model, Transformer, imagined_model
+from lowvram.model import Model, Transformer
 from lowvram.models import clip as clip_network
 from lowvram.offload.io import FileReader
 from lowvram.planning.choose import make_plan

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from lowvram.conversion import plan_conversion, run_conversion
 from lowvram.job import LoraChoice
-from lowvram.model import Model, Transformer, with_loras
+from lowvram.model import Model, Transformer
+from lowvram.model_files import with_loras
 from lowvram.offload.io import FileReader
 from lowvram.offload.slab import as_bytes, build_layout, carve, read_runs
 from lowvram.quant.identify import identify_path

@@ -9,9 +9,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import yaml
 
@@ -21,6 +22,8 @@ from lowvram.offload.io import read_small_text, user_path
 MODELS_VARIABLE = "LOWVRAM_MODELS"
 """Folders to look in instead of the usual places, separated as in PATH."""
 
+PATIENCE = 2.0
+"""Seconds that a drive may take to say that it is there."""
 CACHE_LABEL = "Hugging Face cache"
 MAX_YAML_BYTES = 1 << 20
 _YAML_NAMES = ("extra_model_paths.yaml", "extra_models_config.yaml")
@@ -66,10 +69,32 @@ def usual_places(environ: Mapping[str, str], home: Path, drives: Iterable[Path] 
 
 
 def machine_drives() -> list[Path]:
-    """Roots of this machine where programs are installed outside the home folder."""
+    """Roots of this machine where programs are installed outside the home folder, and that answer."""
     if sys.platform == "win32":
-        return [Path(drive) for drive in os.listdrives()] if hasattr(os, "listdrives") else [Path("C:\\")]
-    return [Path(root) for root in ("/workspace", "/opt", "/data", "/mnt")]
+        return answering(os.listdrives() if hasattr(os, "listdrives") else ["C:\\"])
+    return answering(("/workspace", "/opt", "/data", "/mnt"))
+
+
+def answering(
+    roots: Iterable[str],
+    is_dir: Callable[[str], bool] = os.path.isdir,
+    join: Callable[[Thread, float], None] = Thread.join,
+) -> list[Path]:
+    """The roots that are folders and say so within PATIENCE seconds, all asked at once.
+
+    Each is asked for many folders later on, and a network drive whose server is gone takes half a minute for every one.
+    """
+    there: dict[str, bool] = {}
+
+    def ask(root: str) -> None:
+        there[root] = is_dir(root)
+
+    asked = {root: Thread(target=ask, args=(root,), name=f"ask {root}", daemon=True) for root in roots}
+    for thread in asked.values():
+        thread.start()
+    for thread in asked.values():
+        join(thread, PATIENCE)
+    return [Path(root) for root in asked if there.get(root)]
 
 
 def given_places(folders: Iterable[str]) -> list[Place]:

@@ -14,7 +14,7 @@ import pytest
 
 from lowvram.library import scan as module
 from lowvram.library.cache import Cache, load_cache, save_cache
-from lowvram.library.places import Place, given_places, usual_places, yaml_places
+from lowvram.library.places import Place, answering, given_places, usual_places, yaml_places
 from lowvram.library.scan import Library, scan
 from lowvram.quant.names import TEXT_GGUF
 from lowvram.sampling.presets import model_preset
@@ -282,3 +282,20 @@ def test_the_time_to_load_the_parsers_is_no_silence_of_a_place(
     sparse(tmp_path / "vae.safetensors", files["bf16"](T2V.vae.shapes()))
     library = scan([Place(tmp_path, "here")], Cache(), clock=lambda: now)
     assert len(library.entries) == 1 and library.unreadable == ()
+
+
+def test_a_drive_that_does_not_answer_is_asked_once(tmp_path: Path) -> None:
+    """A network drive whose server is gone: every folder that is looked for on it would take half a minute."""
+    gone = threading.Event()
+
+    def is_dir(root: str) -> bool:
+        return gone.wait() if root == "Z:" else os.path.isdir(root)
+
+    def join(thread: threading.Thread, seconds: float) -> None:
+        if not thread.name.endswith("Z:"):
+            thread.join()
+
+    try:
+        assert answering(["Z:", str(tmp_path / "none"), str(tmp_path)], is_dir, join) == [tmp_path]
+    finally:
+        gone.set()

@@ -6,6 +6,8 @@ cp.async nor ldmatrix, and the build says nothing.
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import itertools
 import os
 import re
@@ -339,8 +341,41 @@ def _rows(arch: str) -> Iterator[Build]:
         )
 
 
+def key(build: Build) -> str:
+    """What stands for all that a build depends on but the compiler: options, types, constants, and the code of the kernel
+    and of the functions it calls, without comments and docstrings."""
+    constants = {name: _code(value) for name, value in build.constants.items()}
+    types = sorted((build.pointers | build.numbers).items())
+    options = (
+        build.arch,
+        build.warps,
+        build.stages,
+        sorted(build.ragged),
+        build.exact,
+        sorted(build.instructions.items()),
+    )
+    return hashlib.sha256(
+        repr((_code(build.kernel), sorted(constants.items()), types, options)).encode()
+    ).hexdigest()[:16]
+
+
+def _code(value: object) -> str:
+    """A constant, or a kernel and the functions of its file's names that it uses."""
+    if not isinstance(value, triton.JITFunction):
+        return repr(value)
+    tree = ast.parse(value.src)
+    used: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        called = value.fn.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+        if isinstance(called, triton.JITFunction) and called is not value:
+            used[called.__name__] = _code(called)
+    return repr((ast.unparse(tree), sorted(used.items())))
+
+
 def report(build: Build) -> dict[str, object]:
-    """Compile, and say what came out: one object of `kernels.py aot --json`."""
+    """Compile, and say what came out: one object of `kernels.py aot --json`, and a row of `kernels-aot.jsonl`."""
     names = build.kernel.arg_names
     signature = {
         name: "constexpr"
@@ -382,6 +417,8 @@ def report(build: Build) -> dict[str, object]:
         "instructions": [name for name in build.instructions if name not in missing],
         "missing": missing,
         "ok": shared <= limit and spilled == 0 and not missing,
+        "triton": triton.__version__,
+        "key": key(build),
     }
 
 

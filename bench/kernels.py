@@ -1,6 +1,7 @@
 """What the kernels are, without a GPU: how they build, how exact their arithmetic is; with one, which tiles are fastest.
 
     python bench/kernels.py aot [--json] [--quick]    every configuration built for every architecture
+        [--changed]                                   only what is not in kernels-aot.jsonl as it is now, and then put there
     python bench/kernels.py accuracy [--json]         error of 8-bit attention and multiplication on synthetic data
     python bench/kernels.py peak [--json]             peak memory of a 14B forward at 720p in each mode, meta tensors
     python bench/kernels.py nano [--json]             each mode of both end to end on the embedded model: PSNR and score
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 Row = dict[str, object]
+BUILT = Path(__file__).parent / "kernels-aot.jsonl"
 TABLE = Path(__file__).parents[1] / "triton_kernels" / "tuned.json"
 
 
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="only what the test suite looks at")
+    parser.add_argument("--changed", action="store_true")
     parser.add_argument("--table", nargs="?", const=TABLE, type=Path, metavar="FILE")
     parser.add_argument("--rows", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -50,9 +53,23 @@ def main() -> None:
 
 
 def aot(args: argparse.Namespace) -> Iterator[Row]:
-    from kernel_builds import builds, report
+    from kernel_builds import builds, key, report
 
-    return (report(build) for build in builds() if build.quick or not args.quick)
+    if not args.changed:
+        yield from (report(build) for build in builds() if build.quick or not args.quick)
+        return
+    from lowvram.offload.io import write_atomic
+
+    known = {row["key"]: row for row in _printed(BUILT)} if BUILT.exists() else {}
+    rows: list[Row] = []
+    try:
+        for build in builds():
+            row = known.get(key(build))
+            if row is None:
+                yield (row := report(build))
+            rows.append(row)
+    finally:  # what was built before an interruption stays
+        write_atomic(BUILT, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def accuracy(args: argparse.Namespace) -> Iterator[Row]:

@@ -8,18 +8,17 @@ attention mode.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import ClassVar
 
 import pytest
 import torch
-from meta_device import META, MetaDevice
+from meta_device import META
+from nowhere import OUTSIDE, Nowhere, allocator_of, imagined
 
 from lowvram.imagined import imagined_model
 from lowvram.job import Job, make_job
 from lowvram.machine import machine_profile
-from lowvram.model import Group, Model
+from lowvram.model import Model
 from lowvram.offload.allocator import ROOM, CachingAllocator
 from lowvram.offload.budget import Budget, allocated_size
 from lowvram.offload.estimate import Peak, peak_memory
@@ -27,49 +26,16 @@ from lowvram.offload.placement import BlockId
 from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
 from lowvram.planning.visits import visiting_order
-from lowvram.quant.encodings.base import TORCH_DTYPES
 from lowvram.sampling.presets import model_preset
 from lowvram.sampling.solvers import SolverState
 from lowvram.stages import denoise
 from lowvram.stages.condition import Condition
-from lowvram.stages.run import Run, Traffic
 from lowvram.stages.weights import Views
 from lowvram.triton_kernels.modes import Choice
 
 GB = 10**9
 MOVED = ("slot", "resident", "allocator")
 """Claims that no tensor of the stage takes."""
-OUTSIDE = ("cuda context", "library workspaces")
-"""Claims of what the limit of the allocator leaves out, or is not here."""
-
-
-class Nowhere(Run):
-    """A run whose weights have no bytes, on the numbers of an allocator."""
-
-    allocator: ClassVar[CachingAllocator]
-
-    @contextmanager
-    def stage(self, name: str, done: int = 0) -> Iterator[tuple[ExitStack, Traffic]]:
-        self.allocator.empty_cache()
-        with ExitStack() as stack:
-            yield stack, Traffic()
-
-    @contextmanager
-    def carried(self, name: str, group: Group, traffic: Traffic) -> Iterator[Views]:
-        yield imagined(group)
-
-    def step(self, stage: str) -> None:
-        pass
-
-    def check_room(self, stage: str) -> None:
-        pass
-
-
-def imagined(group: Group) -> Views:
-    return {
-        ref.name: {p.role: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype], device=META) for p in ref.parts}
-        for ref in group.refs
-    }
 
 
 def peak(plan: Plan, job: Job, model: Model, patch: pytest.MonkeyPatch, allocator: CachingAllocator) -> Peak:
@@ -91,8 +57,7 @@ def peak(plan: Plan, job: Job, model: Model, patch: pytest.MonkeyPatch, allocato
     patch.setattr(denoise, "_open_stream", open_stream)
     patch.setattr(denoise, "_check_finite", lambda *_: None)
     spec, dtype = model.spec, plan.dtype
-    patch.setattr(Nowhere, "allocator", allocator, raising=False)
-    run = Nowhere(MetaDevice(), plan)
+    run = Nowhere(plan, allocator)
     lengths = [spec.dit.text_len] * (1 + (max(job.schedule.guidance) > 1))
     shape = spec.denoised_shape(job.width, job.height, job.frames)
     state = denoise.State(torch.empty(shape, device=META), SolverState())
@@ -134,7 +99,7 @@ def test_a_stage_at_real_size_finds_room_in_its_plan_and_its_plan_is_hardly_more
     plan = make_plan(job, model, Budget(int(gigabytes * GB), 64 * GB), machine)
     stage = plan.stage("denoise")
     outside = sum(n for claim, n in stage.claims.items() if claim in OUTSIDE)
-    allocator = CachingAllocator(stage.vram - outside)
+    allocator = allocator_of(stage)
     found = peak(plan, job, model, monkeypatch, allocator)
     held = stage.vram - outside - sum(n for claim, n in stage.claims.items() if claim.startswith(MOVED))
     assert found.peak_bytes <= held, found.live[:12]

@@ -19,6 +19,7 @@ from lowvram.model import Group
 from lowvram.models import animate, clip, dit, umt5
 from lowvram.models.self_attention import CHUNK, Workspace
 from lowvram.models.token_order import DEPTH, compact_order
+from lowvram.offload.allocator import ROOM
 from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import Peak, peak_memory
 from lowvram.preview import Decoder, decoded
@@ -86,6 +87,15 @@ def with_holes() -> Iterator[None]:
         yield
     finally:
         _HOLES.reset(token)
+
+
+def lost_between_visits(nbytes: int) -> int:
+    """What a card's allocator loses, beside its `ROOM`, where work that needs `nbytes` is done again and again.
+
+    The pieces of one visit lie where those of another sort left holes. The larger they are the more is lost: an eighth
+    has to be there for whole frames in float32, by tests/lowvram/test_conditions_at_real_size.py.
+    """
+    return max(0, nbytes // 8 - ROOM) if _HOLES.get() else 0
 
 
 def _needed(peak: Peak) -> int:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowvram.footprint import META, meta_params, peak
+from lowvram.footprint import META, lost_between_visits, meta_params, peak
 from lowvram.model import Group
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_attention import KEYS, QUERIES, attend
@@ -240,7 +240,8 @@ def _tile_scratch(
         like = torch.empty((), dtype=dtype)
     history = _visited(spec, tile, before, dtype, frames)
     with torch.no_grad():
-        return peak(lambda like: run(tile, like, w, history), like)
+        scratch = peak(lambda like: run(tile, like, w, history), like)
+    return scratch + lost_between_visits(scratch)
 
 
 def _visited(

@@ -33,4 +33,17 @@ def nothing(nbytes: int) -> Tensor:
     return _EVERYTHING[:nbytes]
 
 
+class OnHost(Tensor):
+    """A meta tensor that lies in the host's memory: what is asked of it for the device is a copy there."""
+
+    def to(self, *_: object, **__: object) -> Tensor:  # type: ignore[override]
+        return self.as_subclass(Tensor).clone()
+
+
+def on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of the host, which the device does not count."""
+    count = dtype.itemsize * torch.Size(shape).numel()
+    return nothing(count).view(dtype).view(shape).as_subclass(OnHost)
+
+
 _EVERYTHING = torch.empty(1 << 40, dtype=torch.uint8, device=META)

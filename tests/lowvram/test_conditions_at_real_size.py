@@ -14,9 +14,10 @@ from lowvram.codings import encodings
 from lowvram.conditions.clip import clip_tokens
 from lowvram.conditions.faces import FACE_PIXELS, encode_faces
 from lowvram.footprint import meta_params
+from lowvram.imagined import imagined_model
 from lowvram.job import Job, make_job
 from lowvram.machine import machine_profile
-from lowvram.model import Model, imagined_model
+from lowvram.model import Model
 from lowvram.models import vae_clip
 from lowvram.offload.budget import Budget, allocated_size, segment_size
 from lowvram.offload.estimate import peak_memory

@@ -83,7 +83,11 @@ def _driver() -> str:
 
 
 def memory(place: Place, limits: HostLimits | None = None) -> Memory:
-    """What is free now. A CPU stands for a device beside a host: each gets a half of most of the RAM."""
+    """What is free now. A CPU stands for a device beside a host: each gets a half of most of the RAM.
+
+    On a GPU the context of this process is taken already when it is asked, and a plan claims it once more: so much stays
+    free for what a display takes from one minute to the next.
+    """
     usable = (limits or host_limits()).usable
     if place.kind == "cuda":
         torch.cuda.empty_cache()  # what measuring took is not taken

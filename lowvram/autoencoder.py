@@ -215,9 +215,16 @@ class VideoFile:
 def open_video(path: Path, spec: VaeSpec, frames: int | None) -> tuple[VideoFile, float]:
     """The first `frames` frames of a video (all if None), and its rate in frames a second.
 
-    UsageError, naming the nearest that would do, if the VAE cannot encode such a clip.
+    UsageError, naming the nearest that would do, if the VAE cannot encode such a clip; FileError if it holds no frame.
     """
     found = probe(path)
+    if not found.frames:
+        raise FileError(
+            "a video without a whole frame",
+            where=str(path),
+            expected="one frame or more",
+            advice="play it in another program, or make the file again",
+        )
     count = found.frames if frames is None else frames
     _, rows, columns = spec.stride
     if count < 1 or count > found.frames or count % FRAMES != 1:
@@ -229,7 +236,7 @@ def open_video(path: Path, spec: VaeSpec, frames: int | None) -> tuple[VideoFile
             advice=f"add --frames {nearest}",
         )
     if found.height % rows or found.width % columns:
-        nearest_size = f"{found.width // columns * columns}x{found.height // rows * rows}"
+        nearest_size = f"{max(1, found.width // columns) * columns}x{max(1, found.height // rows) * rows}"
         raise UsageError(
             f"a video of {found.width}x{found.height}",
             where=str(path),

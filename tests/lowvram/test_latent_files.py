@@ -16,6 +16,7 @@ from lowvram import FileError, OutOfMemoryError, Runtime, api
 from lowvram.autoencoder import Autoencoder, VideoFile
 from lowvram.media.probe import probe
 from lowvram.media.video import VideoWriter, read_frames
+from tests.support.videos import packets
 
 Cli = Callable[..., Any]
 BUDGET = ("--vram", "500MB", "--ram", "2GB", "--device", "cpu")
@@ -50,6 +51,15 @@ def test_a_number_of_frames_that_makes_no_latents_is_refused(clip: Path, cli: Cl
     said = cli("encode", clip, "-o", clip.with_name("x.safetensors"), "--frames", frames, *BUDGET)
     assert said.code == 2 and "--frames" in said.err and "4n+1" in said.err
     assert not clip.with_name("x.safetensors").exists()
+
+
+def test_a_video_without_a_whole_frame_is_a_bad_file(tmp_path: Path, cli: Cli) -> None:
+    packets(tmp_path / "whole.mkv", 64, [0, 1])
+    data = (tmp_path / "whole.mkv").read_bytes()
+    first = data.index(bytes.fromhex("1f43b675"))  # Matroska's mark of a cluster of frames
+    (tmp_path / "cut.mkv").write_bytes(data[: first + 20])
+    said = cli("encode", tmp_path / "cut.mkv", "-o", tmp_path / "a.safetensors", *BUDGET)
+    assert said.code == 3 and "without a whole frame" in said.err
 
 
 def test_latents_of_another_vae_are_refused(tmp_path: Path, cli: Cli) -> None:

@@ -155,8 +155,8 @@ def pull(
     except UsageError:
         missing = choose(entries, name, given=experts).missing  # transformers are here, more than once
     hub = hub_from(os.environ, hub_cache(os.environ, Path.home()))
-    # The text encoders that are fetched carry the tokenizer.
-    parts = dict.fromkeys("text" if part == "tokenizer" else part for part in missing)
+    carried = ("tokenizer",) if "text" in missing else ()  # the text encoders that are fetched carry it
+    parts = [part for part in missing if part not in carried]
     wanted = ask(hub, downloads(name, parts, weights, text))
     check_space(hub, wanted)
     if not hushed:

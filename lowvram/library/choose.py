@@ -357,7 +357,7 @@ def missing_error(chosen: Chosen, entries: Sequence[Entry], where: str) -> FileE
             f"no tokenizer was found for {chosen.model}",
             where=where,
             expected="spiece.model of google/umt5-xxl, or a text encoder that carries it (ComfyUI's and GGUF ones do)",
-            advice="give it with --tokenizer FILE",
+            advice=f"give it with --tokenizer FILE, or fetch its 5 MB: lowvram models pull {chosen.model}",
         )
     found = (
         f"no {names} was found for {chosen.model}" if chosen.parts else f"no file of {chosen.model} was found"

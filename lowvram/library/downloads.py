@@ -48,6 +48,7 @@ def downloads(
     sources = own[weights or encodings[0]] | {
         "vae": table["shared"]["vae"][own["vae"]],
         "text": table["shared"]["text"][text],
+        "tokenizer": table["shared"]["tokenizer"]["umt5-xxl"],
         "clip": table["shared"]["clip"]["vit-h"],
     }
     found = [(part, sources[part].partition(":")) for part in parts if part in sources]

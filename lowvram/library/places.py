@@ -107,7 +107,8 @@ def given_places(folders: Iterable[str]) -> list[Place]:
         folder = user_path(text).absolute()
         if not folder.is_dir():
             raise FileError("no such folder", where=text, advice="check --models-dir")
-        found += [Place(folder, "--models-dir"), *_yaml_places(folder)]
+        # A walk enters no custom nodes, so what they hold comes before the folder that they lie in.
+        found += [*_tokenizers(folder, "--models-dir"), Place(folder, "--models-dir"), *_yaml_places(folder)]
     return _distinct(found)
 
 
@@ -159,7 +160,14 @@ def _installed(program: str, parents: list[Path], environ: Mapping[str, str]) ->
 def _comfy(root: Path) -> Iterator[Place]:
     if (root / "models").is_dir():
         yield from _inside(root / "models", "ComfyUI")
+        yield from _tokenizers(root, "ComfyUI")
     yield from _yaml_places(root)
+
+
+def _tokenizers(root: Path, label: str) -> Iterator[Place]:
+    """Kijai's WanVideoWrapper has UMT5's tokenizer among its code, because his text encoders do not carry it."""
+    for node in _children(root / "custom_nodes"):
+        yield Place(node / "configs" / "T5_tokenizer", label)
 
 
 def _wangp(root: Path) -> Iterator[Place]:

@@ -204,6 +204,24 @@ def test_the_command_fetches_what_is_missing_and_only_that(
     assert '"part":"vae"' in capsys.readouterr().out
 
 
+def test_a_text_encoder_without_tokenizer_is_not_fetched_once_more(
+    server: Server, machine: Any, files: Any, sparse: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried = machine.comfy / "text_encoders" / "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    carried.unlink()
+    sparse(
+        carried.with_name("umt5-xxl-enc-bf16.safetensors"),
+        files["bf16"](model_preset("wan2.2-t2v-a14b").text.shapes()),
+    )
+    monkeypatch.setenv("LOWVRAM_MODELS", str(machine.comfy))
+    monkeypatch.setenv("HF_HUB_CACHE", str(machine.hub))
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    name = "/google/umt5-xxl/resolve/main/spiece.model"
+    server.files[name] = DATA
+    assert _run(["models", "pull", "wan2.2-t2v-a14b", "-q"], False, False) == 0
+    assert {path for _, path, _ in server.asked} == {name}
+
+
 def test_nothing_but_pull_opens_a_socket(
     machine: Any,
     files: Any,

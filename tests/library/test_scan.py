@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import lowvram
 from lowvram.library import scan as module
 from lowvram.library.cache import Cache, load_cache, save_cache
 from lowvram.library.places import Place, answering, given_places, usual_places, yaml_places
@@ -134,6 +135,7 @@ def test_the_places_of_every_program_on_linux_and_windows(tmp_path: Path) -> Non
         "SwarmUI/dlbackend/ComfyUI/models/vae", "StabilityMatrix/Data/Models/DiffusionModels",
         "StabilityMatrix/Data/Packages/Forge/models/clip_vision", "Wan2GP/ckpts", "Wan2GP/loras",
         "pinokio/api/wan.git/app/ckpts", ".cache/huggingface/hub", "elsewhere/ckpts",
+        "ComfyUI/custom_nodes/comfyui-wanvideowrapper/configs/T5_tokenizer",
     ]  # fmt: skip
     drive = [tmp_path / "D" / "AI" / "ComfyUI" / "models" / "loras"]
     roaming = [tmp_path / "Roaming" / "StabilityMatrix" / "Models" / "VAE"]
@@ -159,6 +161,17 @@ def test_the_places_of_every_program_on_linux_and_windows(tmp_path: Path) -> Non
     assert usual_places({"HF_HUB_CACHE": str(hub)}, home)[-1] == Place(hub, "Hugging Face cache")
     told = {"LOWVRAM_MODELS": os.pathsep.join([str(hub), str(home / "nowhere")])}
     assert usual_places(told, home) == [Place(hub, "LOWVRAM_MODELS")]
+
+
+def test_a_comfyui_folder_brings_the_tokenizer_of_its_wan_nodes(tmp_path: Path) -> None:
+    """Kijai's text encoders do not carry it: his nodes have it."""
+    nodes = tmp_path / "custom_nodes"
+    (nodes / "another" / "configs").mkdir(parents=True)
+    tokenizer = nodes / "ComfyUI-WanVideoWrapper" / "configs" / "T5_tokenizer" / "spiece.model"
+    tokenizer.parent.mkdir(parents=True)
+    tokenizer.write_bytes((Path(lowvram.__file__).parent / "assets/nano/spiece.model").read_bytes())
+    library = scan(given_places([str(tmp_path)]), Cache())
+    assert [(e.path, e.kind) for e in library.entries] == [(str(tokenizer), "tokenizer")]
 
 
 def test_loops_of_links_and_folders_that_may_not_be_read_do_not_stop_it(

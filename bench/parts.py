@@ -18,7 +18,7 @@ from typing import Literal
 import msgspec
 import torch
 
-from lowvram.bench import decoding
+from lowvram.bench import dequant_rates
 from lowvram.bench.cases import GB, Case, Trial, What, dry_jobs
 from lowvram.bench.child import run_module
 from lowvram.bench.measure import Request
@@ -255,7 +255,7 @@ def multiplication(setup: Setup) -> Found:
 
 def decoding_rates(setup: Setup) -> Found:
     """Weights of every encoding are made dense, in torch and by kernels that have to give its bits."""
-    for facts in decoding.compare(setup.kind, small=setup.dry):
+    for facts in dequant_rates.compare(setup.kind, small=setup.dry):
         wrong = [name for name, value in facts.items() if isinstance(value, str) and value != "right"]
         yield Verdict("failed" if wrong else "passed", facts, ", ".join(wrong))
 

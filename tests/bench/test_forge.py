@@ -13,7 +13,7 @@ import torch
 
 from lowvram import Runtime
 from lowvram.bench import forge as forge_module
-from lowvram.bench import forging
+from lowvram.bench import forge_speed
 from lowvram.bench.forge import forge, forge_model, forged_files
 from lowvram.errors import UsageError
 from lowvram.machine import machine_profile
@@ -99,7 +99,7 @@ def hollow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_model_at_its_true_size_is_found_in_its_folder_and_planned(
     hollow: None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowvram.api.this_machine", lambda device: machine_profile("rtx4090"))
+    monkeypatch.setattr("lowvram.caps.this_machine", lambda device: machine_profile("rtx4090"))
     spec = model_preset(name)
     weights = "q4_k_m" if name == "wan2.2-t2v-a14b" else "fp8"
     made = forge_model(spec, tmp_path, weights)
@@ -137,14 +137,16 @@ def test_forging_is_measured_beside_plain_writes_and_a_block_runs(
         if way == "forged":
             forge_model(spec, folder, options.weights, parts=spec.expert_names())
         else:
-            forging.write(folder / "plain", nbytes, past=False)
-            assert (folder / "plain").stat().st_size == forging.PIECE  # in whole pieces
+            forge_speed.write(folder / "plain", nbytes, past=False)
+            assert (folder / "plain").stat().st_size == forge_speed.PIECE  # in whole pieces
         return {"seconds": 2.0 if way == "forged" else 1.0, "rss": 10**9}
 
-    monkeypatch.setattr(forging, "child", child)
-    spec = forging.model("nano", 1)
+    monkeypatch.setattr(forge_speed, "child", child)
+    spec = forge_speed.model("nano", 1)
     assert spec.dit.layers == 1
-    forging.compare(spec, tmp_path, forging.parser().parse_args(["--rounds", "2", "--weights", "q8_0"]))
+    forge_speed.compare(
+        spec, tmp_path, forge_speed.parser().parse_args(["--rounds", "2", "--weights", "q8_0"])
+    )
     said = capsys.readouterr().out
     assert "high_noise_model.gguf: 1 blocks of width 256" in said and "q8_0, ran on 64 tokens" in said
     assert said.count("forged at 0.50 of its rate") == 2

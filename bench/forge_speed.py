@@ -1,6 +1,6 @@
 """How fast checkpoints are forged, beside plain writes of as many bytes; and that a block runs from what was forged.
 
-    python bench/forging.py [--folder FOLDER] [--model wan2.2-t2v-a14b] [--weights fp8] [--layers 4] [--rounds 3]
+    python bench/forge_speed.py [--folder FOLDER] [--model wan2.2-t2v-a14b] [--weights fp8] [--layers 4] [--rounds 3]
 
 Forged are the transformers of a model, all of them, with their first --layers blocks. The plain writes put one buffer of
 16 MiB to the disk again and again, past the system's cache and through it. All ways wait until the disk has the bytes;
@@ -117,7 +117,7 @@ def main() -> None:
             json.dumps(seconds_of(lambda: write(folder / "plain", options.bytes, past=options.way == "past")))
         )
     else:
-        with tempfile.TemporaryDirectory(prefix="lowvram-forging-", dir=folder) as inside:
+        with tempfile.TemporaryDirectory(prefix="lowvram-forge-", dir=folder) as inside:
             compare(spec, Path(inside), options)
 
 

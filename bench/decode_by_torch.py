@@ -1,6 +1,6 @@
 """How fast weights are decoded where no kernel does it: a matrix 5120 x 13824 in every encoding, to bfloat16.
 
-    python bench/decode.py [--device cuda] [--against CHECKOUT] [ENCODING...]
+    python bench/decode_by_torch.py [--device cuda] [--against CHECKOUT] [ENCODING...]
 
 Times are the best of several rounds, as multiples of copying the same matrix in bfloat16. With --against the same is
 measured with another checkout of lowvram, in turns with this one, and the ratio of both is printed.

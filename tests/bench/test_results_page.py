@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import msgspec
 
-from lowvram.bench import draw
+from lowvram.bench import results_page
 from lowvram.bench.results import Ceilings, Measurement, Part, Peer, Stage, new_results
 from lowvram.survey import identify
 
@@ -41,10 +41,10 @@ MEASURED = Measurement(
 
 
 def test_what_has_no_measurement_says_so() -> None:
-    text = draw.document(PEAKS, {})
+    text = results_page.document(PEAKS, {})
     assert "| a14b | 15.0 GB | 8.00 GB | - | - | 3.90 GB |" in text
     gpu, peers = text.split("## On a GPU")[1].split("## Beside other programs")
-    assert draw.NOT_YET in gpu and draw.COMMAND in gpu and draw.NOT_YET in peers
+    assert results_page.NOT_YET in gpu and results_page.COMMAND in gpu and results_page.NOT_YET in peers
 
 
 def test_measurements_replace_the_sentence() -> None:
@@ -52,7 +52,7 @@ def test_measurements_replace_the_sentence() -> None:
     results.environment = msgspec.structs.replace(results.environment, kind="cuda", device="A card")
     results.parts = [Part("smoke", "passed", 3.2, {})]
     results.peers = PEERS
-    text = draw.document(PEAKS, {"a-card.json": results})
+    text = results_page.document(PEAKS, {"a-card.json": results})
     assert "### A card, 2026-01-02" in text and "| smoke | passed | 3 s |" in text
     assert (
         "| other & co 2 | <x> | 3.00 | 1.50 | 1.00 GB | 0 B | no |  |" in text and "| not installed |" in text
@@ -61,9 +61,11 @@ def test_measurements_replace_the_sentence() -> None:
 
 
 def test_pictures_are_well_formed_and_hold_what_they_show() -> None:
-    stalls = draw.stalls_plot([MEASURED])
-    roofline = draw.roofline_plot([MEASURED], Ceilings(matmul=1e10, attention=5e9, link=1e9, disk=1e8))
-    for picture in (draw.peaks_plot(PEAKS), stalls, roofline, draw.peers_plot(PEERS)):
+    stalls = results_page.stalls_plot([MEASURED])
+    roofline = results_page.roofline_plot(
+        [MEASURED], Ceilings(matmul=1e10, attention=5e9, link=1e9, disk=1e8)
+    )
+    for picture in (results_page.peaks_plot(PEAKS), stalls, roofline, results_page.peers_plot(PEERS)):
         root = ElementTree.fromstring(picture)
         assert float(root.attrib["width"]) > 0
     assert "other &amp; co: &lt;x&gt;" in picture and "1.50, other bits" in picture and "gone" not in picture
@@ -75,9 +77,11 @@ def test_pictures_are_well_formed_and_hold_what_they_show() -> None:
 
 
 def test_what_is_committed_was_drawn_from_what_is_committed() -> None:
-    """RESULTS.md and the plots follow from the results files: run `python bench/draw.py` after changing them."""
-    found = {p.name: draw.load(p) for p in sorted((draw.FOLDER / "results").glob("*.json"))}
-    recorded = draw.peaks.load()
-    for name, picture in draw.pictures(recorded, found).items():
-        assert (draw.FOLDER / "results" / name).read_text(encoding="utf-8") == picture
-    assert (draw.FOLDER / "RESULTS.md").read_text(encoding="utf-8") == draw.document(recorded, found)
+    """RESULTS.md and the plots follow from the results files: run `python bench/results_page.py` after changing them."""
+    found = {p.name: results_page.load(p) for p in sorted((results_page.FOLDER / "results").glob("*.json"))}
+    recorded = results_page.peaks.load()
+    for name, picture in results_page.pictures(recorded, found).items():
+        assert (results_page.FOLDER / "results" / name).read_text(encoding="utf-8") == picture
+    assert (results_page.FOLDER / "RESULTS.md").read_text(encoding="utf-8") == results_page.document(
+        recorded, found
+    )

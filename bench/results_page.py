@@ -1,6 +1,6 @@
 """Tables and plots of the committed results: what has not been measured says so, and no number is written by hand.
 
-    python bench/draw.py            writes bench/RESULTS.md and bench/results/*.svg
+    python bench/results_page.py     writes bench/RESULTS.md and bench/results/*.svg
 
 Reads bench/peaks.json and bench/results/*.json.
 """
@@ -64,7 +64,7 @@ def document(recorded: Mapping[str, peaks.Peaks], found: Mapping[str, Results]) 
     parts = [
         "# Results",
         (
-            "Made by `python bench/draw.py` from the files in `bench/results/` and `bench/peaks.json`; nothing here is typed"
+            "Made by `python bench/results_page.py` from the files in `bench/results/` and `bench/peaks.json`; nothing here is typed"
             " by hand."
         ),
         "## Planned peaks of VRAM",

@@ -176,8 +176,9 @@ def finite_peak(tensor: Tensor, dim: int | None = None) -> Tensor:
     return peak.to(torch.float32)
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices over `rows` rows of `columns` elements, of at most CHUNK_ELEMENTS elements (but at least a row)."""
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+def row_chunks(rows: int, columns: int, of: int = 1) -> Iterator[slice]:
+    """Slices over `rows` rows of `columns` elements, of at most CHUNK_ELEMENTS elements (but at least a row); with `of`
+    of no more than that part of CHUNK_ELEMENTS, and of all elements."""
+    step = max(1, min(CHUNK_ELEMENTS, rows * columns) // of // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))

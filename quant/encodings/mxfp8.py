@@ -23,6 +23,7 @@ from lowvram.quant.encodings.base import (
     part_layout,
     row_chunks,
 )
+from lowvram.quant.encodings.fp8 import wide_chunks, widened
 from lowvram.quant.encodings.tiles import from_tiles, tiled_shape, to_tiles
 from lowvram.quant.refs import Shape
 from lowvram.quant.spec import numel
@@ -62,9 +63,10 @@ class Mxfp8(Encoding):
         weight = parts["weight"].view(torch.uint8).reshape(shape).view(_E4M3)
         exponents = from_tiles(parts["scale"].view(torch.uint8), rows, columns // _GROUP)
         scales = torch.where(exponents == 0, 0.0, exponents.view(_E8M0).to(torch.float32)).unsqueeze(2)
-        for chunk in row_chunks(rows, columns):
-            values = weight[chunk].to(torch.float32).view(-1, columns // _GROUP, _GROUP)
+        for chunk in wide_chunks(weight, rows, columns):
+            values = widened(weight[chunk]).view(-1, columns // _GROUP, _GROUP)
             out[chunk].copy_(values.mul_(scales[chunk]).view(-1, columns))
+            del values
 
     def _encode(self, tensor: Tensor, shape: Shape) -> dict[str, Tensor]:
         """The smallest power of two with which a group fits e4m3; then nearest, ties to even."""

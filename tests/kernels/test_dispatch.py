@@ -84,6 +84,8 @@ def test_a_mode_that_fails_its_test_is_replaced_by_name() -> None:
         ("int8-fp8", "sm_86", ALL, "no int8-fp8 kernel for sm_86"),
         ("int8", "sm_89", frozenset(), "triton is not installed"),
         ("sage", "sm_89", frozenset({"triton"}), "sageattention is not installed"),
+        ("flash", "sm_120", frozenset({"triton"}), "flash_attn is not installed"),
+        ("kitchen", "sm_86", frozenset({"triton"}), "comfy_kitchen is not installed"),
         ("flash", "", ALL, "needs an NVIDIA card"),
         ("fast", "sm_89", ALL, '"fast"'),
     ],

@@ -65,6 +65,25 @@ def test_the_choice_is_in_the_plan_the_saved_job_and_the_video(
     assert cli("generate", PROMPT, "--attention", "sage", "-o", tmp_path / "b.mp4").code == 2
 
 
+def test_the_command_line_knows_every_mode_and_says_what_it_took_or_why_it_cannot(
+    cli: Callable[..., Any],
+) -> None:
+    shown = cli("plan", "--help").out
+    for name in ("auto", *MODES):
+        assert name in shown
+        made = cli(
+            "plan", PROMPT, "--steps", 2, "--frames", 1, "--size", "32x32", "--attention", name, "--json"
+        )
+        if name in MODES and MODES[name].package:
+            assert (
+                made.code == 2 and f"--attention {name}: {MODES[name].what} needs an NVIDIA card" in made.err
+            )
+        else:
+            took = "sdpa (scaled_dot_product_attention of torch), chosen for a processor"
+            expected = took if name == "auto" else f"{name} ({MODES[name].what}), as asked"
+            assert made.objects[0]["choices"]["attention"].startswith(expected)
+
+
 def test_a_plan_for_a_card_prices_what_its_mode_keeps(cli: Callable[..., Any]) -> None:
     flags = ("--model", "wan2.2-t2v-a14b", "--weights", "fp8", "--frames", 17, "--size", "832x480",
              "--vram", "24GB", "--machine", "rtx4090", "--json")  # fmt: skip

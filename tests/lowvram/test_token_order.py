@@ -17,8 +17,33 @@ from lowvram.offload.placement import Placement
 from lowvram.quant.linear import Params
 from lowvram.quant.spec import HEAD_DIM, DitSpec
 from lowvram.stages import denoise
+from lowvram.triton_kernels.attention import KEY_TILE, QUERY_TILE, pool_keys, select_tiles
+from lowvram.triton_kernels.norm_rope import quantise_rows
 
 GRIDS = [(21, 30, 52), (31, 45, 80), (1, 45, 80), (3, 4, 4), (2, 1, 1), (6, 7, 3)]
+
+
+def test_where_attention_is_local_the_tiles_that_matter_are_selected_and_are_fewest_in_the_compact_order() -> (
+    None
+):
+    """Logits that fall with the distance in frames, rows and columns; of the softmax, what lies in the selected tiles."""
+    grid, keep = (9, 8, 64), 0.025
+    places = torch.cartesian_prod(*(torch.arange(float(n)) for n in grid))
+    waves = places @ (torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * 0.3)
+    raster = torch.cat([waves.cos(), waves.sin()], -1)[None] * 128**0.25
+    kept, best = {}, {}
+    for name, order in (("raster", None), ("compact", compact_order(grid))):
+        x = raster if order is None else raster[:, order.raster]
+        q, scale = quantise_rows(x)
+        pooled = torch.empty(1, x.shape[1] // KEY_TILE, HEAD_DIM)
+        pool_keys(q, scale, pooled)
+        index = select_tiles(q, scale, pooled, keep)[0].long()
+        p = (x[0] @ x[0].mT / 128**0.5).softmax(-1)
+        of_tiles = p.unflatten(0, (-1, QUERY_TILE)).mean(1).unflatten(1, (-1, KEY_TILE)).sum(-1)
+        kept[name] = float(of_tiles.gather(1, index).sum(1).mean())
+        best[name] = float(of_tiles.topk(index.shape[1]).values.sum(1).mean())
+        assert kept[name] > 0.98 * best[name]
+    assert 1 - kept["compact"] < 0.6 * (1 - kept["raster"])  # of what is lost, little more than half
 
 
 @pytest.mark.parametrize("framewise", [False, True])

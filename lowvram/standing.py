@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,9 @@ def standing(folder: JobFolder) -> Standing:
     with suppress(FileError, StorageError):
         saved = folder.load()
     sizes, times = [0], [0.0]
-    for each in folder.path.iterdir():
+    for name in os.listdir(folder.path) if folder.path.is_dir() else ():
         with suppress(OSError):  # another process replaces its files meanwhile
-            status = each.stat()
+            status = os.stat(folder.path / name)
             sizes.append(status.st_size)
             times.append(status.st_mtime)
     begun = _numbers(folder.carried_path).get(SEGMENT, 0)

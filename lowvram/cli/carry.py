@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowvram.cli.console import Forecast, Progress, Terminated, emit, emit_json, progress_mode, say
+from lowvram.cli.console import Terminated, emit, emit_json, say
+from lowvram.cli.progress import Forecast, Progress, progress_mode
 from lowvram.errors import StorageError, UsageError
 from lowvram.job import Job
 from lowvram.media.target import check_place, check_target, reserved

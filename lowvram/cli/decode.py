@@ -45,7 +45,7 @@ def decode(
     """Decode the finished latent of a job once more, or a latent file."""
     from lowvram.api import Runtime
     from lowvram.cli.carry import Output
-    from lowvram.cli.console import Forecast
+    from lowvram.cli.progress import Forecast
     from lowvram.cli.work import load_latent, reopen
     from lowvram.errors import UsageError
     from lowvram.folders import jobs_folder
@@ -101,7 +101,8 @@ def _decode_file(
     import time
 
     from lowvram.autoencoder import Autoencoder, find_vae, load_latent_file
-    from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode
+    from lowvram.cli.console import emit, emit_json
+    from lowvram.cli.progress import Forecast, Progress, progress_mode
 
     latent, rate = load_latent_file(file)
     found = find_vae(runtime, model, vae)

@@ -12,8 +12,8 @@ from torch import Tensor
 from lowvram.animation import Animation
 from lowvram.api import Pipeline
 from lowvram.cli.carry import Output, Rest, summary
-from lowvram.cli.console import Forecast, Progress
 from lowvram.cli.preview import open_preview, preview_decoder
+from lowvram.cli.progress import Forecast, Progress
 from lowvram.cli.tensors import damaged, load_tensors, save_tensors
 from lowvram.conditions.contract import Condition
 from lowvram.job import Job

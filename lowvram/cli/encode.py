@@ -35,7 +35,8 @@ def encode(
 
     from lowvram.api import Runtime
     from lowvram.autoencoder import Autoencoder, find_vae, open_video, save_latent_file
-    from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode
+    from lowvram.cli.console import emit, emit_json
+    from lowvram.cli.progress import Forecast, Progress, progress_mode
     from lowvram.media.target import check_target, reserved
 
     check_target(output, overwrite, ".safetensors")

@@ -107,7 +107,7 @@ def _check_known(model: str, given: Mapping[str, str], weights: str | None) -> N
 
 def table(plan: Plan) -> str:
     """The plan for people."""
-    from lowvram.cli.console import clock_time
+    from lowvram.cli.progress import clock_time
     from lowvram.offload.budget import format_bytes
 
     machine, budget = plan.machine, plan.budget

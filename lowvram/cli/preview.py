@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from lowvram.cli.carry import Output
-from lowvram.cli.console import Progress
+from lowvram.cli.progress import Progress
 from lowvram.errors import UsageError
 from lowvram.job import Job
 from lowvram.offload.io import write_atomic

@@ -30,7 +30,8 @@ def quantize(
     """Store a network in another format. A run that was stopped goes on where it was."""
     import time
 
-    from lowvram.cli.console import Forecast, Progress, emit, emit_json, progress_mode
+    from lowvram.cli.console import emit, emit_json
+    from lowvram.cli.progress import Forecast, Progress, progress_mode
     from lowvram.conversion import plan_conversion, run_conversion
     from lowvram.offload.budget import format_bytes
 

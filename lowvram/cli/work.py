@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lowvram.api import Pipeline, Runtime
 from lowvram.cli.carry import Output, Rest, carry_on, summary
-from lowvram.cli.console import Forecast, Progress
 from lowvram.cli.driven import rest_of_driven
 from lowvram.cli.models import announce, tell_files, tell_preset
 from lowvram.cli.options import JobFlags
 from lowvram.cli.preview import open_preview, preview_decoder
+from lowvram.cli.progress import Forecast, Progress
 from lowvram.cli.tensors import damaged, load_tensors, save_tensors
 from lowvram.conditions.contract import Condition
 from lowvram.driving import Driving

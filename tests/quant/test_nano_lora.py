@@ -1,4 +1,4 @@
-"""nano's own LoRA pair on nano in every format that quantise writes: the block's Linear is what its parts say."""
+"""nano's own LoRA pair on nano in every encoding that is read, and in files of every family that quantise writes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from readable import readable
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from lowvram.conversion import plan_conversion, run_conversion
@@ -14,8 +16,10 @@ from lowvram.model import Model, Transformer
 from lowvram.model_files import with_loras
 from lowvram.offload.io import FileReader
 from lowvram.offload.slab import as_bytes, build_layout, carve, read_runs
+from lowvram.quant.branches import Branch
+from lowvram.quant.encodings.base import Encoding
 from lowvram.quant.identify import identify_path
-from lowvram.quant.linear import Encoded
+from lowvram.quant.linear import Encoded, Params
 from lowvram.sampling.presets import model_preset
 from lowvram.stages.weights import to_params
 
@@ -54,3 +58,21 @@ def test_the_lora_of_nano_works_on_nano_in_every_format(to: str, tmp_path: Path)
         change = branch.scale * (x @ branch.down.float().T) @ branch.up.float().T
         assert change.abs().max() > 1e-4
         assert torch.allclose(block.linear(name, x), plain + change, atol=1e-5)
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+@pytest.mark.parametrize("encoding", readable().values(), ids=lambda encoding: encoding.name)
+def test_the_pair_is_added_beside_a_weight_in_every_encoding(encoding: Encoding, expert: str) -> None:
+    """Never merged: the weight that is multiplied is the stored one, to the bit, and the LoRA is what it adds."""
+    name = "blocks.2.ffn.0"
+    weight = load_file(NANO / f"{expert}_noise_model.safetensors")[f"{name}.weight"].float()
+    lora = load_file(NANO / "loras" / f"lightning-4-{expert}.safetensors")
+    down, up = (lora[f"{name}.lora_{half}.weight"] for half in ("down", "up"))
+    stored = Encoded(encoding, tuple(weight.shape), encoding.encode(weight))
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    branches = {name: (Branch(down, up, 0.8),)}
+    found = Params({f"{name}.weight": stored}, branches).linear(name, x)
+    plain = Params({f"{name}.weight": stored}).linear(name, x)
+    assert torch.equal(plain, functional.linear(x, stored.decode(torch.float32)))
+    change = 0.8 * (x @ down.float().T) @ up.float().T
+    assert change.abs().max() > 1e-3 and torch.allclose(found, plain + change, atol=1e-5)

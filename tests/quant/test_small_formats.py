@@ -5,15 +5,26 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from optimum.quanto import MaxOptimizer, freeze, qint4, qint8, quantize, quantize_weight
+from optimum.quanto import (
+    MaxOptimizer,
+    freeze,
+    qfloat8_e4m3fn,
+    qfloat8_e5m2,
+    qint4,
+    qint8,
+    quantize,
+    quantize_weight,
+)
 from optimum.quanto.tensor.packed import PackedTensor
 
 from lowvram.quant.encodings.base import StoredPart
+from lowvram.quant.encodings.fp8 import Fp8
 from lowvram.quant.encodings.int4 import ConvrotInt4, QuantoInt4
 from lowvram.quant.encodings.int8 import Int8
 from lowvram.quant.encodings.nf4 import Bnb4
@@ -23,7 +34,7 @@ from lowvram.triton_kernels.hadamard import rotate, rotate_whole
 
 SHAPE = (48, 512)
 CODES = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-         }  # fmt: skip
+         torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # fmt: skip
 
 
 def weights(shape=SHAPE, seed=0) -> torch.Tensor:
@@ -68,16 +79,21 @@ def test_encoding_loses_no_more_than_the_format_must(name, most):
 # int8
 
 
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [(qint8, Int8("row")), (qfloat8_e4m3fn, Fp8(scaling="row")), (qfloat8_e5m2, Fp8("F8_E5M2", "row"))],
+    ids=lambda value: getattr(value, "name", ""),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_quanto_qint8_decodes_as_quanto_does(dtype):
+def test_the_8_bits_of_quanto_decode_as_quanto_does(kind, family, dtype):
     layer = torch.nn.Sequential(torch.nn.Linear(512, 48).to(dtype))
-    quantize(layer, weights=qint8)
+    quantize(layer, weights=kind)
     freeze(layer)
     state = layer.state_dict()
     parts = {"weight": state["0.weight._data"], "scale": state["0.weight._scale"]}
     extra = {"input_scale": state["0.input_scale"], "output_scale": state["0.output_scale"]}
     found = recognise(seen(parts | extra))
-    assert found.encoding == Int8("row", CODES[dtype]) and found.roles == ("weight", "scale")
+    assert found.encoding == replace(family, scale_code=CODES[dtype]) and found.roles == ("weight", "scale")
     # Both multiply in float32 and round the product once.
     assert torch.equal(found.encoding.decode(parts, SHAPE, dtype), layer[0].weight.dequantize())
 

@@ -29,10 +29,11 @@ def bench(
         Path | None,
         typer.Option("--folder", help="Where random checkpoints are written and kept: about 40 GB."),
     ] = None,
-    weights: Annotated[str, typer.Option("--weights", help="Their encoding, such as fp8.")] = "fp8",
+    weights: Annotated[str | None, typer.Option("--weights", help="Their encoding; fp8 if left out.")] = None,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Rounds of each case; the median counts.")
-    ] = 3,
+        int | None,
+        typer.Option("--repeats", min=1, help="Rounds of each case; the median counts. 3 if left out."),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -52,6 +53,13 @@ def bench(
             expected="a folder with about 40 GB of room, or --dry",
             advice="give --folder DIR on the disk that your models lie on, or --dry",
         )
+    for flag, given in (("--folder", folder), ("--weights", weights), ("--repeats", repeats)):
+        if dry and given is not None:
+            raise UsageError(
+                f"{flag} {given} beside --dry",
+                expected="one or the other: --dry runs every case once, on the embedded model as it is",
+                advice=f"leave {flag} out, or --dry",
+            )
     from lowvram.bench import suite
     from lowvram.caps import check_device
     from lowvram.cli.console import emit, say
@@ -64,8 +72,8 @@ def bench(
         output,
         dry=dry,
         folder=folder,
-        weights=weights,
-        repeats=1 if dry else repeats,
+        weights=weights or "fp8",
+        repeats=1 if dry else repeats or 3,
         device=device,
         tell=tell,
         only=only or (),
@@ -83,8 +91,17 @@ def _open(path: Path, device: str | None) -> Results:
     from lowvram.bench import results
     from lowvram.survey import identify
 
-    if path.exists():
-        return results.load(path)
     made = results.new_results(identify(device), datetime.now(UTC).strftime("%Y-%m-%d"))
+    if path.exists():
+        found = results.load(path)
+        begun, here = found.environment, made.environment
+        if (begun.device, begun.arch) != (here.device, here.arch):
+            raise UsageError(
+                f"figures of another device ({begun.device})",
+                where=str(path),
+                expected=f"those of this one ({here.device}): a file holds the figures of one device",
+                advice="name another file with -o",
+            )
+        return found
     results.save(path, made)
     return made

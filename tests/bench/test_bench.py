@@ -58,7 +58,7 @@ def test_the_dry_benchmark_leaves_a_valid_file_and_goes_on_where_it_was(
     kept = [t for t in dry_trials() if t.case.what == "decode"] + [dry_jobs("pair")[2]]
     monkeypatch.setattr(suite, "dry_trials", lambda: tuple(kept[:1]))
     path = tmp_path / "r.json"
-    command = ["bench", "--dry", "--device", "cpu", "--repeats", "1", "--quiet", "-o", str(path)]
+    command = ["bench", "--dry", "--device", "cpu", "--quiet", "-o", str(path)]
     assert _run(command, False, False) == 0
     assert len(load(path).measurements) == 1
     monkeypatch.setattr(suite, "dry_trials", lambda: tuple(kept))
@@ -84,6 +84,16 @@ def test_a_results_file_that_is_none_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(FileError, match="not a results file"):
             load(path)
+
+
+def test_a_file_holds_the_figures_of_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.json"
+    begun = new_results(identify("cpu"), "2026-01-02")
+    begun.environment = msgspec.structs.replace(begun.environment, device="another")
+    save(path, begun)
+    before = path.read_bytes()
+    assert _run(["bench", "--dry", "--device", "cpu", "-o", str(path)], False, False) == 2
+    assert "another" in capsys.readouterr().err and path.read_bytes() == before
 
 
 def test_without_a_folder_only_a_dry_benchmark_is_possible(capsys: pytest.CaptureFixture[str]) -> None:

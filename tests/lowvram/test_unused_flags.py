@@ -32,6 +32,8 @@ A14B = ("--model", "wan2.2-t2v-a14b", "--frames", 17, "--size", "832x480")
         (("demo", "a blue square", "--drive", "{folder}"), "--drive"),
         (("encode", "video.mp4", "--model", "wan2.2-ti2v-5b", "--vae", VAE), "--model"),
         (("decode", "{folder}/in.safetensors", "--model", "wan2.2-ti2v-5b", "--vae", VAE), "--model"),
+        (("bench", "--dry", "--folder", "."), "--folder"),
+        (("bench", "--dry", "--repeats", 3), "--repeats 3"),
         (("models", "verify", VAE, "--models-dir", "."), "--models-dir"),
     ],
     ids=lambda value: " ".join(map(str, value[:1])) if isinstance(value, tuple) else value,

@@ -50,6 +50,9 @@ class Animation:
     preview: Preview | None = None
     """What is shown of every segment while it is made."""
 
+    def __repr__(self) -> str:
+        return f"Animation({self.job.summary})"
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> Report:
         """Make the video and write it to an mp4, verified before it takes its name; what happened, stage by stage.
 

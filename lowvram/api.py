@@ -27,7 +27,7 @@ from lowvram.media.target import check_target, reserved
 from lowvram.media.video import VideoWriter, check_size, write_behind
 from lowvram.model import Model
 from lowvram.model_files import open_model, with_loras
-from lowvram.offload.budget import Ledger
+from lowvram.offload.budget import Ledger, format_bytes
 from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.io import user_path
 from lowvram.offload.kept import KeptBytes
@@ -35,7 +35,7 @@ from lowvram.planning.choose import make_plan
 from lowvram.planning.plan import Plan
 from lowvram.preview import Decoder, Preview
 from lowvram.report import Report, Sample, StageReport
-from lowvram.settings import check_used, with_pictures, with_preset_loras
+from lowvram.settings import check_used, with_files, with_preset_loras
 from lowvram.stages import condition, decode, denoise, text
 from lowvram.stages.denoise import State
 from lowvram.stages.run import Listener, Run, Silent, resident_set
@@ -73,6 +73,10 @@ class Runtime:
         if self.kept is not None:
             self.budget = beside(self.budget, self.kept.capacity)
         self.texts = text_cache() if cache else None
+
+    def __repr__(self) -> str:
+        vram, ram = map(format_bytes, (self.budget.vram, self.budget.ram))
+        return f"Runtime({self.machine.kind}, {vram} VRAM, {ram} RAM)"
 
     def load(
         self,
@@ -176,6 +180,9 @@ class Pipeline:
     models_dirs: tuple[str, ...] = ()
     """Where LoRAs of a preset are looked for besides the usual places."""
 
+    def __repr__(self) -> str:
+        return f"Pipeline({self.model.name}, {self.runtime})"
+
     def job(self, prompt: str = "", *, force: bool = False, **settings: Any) -> Job:
         """A job on this model, settled and checked. What is left out, or None, is the model's own default:
 
@@ -192,7 +199,7 @@ class Pipeline:
         guidance        scale, or those of the (high, low) noise expert; 1 takes half the time
         preset          a few-step schedule such as "lightning-4", instead of steps, solver and shift. Where files are known
                         to be made for one and nothing of the schedule is set, it is theirs.
-        loras           tuple of `LoraChoice`
+        loras           paths of LoRAs, or a `LoraChoice` each to say the expert and the strength
         image           path of a picture that the video begins with
         last_image      path of a picture that it ends with
         attention       "auto", "sdpa", "int8", "int8-fp16", "int8-fp8", "sparse", "sage", "flash" or "kitchen"
@@ -204,7 +211,7 @@ class Pipeline:
         of 20), unless `force`; FileError for a picture that cannot be read.
         """
         settings = fewstep.with_preset(
-            with_preset_loras(self.model, self.files, self.models_dirs, with_pictures(settings)), self.files
+            with_preset_loras(self.model, self.files, self.models_dirs, with_files(settings)), self.files
         )
         settings["attention"] = self.runtime.attention(
             settings.get("attention") or "auto", settings.pop("attention_ends", None)
@@ -339,6 +346,9 @@ class Video:
     samples: list[Sample] = field(default_factory=list)
     """The memory meanwhile."""
 
+    def __repr__(self) -> str:
+        return f"Video({self.job.summary})"
+
     def frames(self) -> Iterator[NDArray[np.uint8]]:
         """Frames [height, width, 3] uint8 RGB in order, decoded as they are taken.
 
@@ -365,7 +375,7 @@ class Video:
     def save(self, path: str | Path, *, overwrite: bool = False) -> Report:
         """Decode into an mp4 (H.264) that is decoded once more and checked before it takes its name.
 
-        The report is of all stages: those before, and this decode. It prints with `lowvram.report.table`.
+        The report is of all stages: those before, and this decode. Printed, it is a table.
 
         UsageError for a name that does not end in .mp4, or a file that exists, unless `overwrite`; BusyError if it is
         being made already; StorageError if it cannot be written: the frames so far are kept beside it as

@@ -23,7 +23,7 @@ from lowvram.planning.plan import Plan
 from lowvram.preview import open_decoder
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.sampling.presets import few_step, model_preset, preset_of_file
-from lowvram.settings import check_used, with_pictures, with_preset_loras
+from lowvram.settings import check_used, with_files, with_preset_loras
 from lowvram.triton_kernels import dispatch
 
 DEFAULT_WEIGHTS = "bf16"
@@ -92,7 +92,7 @@ def plan_elsewhere(
     )
     stored = {expert: str(t.file) for expert, t in model.transformers.items() if t.is_here}
     settings = with_preset_loras(model, files or stored, models_dirs, settings)
-    settings = fewstep.with_preset(with_pictures(settings), files)
+    settings = fewstep.with_preset(with_files(settings), files)
     job = make_job(spec, model=model.name, files=dict(files), prompt=prompt, **settings)
     if not force:
         fewstep.check(job, spec)

@@ -86,6 +86,11 @@ class Job:
     """Animate: what the character follows. `frames` are those of one segment then."""
 
     @property
+    def summary(self) -> str:
+        """Model, size, length and steps, for people."""
+        return f"{self.model} {self.width}x{self.height}, {self.frames} frames, {len(self.schedule)} steps"
+
+    @property
     def pictures(self) -> tuple[Picture, ...]:
         """All pictures, in the order of their frames."""
         return tuple(p for p in (self.image, self.last_image) if p is not None)

@@ -218,6 +218,9 @@ class Model:
     opener: Opener = field(default_factory=Opener, compare=False)
     """Opens its files, as long as they are those whose headers were read."""
 
+    def __repr__(self) -> str:
+        return f"Model({self.name})"  # not its thousands of tensors
+
     def encodings(self) -> Mapping[Encoding, Shape]:
         """How weights outside the VAE are stored that are not plain numbers, and the shape of the largest of each."""
         refs = [

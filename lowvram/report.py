@@ -101,6 +101,9 @@ class Report:
     colours: tuple[Colours, ...] = ()
     """Of the segments of a driven video; the first one is always there, of the others those that this run made."""
 
+    def __str__(self) -> str:
+        return table(self)
+
     @property
     def seconds(self) -> float:
         """Time in all stages."""

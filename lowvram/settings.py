@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lowvram import discovery
@@ -14,10 +15,17 @@ from lowvram.offload.io import user_path
 from lowvram.sampling.presets import few_step
 
 
-def with_pictures(settings: dict[str, Any]) -> dict[str, Any]:
-    """Paths of pictures become what their headers say."""
+def with_files(settings: dict[str, Any]) -> dict[str, Any]:
+    """Paths of pictures become what their headers say, those of LoRAs a choice for both experts at full strength."""
     paths = {name: settings[name] for name in ("image", "last_image") if settings.get(name) is not None}
-    return settings | {name: open_picture(user_path(path)) for name, path in paths.items()}
+    found: dict[str, Any] = {name: open_picture(user_path(path)) for name, path in paths.items()}
+    if loras := settings.get("loras"):
+        several = (loras,) if isinstance(loras, str | Path | LoraChoice) else loras
+        found["loras"] = tuple(
+            each if isinstance(each, LoraChoice) else LoraChoice(path=str(user_path(each).absolute()))
+            for each in several
+        )
+    return settings | found
 
 
 def with_preset_loras(

@@ -139,7 +139,4 @@ def summary(job: Job, plan: Plan) -> str:
     """One line about what is to come."""
     blocks = plan.blocks()
     places = ", ".join(f"{n} {where}" for where, n in blocks.items() if n)
-    return (
-        f"{job.model} {job.width}x{job.height}, {job.frames} frames, {len(job.schedule)} steps; "
-        f"at most {format_bytes(plan.vram)} of {format_bytes(plan.budget.vram)} VRAM; blocks: {places}"
-    )
+    return f"{job.summary}; at most {format_bytes(plan.vram)} of {format_bytes(plan.budget.vram)} VRAM; blocks: {places}"

@@ -60,6 +60,23 @@ def test_a_video_that_is_saved_twice_reports_one_decode_each_time(pipe: Pipeline
     assert len(reports[0].samples) == len(reports[1].samples)
 
 
+def test_what_a_notebook_shows_is_a_line(pipe: Pipeline, tmp_path: Path) -> None:
+    video = pipe(PROMPT, **SMALL)
+    for shown in (pipe.runtime, pipe, pipe.model, video):
+        assert len(repr(shown)) < 120 and "\n" not in repr(shown)
+    assert "nano" in repr(video) and "64x64" in repr(video)
+    assert str(video.save(tmp_path / "a.mp4")).splitlines()[-1].startswith("whole job")
+
+
+def test_loras_are_named_by_their_paths(pipe: Pipeline) -> None:
+    paths = [
+        str(files("lowvram") / f"assets/nano/loras/lightning-4-{e}.safetensors") for e in ("high", "low")
+    ]
+    chosen = tuple(LoraChoice(path=path) for path in paths)
+    assert pipe.job(PROMPT, loras=paths) == pipe.job(PROMPT, loras=chosen)
+    assert pipe.job(PROMPT, loras=Path(paths[0]), force=True).loras == chosen[:1]
+
+
 def test_one_scale_of_guidance_is_that_of_both_experts(pipe: Pipeline) -> None:
     assert pipe.job(PROMPT, guidance=3, **SMALL).schedule.guidance == (3.0,)
 

@@ -27,7 +27,7 @@ from lowvram.offload.budget import Budget, format_bytes
 from lowvram.offload.io import FileReader, Opener, write_atomic
 from lowvram.offload.placement import Placement
 from lowvram.planning.decode import plan_decode
-from lowvram.planning.encode import plan_encode
+from lowvram.planning.encode import planned
 from lowvram.planning.facts import Facts
 from lowvram.planning.once import Once
 from lowvram.planning.plan import Lean, Plan, StagePlan
@@ -134,7 +134,7 @@ class Autoencoder:
         facts = self._facts(shape)
         device, host, budget = facts.context, facts.host({}), self.runtime.budget
         vram, ram = budget.vram - sum(device.values()), budget.ram - sum(host.values())
-        plan = plan_encode(self.model, shape, vram, ram, facts.machine)
+        plan = planned(facts, shape[0], vram, ram)
         stage = StagePlan(
             "encode",
             facts.latent[1],

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from lowvram import vae_footprint
 from lowvram.coding import Coding
 from lowvram.model import Group
-from lowvram.models.vae_attention import QUERIES
+from lowvram.models.vae_attention import KEYS, QUERIES
 from lowvram.models.vae_clip import Half
 from lowvram.models.vae_history import Memory, packed, packed_size, tile_memories
-from lowvram.models.vae_middle import keys_on_device, most_strips
+from lowvram.models.vae_middle import most_strips
 from lowvram.models.vae_tiles import Tile, Tiling, band_edges, long_axis, make_bands, make_tile
+from lowvram.offload.budget import allocated_size
 from lowvram.offload.estimate import Rounding
 from lowvram.planning.once import Once
 from lowvram.quant.spec import VaeSpec, numel
@@ -36,7 +37,7 @@ VISIT = 16
 FLOOR = 3
 """Times the largest frame that a layer remembers: a residual block holds what it was given, the sum of the taps so far and
 what the next tap gives, each of them as large."""
-SMALLEST = 8
+SMALLEST = 6
 """Latents on a tile's side. A smaller tile would spend most of its work on what lies around it."""
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 
@@ -56,7 +57,7 @@ class _Middle(NamedTuple):
     resting: int = 0
     """On the host beside the planes."""
     results: int = 0
-    """On the host, for each latent of a visit, if they take another place than the planes."""
+    """On the host, for each latent of a visit: those that take another place than the planes, and what strips hand on."""
     moved: int = 0
     """For each latent, to the device and as many back."""
 
@@ -164,7 +165,7 @@ class Codings(ABC):
         """tile: scratch of the largest."""
         visits, middle, cut = (
             ceil(self.latent[1] / tiling.visit),
-            self._middle(tiling.strips),
+            self._middle(tiling),
             self.cut(tiling.grid),
         )
         everything = cut.total + middle.total
@@ -189,10 +190,10 @@ class Codings(ABC):
             grid = (rows, 1, False) if self._long else (1, columns, False)
         return self.cut(grid).total / self.cut((1, 1, False)).total
 
-    def _middle(self, strips: int) -> _Middle:
-        return (
-            self._once(Codings._middle_in_strips, strips) if strips > 1 else self._once(Codings._whole_middle)
-        )
+    def _middle(self, tiling: Tiling) -> _Middle:
+        if tiling.strips == 1:
+            return self._once(Codings._whole_middle)
+        return self._once(Codings._middle_in_strips, tiling.strips, tiling.resident)
 
     def late(self, tiling: Tiling) -> bool:
         """Whether all frames wait for the last tile, however long the clip."""
@@ -224,15 +225,16 @@ class Codings(ABC):
     @cached_property
     def tilings(self) -> list[Tiling]:
         """Every tiling that is worth a thought."""
-        frames, found, strips = self.latent[1], list[Tiling](), sorted({1, self._strips})
+        frames, found = self.latent[1], list[Tiling]()
+        strips = [(1, True)] + [(self._strips, here) for here in (True, False) if self._strips > 1]
         visits = {ceil(frames / ceil(frames / VISIT)), frames}
         shorter = {ceil(frames / ceil(frames / n)) for n in (VISIT // 4, VISIT // 2, VISIT)}
         for rows, columns, banded in (*self._grids(), *self._bands()):
             found.append(Tiling(rows, columns, banded=banded))
             found += [
-                Tiling(rows, columns, n, kept=False, banded=banded, strips=cut, ahead=ahead)
+                Tiling(rows, columns, n, kept=False, banded=banded, strips=cut, resident=here, ahead=ahead)
                 for n in (shorter if banded else visits)
-                for cut in strips
+                for cut, here in strips
                 for ahead in ((False, True) if n < frames else (False,))
             ]
         return found
@@ -380,7 +382,7 @@ class Codings(ABC):
     def _strips(self) -> int:
         return most_strips(self._half.middle, self.plane)
 
-    def _middle_in_strips(self, count: int) -> _Middle:
+    def _middle_in_strips(self, count: int, resident: bool) -> _Middle:
         middle = self._half.middle
         convolved, attended, handed = self.measured(
             partial(
@@ -390,17 +392,21 @@ class Codings(ABC):
             *("strips", count, *self._of_half, self.plane),
         )
         sizes = [packed_size(found, self.dtype) for found in middle.memories(count, self.plane, self._shapes)]
-        resting = 0 if keys_on_device(middle, self.plane, self.dtype) else 2 * self._plane
         passes = ceil(numel(self.plane) / QUERIES)  # of keys and values, one for each few queries
+        there = numel(self.plane) if resident else min(numel(self.plane), KEYS)
+        attended += 2 * allocated_size(there * middle.channels * self.dtype.itemsize)
+        away = 0 if resident else 2 * self._plane
+        left = 0 if resident else handed
         return _Middle(
             largest=max(sizes),
             total=sum(sizes),
-            scratch=max(convolved, attended),
+            scratch=max(convolved + left, attended),  # what the last strip left for a plane comes and goes
             convolved=convolved,
-            handed=handed,
-            resting=resting,
-            results=self.result * numel(self.plane) * self.dtype.itemsize,
-            moved=3 * self._plane + resting * (passes + 1) // 2,  # a plane goes both ways three times
+            handed=handed - left,
+            resting=away,
+            results=self.result * numel(self.plane) * self.dtype.itemsize + left,
+            # a plane goes both ways three times, and what strips leave from each of them to the next
+            moved=3 * self._plane + away * (passes + 1) // 2 + 2 * (count - 1) * left,
         )
 
     @property

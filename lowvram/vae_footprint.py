@@ -18,13 +18,13 @@ from torch import Tensor
 from lowvram.footprint import META, lost_between_visits, meta_params, peak
 from lowvram.model import Group
 from lowvram.models import vae, vae_clip
-from lowvram.models.vae_attention import KEYS, QUERIES, attend
+from lowvram.models.vae_attention import QUERIES, attend
 from lowvram.models.vae_bands import Borders
 from lowvram.models.vae_clip import Half
 from lowvram.models.vae_handed import handed_on
 from lowvram.models.vae_history import Memory, PackedHistory, memories, tile_memories
 from lowvram.models.vae_layers import History, Weights
-from lowvram.models.vae_middle import Middle, keys_on_device
+from lowvram.models.vae_middle import Middle
 from lowvram.models.vae_tiles import Span, Tile, field_of, make_bands, make_tile, split
 from lowvram.offload.budget import allocated_size
 from lowvram.quant.spec import VaeSpec
@@ -69,7 +69,7 @@ class InStrips(NamedTuple):
     convolved: int
     """Transient bytes of convolutions, beside what is handed on."""
     attended: int
-    """Transient bytes of attention, keys and values included if they stay on the device."""
+    """Transient bytes of attention, beside keys and values."""
     handed: int
     """Bytes that strips hand on, for every plane of a visit."""
 
@@ -151,14 +151,9 @@ def strips_scratch(
                 history = _visited(spec, strips[n], strips[n - 1] if n else None, dtype)
                 scratch = max(scratch, peak(partial(run, strip=strips[n], history=history), like))
             handed = max(handed, handed_bytes(strips[0], spec, dtype, 1))
-    cell = middle.channels * dtype.itemsize
-    held = keys_on_device(middle, plane, dtype)
-    there = (
-        min(prod(plane), QUERIES),
-        2 * (prod(plane) if held else min(prod(plane), KEYS)),
-    )  # rows; keys and values
-    attended = _attend_scratch(middle, spec, w, plane, dtype) + sum(n * cell for n in there)
-    return InStrips(scratch, allocated_size(attended), handed)
+    rows = min(prod(plane), QUERIES) * middle.channels * dtype.itemsize
+    attended = _attend_scratch(middle, spec, w, plane, dtype) + allocated_size(rows)
+    return InStrips(scratch, attended, handed)
 
 
 def _attend_scratch(

@@ -28,6 +28,8 @@ class Band:
     last: bool
     borders: Borders
     """Handed from band to band: each finds what was left for it and leaves its own in the same place."""
+    rest: torch.device | None = None
+    """Where it lies meanwhile; None: where it was made."""
     turns: Counter[str] = field(default_factory=Counter)
     """Calls so far, by layer."""
 
@@ -50,7 +52,7 @@ class Band:
         fill   writes to its second argument what is made of the first: by default a copy
         step   of the convolution; with a step of two there are no zeros before the first cell
         """
-        handed = self._handed(name)
+        handed = self._handed(name, x)
         zeros = int(self.first and step == 1)
         before = zeros if handed is None else handed.shape[self.axis]
         size = before + x.shape[self.axis] + self.last
@@ -71,7 +73,7 @@ class Band:
 
     def add(self, name: str, fresh: Tensor, x: Tensor) -> Tensor:
         """fresh + x where x is ahead of it: what of x is too early is added by the next band. Writes to `fresh`."""
-        handed, count = self._handed(name), fresh.shape[self.axis]
+        handed, count = self._handed(name, x), fresh.shape[self.axis]
         late = 0 if handed is None else handed.shape[self.axis]
         if handed is not None:
             fresh.narrow(self.axis, 0, late).add_(handed)
@@ -81,14 +83,15 @@ class Band:
 
     def late(self, name: str, x: Tensor, count: int) -> Tensor:
         """The first `count` cells of what was handed on and x; the others are for the next band."""
-        handed = self._handed(name)
+        handed = self._handed(name, x)
         if handed is not None:
             x = torch.cat([handed, x], dim=self.axis)
         self._hand_on(name, x.narrow(self.axis, count, x.shape[self.axis] - count))
         return x.narrow(self.axis, 0, count)
 
-    def _handed(self, name: str) -> Tensor | None:
-        return None if self.first else self.borders[name][self.turns[name]]
+    def _handed(self, name: str, x: Tensor) -> Tensor | None:
+        """Where x is."""
+        return None if self.first else self.borders[name][self.turns[name]].to(x.device)
 
     def _hand_on(self, name: str, cells: Tensor) -> None:
         turn, left = self.turns[name], self.borders.setdefault(name, [])
@@ -96,11 +99,11 @@ class Band:
         if self.last:
             return
         if turn == len(left):
-            left.append(cells.clone())
+            left.append(cells.to(self.rest or cells.device, copy=True))
         elif left[turn].shape == cells.shape:
             left[turn].copy_(cells)
         else:
-            left[turn] = cells.clone()
+            left[turn] = cells.to(self.rest or cells.device, copy=True)
 
 
 def _copy(x: Tensor, place: Tensor) -> None:

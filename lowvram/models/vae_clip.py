@@ -112,7 +112,7 @@ def decode(
         else:
             planes = [empty_plane(half.middle.channels, plane, dtype) for _ in visitors]
             taken = [lambda strip, z=z: scaled(strip.cut(z)) for z in visitors]
-            in_strips(half.middle, tiling.strips, w, shelf, device, taken, planes, planes)
+            in_strips(half.middle, tiling, w, shelf, device, taken, planes, planes)
         for number, tile in enumerate(tiles, tiling.first):
             with shelf.visit(number) as history:
                 history.band = tile.band(borders)
@@ -165,25 +165,25 @@ def encode(
                     whole[..., slice(*tile.rows), slice(*tile.columns)] = y
                     del y
         del visitors, chunk
-        for moments in _moments(spec, tiling.strips, w, planes, shelf, device):
+        for moments in _moments(spec, tiling, w, planes, shelf, device):
             yield (moments[:, : spec.z].to(device) - mean).div_(std)
             del moments
         del planes, whole
 
 
 def _moments(
-    spec: VaeSpec, strips: int, w: Weights, planes: list[Tensor], shelf: Shelf, device: torch.device
+    spec: VaeSpec, tiling: Tiling, w: Weights, planes: list[Tensor], shelf: Shelf, device: torch.device
 ) -> Iterator[Tensor]:
     """What the middle block makes of every plane [1, C, 1, h, w] of a visit."""
     middle = encoder(spec).middle
-    if strips == 1:
+    if tiling.strips == 1:
         with shelf.visit(0) as history:
             for whole in planes:
                 yield vae.run(middle.layers, whole.to(device), w, history)
         return
     made = [empty_plane(2 * spec.z, (p.shape[3], p.shape[4]), p.dtype) for p in planes]
     taken = [lambda strip, whole=whole: strip.cut(whole).to(device) for whole in planes]
-    in_strips(middle, strips, w, shelf, device, taken, planes, made)
+    in_strips(middle, tiling, w, shelf, device, taken, planes, made)
     yield from made
 
 

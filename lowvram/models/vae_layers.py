@@ -22,6 +22,8 @@ from torch.nn import functional
 from lowvram.models.vae_bands import Band
 from lowvram.triton_kernels.vae_norm import rms_silu
 
+FOLDED = 64
+"""Channels of a convolution whose weights are summed at once."""
 Weights = Mapping[str, Tensor]
 Norm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """RMS norm over the channels and SiLU: (x [B, C, T, H, W], gamma, where to write or None) -> result."""
@@ -166,7 +168,16 @@ def frame_by_frame(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`f`, which treats every frame alone, over the frames of x: one at a time where no gradient is wanted."""
     if x.shape[2] == 1 or torch.is_grad_enabled():
         return f(x)
-    return torch.cat([f(frame) for frame in x.split(1, dim=2)], dim=2)
+    made = None
+    for n in range(x.shape[2]):
+        y = f(x[:, :, n : n + 1])
+        if made is None:
+            b, c, _, rows, columns = y.shape
+            made = y.new_empty(b, x.shape[2], rows, columns, c).permute(0, 4, 1, 2, 3)
+        made[:, :, n : n + 1] = y
+        del y  # or it would live through the making of the next
+    assert made is not None
+    return made
 
 
 # ---- layers
@@ -245,15 +256,23 @@ def _widened_conv(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, i
     """
     b, _, t = x.shape[:3]
     height, width = (n - 2 * (not pad) for n, pad in zip(x.shape[3:], padding, strict=True))
-    wide = torch.promote_types(weight.dtype, torch.float32)
     y = x.new_empty(b, t, 2 * height, 2 * width, weight.shape[0]).permute(0, 4, 1, 2, 3)
     x = planes(x).unflatten(0, (b, t)).transpose(1, 2)
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        kernel = _folded(_folded(weight.to(wide), 2, down), 3, right).to(weight.dtype)
-        z = plane_conv(x, kernel, bias, padding=padding)
+        z = plane_conv(x, _quarter(weight, down, right), bias, padding=padding)
         y[..., down::2, right::2] = z[..., down : down + height, right : right + width]
         del z
     return y
+
+
+def _quarter(weight: Tensor, down: int, right: int) -> Tensor:
+    """The 2x2 kernel of one of the four places, channels last: summed in float32 at least, some channels at a time."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    kernel = weight.new_empty(len(weight), 2, 2, weight.shape[1]).permute(0, 3, 1, 2)
+    for i in range(0, len(weight), FOLDED):
+        part = weight[i : i + FOLDED].to(wide)
+        kernel[i : i + FOLDED] = _folded(_folded(part, 2, down), 3, right)
+    return kernel
 
 
 def _folded(kernel: Tensor, axis: int, odd: int) -> Tensor:

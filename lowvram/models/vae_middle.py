@@ -19,13 +19,11 @@ from lowvram.models.vae_attention import Attention, attend
 from lowvram.models.vae_bands import Borders
 from lowvram.models.vae_history import Memory, Shelf, memories, tile_memories
 from lowvram.models.vae_layers import Weights
-from lowvram.models.vae_tiles import Tile, band_edges, long_axis, make_bands
+from lowvram.models.vae_tiles import Tile, Tiling, band_edges, long_axis, make_bands
 from lowvram.quant.spec import Shape
 
 WIDTH = 8
 """Latents across a strip, at least: fewer would mostly be borders."""
-RESIDENT = 200 * 2**20
-"""Bytes of keys and values that stay on the device while planes do not; larger ones pass by, for each few queries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +71,9 @@ def empty_plane(channels: int, plane: tuple[int, int], dtype: torch.dtype) -> Te
     return torch.empty(1, 1, *plane, channels, dtype=dtype).permute(0, 4, 1, 2, 3)
 
 
-def keys_on_device(middle: Middle, plane: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether keys and values stay on the device in strips."""
-    return 2 * middle.channels * prod(plane) * dtype.itemsize <= RESIDENT
-
-
 def in_strips(
     middle: Middle,
-    count: int,
+    tiling: Tiling,
     w: Weights,
     shelf: Shelf,
     device: torch.device,
@@ -88,16 +81,16 @@ def in_strips(
     planes: Sequence[Tensor],
     made: Sequence[Tensor],
 ) -> None:
-    """Bring the planes of a visit through the block in `count` strips; histories are the first on the shelf.
+    """Bring the planes of a visit through the block in the strips of `tiling`; histories are the first on the shelf.
 
     taken   for each, what a strip is given of it, on `device`
     planes  where each rests meanwhile; of `empty_plane`
     made    where its results go; may be `planes`
     """
     size = planes[0].shape[3], planes[0].shape[4]
-    before, after = middle.strips(count, size)
-    _convolved(before, w, shelf, 0, taken, planes)
-    rest = device if keys_on_device(middle, size, planes[0].dtype) else planes[0].device
+    before, after = middle.strips(tiling.strips, size)
+    rest = device if tiling.resident else planes[0].device
+    _convolved(before, w, shelf, 0, taken, planes, rest)
     keys, values = (
         torch.empty(prod(size), middle.channels, dtype=planes[0].dtype, device=rest) for _ in "kv"
     )
@@ -106,7 +99,7 @@ def in_strips(
         attend(middle.attention.name, w, rows, rows, keys, values)
     del keys, values
     again = [lambda strip, plane=plane: strip.cut(plane).to(device) for plane in planes]
-    _convolved(after, w, shelf, count, again, made)
+    _convolved(after, w, shelf, tiling.strips, again, made, rest)
 
 
 def _convolved(
@@ -116,12 +109,13 @@ def _convolved(
     first: int,
     taken: Sequence[Callable[[Tile], Tensor]],
     made: Sequence[Tensor],
+    rest: torch.device,
 ) -> None:
     """Each strip in its turn. What it makes lies behind what it was given, so a plane may be written over."""
     borders = Borders()
     for number, strip in enumerate(strips, first):
         with shelf.visit(number) as history:
-            history.band = strip.band(borders)
+            history.band = strip.band(borders, rest)
             for take, plane in zip(taken, made, strict=True):
                 plane[..., slice(*strip.rows), slice(*strip.columns)] = vae.run(
                     strip.layers, take(strip), w, history

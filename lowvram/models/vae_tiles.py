@@ -15,6 +15,7 @@ from functools import reduce
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lowvram.models.vae import Layer
@@ -212,11 +213,12 @@ class Tile:
     flow: Flow | None = None
     """What it is given, if it is a band."""
 
-    def band(self, borders: Borders) -> Band | None:
-        """Its part in a visit, if it is a band; `borders` pass from each band to the next."""
+    def band(self, borders: Borders, rest: torch.device | None = None) -> Band | None:
+        """Its part in a visit, if it is a band; `borders` pass from each band to the next and lie on `rest` meanwhile, by
+        default where they were made."""
         if self.flow is None:
             return None
-        return Band(self.flow.axis, self.flow.start == 0, self.flow.stop == self.flow.end, borders)
+        return Band(self.flow.axis, self.flow.start == 0, self.flow.stop == self.flow.end, borders, rest)
 
     def cut(self, x: Tensor) -> Tensor:
         """The window of a whole input [..., H, W]."""
@@ -307,6 +309,9 @@ class Tiling:
     twice along it. Across it, tiles that overlap have bands each."""
     strips: int = 1
     """Bands along the longer axis in which the middle block's convolutions see its plane; 1 if whole."""
+    resident: bool = True
+    """Whether keys and values of attention, and what strips hand on, stay on the device, if the middle block is in strips.
+    Otherwise keys and values pass by for each few queries."""
     ahead: bool = False
     """Whether the history of the next tile comes, and that of the last one goes, while a tile is computed; if not kept."""
 

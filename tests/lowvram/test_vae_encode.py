@@ -13,6 +13,7 @@ from tilings import TILINGS
 from torch import Tensor
 
 from lowvram import Runtime
+from lowvram.autoencoder import Autoencoder
 from lowvram.codings import Encodings, encodings
 from lowvram.errors import InternalError
 from lowvram.imagined import imagined_model
@@ -20,6 +21,7 @@ from lowvram.machine import machine_profile
 from lowvram.model import Model, vae_group
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
+from lowvram.offload.allocator import ROOM
 from lowvram.offload.budget import Ledger, allocated_size, exact_size, segment_size
 from lowvram.offload.device import CpuDevice
 from lowvram.offload.estimate import track
@@ -85,6 +87,17 @@ def test_720p_in_float32_needs_half_a_gigabyte_beside_the_context() -> None:
     assert plan.dtype == torch.float32
     assert sum(plan.claims.values()) <= GB // 2
     assert encodings(model, plan.shape, plan.dtype, segment_size).exactly(plan.tiling).work < 1.2
+
+
+def test_a_plan_to_encode_for_a_card_counts_what_the_allocator_leaves_between() -> None:
+    """As the plan of a job that encodes does."""
+    model = imagined_model("wan2.2-t2v-a14b", model_preset("wan2.2-t2v-a14b"), "bf16")
+    runtime = Runtime(3 * GB, 24 * GB, device="cpu")
+    runtime.machine = machine_profile("rtx4090")
+    stage = Autoencoder(runtime, model).plan_encode((9, 720, 1280)).stage("encode")
+    assert stage.encode is not None and stage.claims["allocator"] == ROOM
+    alive = encodings(model, (9, 720, 1280), torch.float32, segment_size).exactly(stage.encode.tiling)
+    assert stage.claims["vae scratch"] > alive.scratch
 
 
 def test_whole_frames_of_the_5b_model_fit_4_gb_for_any_number_of_frames() -> None:

@@ -14,5 +14,5 @@ TILINGS = (
     Tiling(2, 2, visit=1, kept=False, banded=True),
     Tiling(1, 2, visit=1, kept=False, ahead=True),
     Tiling(visit=1, kept=False, strips=2),
-    Tiling(1, 2, visit=2, kept=False, strips=2),
+    Tiling(1, 2, visit=2, kept=False, strips=2, resident=False),
 )

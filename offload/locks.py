@@ -47,14 +47,17 @@ def holding(path: Path, doing: str, *, where: str, advice: str) -> Iterator[None
     can be made there.
     """
     with storage_errors(path):
-        file = _locked(path, doing, where, advice)
+        file = open_locked(path)
+    if file is None:
+        raise BusyError(f"{_holder(path)} is {doing}", where=where, advice=advice)
     try:
         with storage_errors(path):
             file.truncate(0)
             write_all(file, str(os.getpid()).encode(), None)
         yield
     finally:
-        _remove(file, path)
+        with suppress(OSError):
+            remove_locked(file, path)
 
 
 def is_held(path: Path) -> bool:
@@ -66,16 +69,16 @@ def is_held(path: Path) -> bool:
         return False
 
 
-def _locked(path: Path, doing: str, where: str, advice: str) -> FileIO:
-    """The lock file, open and locked. One that its holder removed before it was locked here is nobody's: it is made anew."""
+def open_locked(path: Path) -> FileIO | None:
+    """The file, made if it is not there, for reading and appending, locked; None if somebody else has locked it.
+
+    What its holder removed after it was opened here is nobody's file any more, whatever lock it has: it is opened anew.
+    """
     while True:
         file = FileIO(path, "a+")
         if not try_lock(file):
-            file.seek(0)
-            owner = file.read(20).decode("ascii", "replace")
             file.close()
-            who = f"process {owner}" if owner else "another process"
-            raise BusyError(f"{who} is {doing}", where=where, advice=advice)
+            return None
         if os.name == "nt":
             return file  # an open file cannot be removed there
         with suppress(FileNotFoundError):
@@ -84,13 +87,22 @@ def _locked(path: Path, doing: str, where: str, advice: str) -> FileIO:
         file.close()
 
 
-def _remove(file: FileIO, path: Path) -> None:
-    """End the lock, and its file: before anybody else can lock it, except on Windows, where it has to be closed first and
-    stays if it is open elsewhere."""
-    with suppress(OSError):
+def remove_locked(file: FileIO, path: Path) -> None:
+    """Remove a file that is open and locked, and end the lock: before anybody else can have it, except on Windows, where
+    the file has to be closed first, and stays if it is open elsewhere."""
+    try:
         if os.name != "nt":
-            path.unlink()
-    file.close()
-    with suppress(OSError):
-        if os.name == "nt":
-            path.unlink()
+            path.unlink(missing_ok=True)
+    finally:
+        file.close()
+    if os.name == "nt":
+        with suppress(PermissionError):
+            path.unlink(missing_ok=True)
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock file, for people."""
+    owner = b""
+    with suppress(OSError), FileIO(path) as file:
+        owner = file.read(20) or b""
+    return f"process {owner.decode('ascii', 'replace')}" if owner else "another process"

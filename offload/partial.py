@@ -11,7 +11,7 @@ from typing import Self
 from lowvram.errors import BusyError
 from lowvram.offload.faults import Faults
 from lowvram.offload.io import Buffer, replace_file, storage_errors, sync_folder, write_all
-from lowvram.offload.locks import try_lock
+from lowvram.offload.locks import open_locked, remove_locked
 
 _SYNC_BYTES = 64 << 20
 """Bytes of a partial file that a power cut may cost."""
@@ -34,11 +34,11 @@ class PartialFile:
         self._partial = self._target.with_name(f".{self._target.name}.partial")
         with storage_errors(path):
             self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._journal = FileIO(self._partial.with_suffix(".journal"), "a+")
-            if not try_lock(self._journal):
-                self._journal.close()
+            journal = open_locked(self._partial.with_suffix(".journal"))
+            if journal is None:
                 advice = "wait for it, or stop it first"
                 raise BusyError("another process is making this file", where=str(path), advice=advice)
+            self._journal = journal
             self.notes = self._read_notes(f"{key} {nbytes}")
             """Lines of the journal, oldest first."""
             self._file = FileIO(self._partial, "r+" if self._partial.exists() else "w+")
@@ -87,8 +87,7 @@ class PartialFile:
             self._file.close()
             replace_file(self._partial, self._target)
             sync_folder(self._target.parent)
-            self._journal.close()
-            self._partial.with_suffix(".journal").unlink(missing_ok=True)
+            remove_locked(self._journal, self._partial.with_suffix(".journal"))
 
     def close(self) -> None:
         """Leave it for another time."""

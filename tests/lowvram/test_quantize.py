@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lowvram import conversion
 from lowvram.cli.quantize import table
 from lowvram.conversion import Done, plan_conversion, run_conversion
 from lowvram.errors import BusyError, StorageError, UsageError
+from lowvram.offload import locks
 from lowvram.offload.faults import FaultPlan, Faults
 from lowvram.offload.io import FileReader
 from lowvram.offload.partial import PartialFile
@@ -333,6 +335,23 @@ def test_only_one_process_makes_a_file(source: Path, tmp_path: Path) -> None:
     with pytest.raises(BusyError):
         run(source, out, "int8")
     work.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no open file")
+def test_whoever_waited_for_the_end_of_another_run_locks_a_file_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run removes its journal when it is done: a lock on that keeps nobody away."""
+    try_lock, ending = locks.try_lock, iter([True])
+
+    def as_the_first_ends(file: Any) -> bool:
+        if next(ending, False):
+            (tmp_path / ".x.partial.journal").unlink()
+        return try_lock(file)
+
+    monkeypatch.setattr(locks, "try_lock", as_the_first_ends)
+    with PartialFile(tmp_path / "x", 100, "k"), pytest.raises(BusyError):
+        PartialFile(tmp_path / "x", 100, "k")
 
 
 def test_a_full_disk_leaves_what_was_done(tmp_path: Path) -> None:

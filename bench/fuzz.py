@@ -166,7 +166,8 @@ def _lora() -> bytes:
     for n in (1, 2):
         made[f"lora_unet_blocks_0_ffn_2.hada_w{n}_a"] = torch.zeros(256, 2)
         made[f"lora_unet_blocks_0_ffn_2.hada_w{n}_b"] = torch.zeros(2, 512)
-    return save(made, {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'})
+    told = {"transformer.lora_alpha": 2, "transformer.alpha_pattern": {"ffn.0": 1, "self_attn.q": 4}}
+    return save(made, {"lora_adapter_metadata": json.dumps(told)})
 
 
 def _saved(archive: bool = True) -> bytes:

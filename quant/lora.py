@@ -6,8 +6,6 @@ a LoHa of LyCORIS has in place of up @ down.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +14,8 @@ from typing import NoReturn
 
 from lowvram.errors import FileError
 from lowvram.quant.files.header import Header, StoredTensor, shown
+from lowvram.quant.files.strict_json import Malformed
+from lowvram.quant.lora_alpha import HeaderAlpha, header_alpha
 from lowvram.quant.names import DIT
 from lowvram.quant.refs import Part, Shape
 from lowvram.quant.spec import CLIP_TOKENS, DitSpec, numel
@@ -25,7 +25,6 @@ ENOUGH = 0.95
 
 _FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
 _SCALAR_DTYPES = _FACTOR_DTYPES | {"F64", "I64", "I32", "I16", "I8", "U8", "F8_E4M3", "F8_E5M2"}
-_MAX_ADAPTER_METADATA = 65_536
 _PREFIXES = (
     "base_model.model.",
     "model.diffusion_model.",
@@ -159,7 +158,10 @@ def match_lora(headers: Sequence[Header], spec: DitSpec, partial: bool = False) 
     """
     where = headers[0].path
     modules = _Modules(spec)
-    match = _Match(where, spec.shapes(), _header_alpha(headers, where))
+    try:
+        match = _Match(where, spec.shapes(), header_alpha(headers))
+    except Malformed as error:
+        _refuse(where, error.found)
     for module, roles in _by_module(headers, where).items():
         match.add(module, modules.native(module), roles)
     return match.result(headers, partial)
@@ -234,7 +236,7 @@ class _Modules:
 class _Match:
     """What has been matched so far."""
 
-    def __init__(self, where: Path, shapes: Mapping[str, Shape], alpha: tuple[float, bool] | None) -> None:
+    def __init__(self, where: Path, shapes: Mapping[str, Shape], alpha: HeaderAlpha | None) -> None:
         self.where, self.shapes, self.alpha = where, shapes, alpha
         self.pairs: dict[str, LoraPair] = {}
         self.deltas: dict[str, LoraDelta] = {}
@@ -261,7 +263,7 @@ class _Match:
         if not _FACTORS.isdisjoint(roles.keys() - set(made.roles)):
             _refuse(self.where, f"{shown(spelled)} has factors of two kinds")
         rank = made.rank
-        alpha: Part | float | None = self._header_alpha(rank)
+        alpha: Part | float | None = self.alpha.of(spelled, rank) if self.alpha else None
         if "alpha" in roles:
             scalar, file = roles["alpha"]
             if numel(scalar.shape) != 1 or scalar.dtype not in _SCALAR_DTYPES:
@@ -372,12 +374,6 @@ class _Match:
         self.unused += names
         self.misfit = self.misfit or reason
 
-    def _header_alpha(self, rank: int) -> float | None:
-        if self.alpha is None:
-            return None
-        alpha, rank_stabilised = self.alpha
-        return alpha * math.sqrt(rank) if rank_stabilised else alpha
-
     def result(self, headers: Sequence[Header], partial: bool) -> LoraSet:
         matched = len(self.pairs) + len(self.deltas)
         if matched == 0 or (matched < ENOUGH * self.total and not partial):
@@ -398,35 +394,6 @@ class _Match:
             skipped=tuple(self.skipped),
             metadata=headers[0].metadata,
         )
-
-
-def _header_alpha(headers: Sequence[Header], where: Path) -> tuple[float, bool] | None:
-    """(alpha, rank-stabilised) from the peft configuration that diffusers writes as `lora_adapter_metadata`."""
-    text = next(
-        (h.metadata["lora_adapter_metadata"] for h in headers if "lora_adapter_metadata" in h.metadata), ""
-    )
-    if not text:
-        return None
-    config: object = None
-    if len(text) <= _MAX_ADAPTER_METADATA:
-        try:
-            config = json.loads(text)
-        except (ValueError, RecursionError):
-            config = None
-    if not isinstance(config, dict):
-        _refuse(where, "lora_adapter_metadata in the header is not a small JSON object")
-    values = {key.rpartition(".")[2]: value for key, value in config.items() if isinstance(key, str)}
-    if values.get("alpha_pattern"):
-        found = "the header gives every layer its own alpha: not supported yet"
-        raise FileError(
-            found, where=str(where), advice="save the LoRA with alpha tensors, or one alpha for all"
-        )
-    alpha = values.get("lora_alpha")
-    if alpha is None:
-        return None
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
-        _refuse(where, "lora_alpha in the header is not a positive number")
-    return float(alpha), values.get("use_rslora") is True
 
 
 def _part(role: str, tensor: StoredTensor, file: Path) -> Part:

@@ -335,10 +335,22 @@ def test_alpha_comes_from_the_header_when_no_tensor_gives_it(match):
     assert all(isinstance(pair.alpha, Part) for pair in own.pairs)
 
 
+def test_modules_may_have_alphas_of_their_own_in_the_header(match):
+    """peft takes a name of the pattern for the end of a module's."""
+    pattern = {"ffn.0": 2, "blocks.1.ffn.0": 3.5, "ffn.2.other": 9, "fn.2": 9}
+    found = match(pairs(named="transformer.{}".format), metadata=peft(lora_alpha=8, alpha_pattern=pattern))
+    alphas = {pair.target: pair.alpha for pair in found.pairs}
+    assert alphas.pop("blocks.0.ffn.0.weight") == 2 and alphas.pop("blocks.1.ffn.0.weight") == 3.5
+    assert set(alphas.values()) == {8.0}
+    alone = match(pairs(), metadata=peft(alpha_pattern=pattern, use_rslora=True))
+    assert {pair.alpha for pair in alone.pairs} == {None, 2 * RANK**0.5, 3.5 * RANK**0.5}
+
+
 @pytest.mark.parametrize(
     "metadata",
     [peft(lora_alpha=-1), peft(lora_alpha=True), peft(lora_alpha="8"), peft(lora_alpha=float("nan")),
-     peft(lora_alpha=8, alpha_pattern={"blocks.0": 2}), {"lora_adapter_metadata": "[" * 50_000},
+     peft(lora_alpha=8, alpha_pattern={"blocks.0": 0}), peft(lora_alpha=8, alpha_pattern={"(a+)+$": 2}),
+     peft(lora_alpha=8, alpha_pattern=[1]), {"lora_adapter_metadata": "[" * 50_000},
      {"lora_adapter_metadata": "[]"}, {"lora_adapter_metadata": " " * 100_000 + "{}"}],
 )  # fmt: skip
 def test_a_header_alpha_that_cannot_be_meant_is_refused(refusal, metadata):

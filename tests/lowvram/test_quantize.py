@@ -346,7 +346,7 @@ def test_whoever_waited_for_the_end_of_another_run_locks_a_file_that_is_there(
 
     def as_the_first_ends(file: Any) -> bool:
         if next(ending, False):
-            (tmp_path / ".x.partial.journal").unlink()
+            (tmp_path / ".x.journal").unlink()
         return try_lock(file)
 
     monkeypatch.setattr(locks, "try_lock", as_the_first_ends)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lowvram.triton_kernels.modes import MODES
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -68,3 +70,29 @@ def test_every_mode_needs_less_than_bf16_at_720p() -> None:
         assert peak <= peaks["sdpa", matmul, ops] and peak <= peaks[mode, matmul, "torch"]
         assert mode == "sdpa" or peak < 0.88 * peaks["sdpa", matmul, ops]
         assert ops == "torch" or peak <= peaks[mode, "exact", ops]
+
+
+def test_the_page_says_what_the_tables_say() -> None:
+    page = (BENCH / "kernels.md").read_text(encoding="utf-8")
+    errors = {
+        (r["op"], r["mode"], r["data"]): f"{100 * r['relative_error']:.2f} %"
+        for r in rows("kernels-accuracy.jsonl")
+    }
+    data = ("gaussian", "offsets", "channels", "tokens", "sink")
+    for label, mode in (("R1", "int8"), ("R2", "int8-fp16"), ("R3", "int8-fp8")):
+        assert (
+            f"| {label} `{mode}` | {' | '.join(errors['attention', mode, name] for name in data)} |" in page
+        )
+    data = ("gaussian", "modulated", "activated", "tokens")
+    for label, mode in (
+        ("rotated weights, exact", "int8_convrot, exact activations"),
+        ("rotated weights, int8 activations", "int8_convrot"),
+        ("rotated weights, what a LoRA of rank 64 adds", "int8_convrot, its LoRA"),
+    ):
+        assert f"| {label} | {' | '.join(errors['linear', mode, name] for name in data)} |" in page
+    scores = [row for row in rows("kernels-nano.jsonl") if row["psnr"] is not None]
+    assert {row["mode"] for row in scores} >= {mode.name for mode in MODES.values() if mode.quantised}
+    for row in scores:
+        mode = row["mode"].replace(", --matmul", "`, `--matmul")
+        assert f"| `{mode}` | {row['median_psnr']:.1f} dB | {row['psnr']:.1f} dB |" in page
+        assert row["median_psnr"] > 45 and row["colour"] == row["direction"] == 1 and row["shape"] >= 0.75

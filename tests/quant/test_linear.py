@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowvram.quant.branches import Branch
+from lowvram.quant.branches import Branch, Combined, Dora
 from lowvram.quant.encodings.registry import encoding_by_name
 from lowvram.quant.linear import Encoded, Params
 from lowvram.triton_kernels.ops import TORCH
@@ -64,6 +64,38 @@ def test_a_linear_with_a_lora_takes_quantised_rows_and_its_slices_are_the_whole(
         some.linear_gated_("q", x, into, gates, TORCH.gated_)
         want = 1 + some.linear("q", x) * torch.tensor([[2.0], [-3.0], [-3.0]])
         assert torch.allclose(into, want, rtol=1e-5, atol=1e-4)
+
+
+def some(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+MAGNITUDE = some(OUT, 1) + 0.5
+LOKR = Combined("kron", (some(4, 8),), (some(OUT // 4, 2), some(2, IN // 8)), 0.3)
+LOHA = Combined("hada", (some(OUT, 2), some(2, IN)), (some(OUT, 2), some(2, IN)), 0.3)
+INSIDE = [
+    LOKR,
+    LOHA,
+    replace(LOKR, dora=Dora(MAGNITUDE, 0.7, of_base=True)),
+    Branch(some(4, IN), some(OUT, 4), 0.3, Dora(MAGNITUDE, 0.7, of_base=False)),
+]
+
+
+@pytest.mark.parametrize("branch", INSIDE, ids=["LoKr", "LoHa", "LoKr with magnitudes", "DoRA"])
+def test_what_changes_the_weight_itself_is_in_every_form_of_it(branch: Branch | Combined) -> None:
+    """Beside another LoRA: a weight of 8 bits is then multiplied as numbers, and none of the branches twice."""
+    beside = params("int8_convrot")
+    stored = replace(beside, branches={"q": (branch, *beside.branches["q"])})
+    whole, rows = stored.linear("q", X), slice(128, 384)
+    assert not torch.allclose(whole, beside.linear("q", X), atol=0.1)
+    ready = stored.multiplied(("q",), TORCH.int8, X.dtype)
+    assert ready.takes("q") is None and torch.equal(ready.linear("q", X), whole)
+    scratch = torch.zeros(stored.unpacked_nbytes(X.dtype), dtype=torch.uint8)
+    for some in (stored.unpacked(X.dtype, scratch), stored.slices(("q",), X.dtype)):
+        assert torch.equal(some.linear("q", X), whole)
+    part = stored.slices(("q",), X.dtype, rows).linear("q", X)
+    assert torch.allclose(part, whole[:, rows], rtol=1e-5, atol=1e-4)
+    assert torch.equal(replace(stored, branches=stored.copied(("",)).branches).linear("q", X), whole)
 
 
 def test_unpacking_needs_nothing_for_what_is_stored_in_the_dtype() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,17 @@ def test_attention_in_a_dry_acceptance_run_passes(tmp_path: Path) -> None:
     assert verdict.outcome == "passed" and not verdict.why
     ours = {mode.name for mode in modes.MODES.values() if mode.quantised}
     assert {name.partition(",")[0] for name in verdict.facts} >= {"sdpa", *ours}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_heads_and_rows_beyond_what_32_bits_count(
+    mode: tuple[str, bool], far: Callable[[Tensor], Tensor]
+) -> None:
+    v_format, half = mode
+    q8, qs = quantise_rows(rows(3, 3, 1))
+    k8, ks, v, vs = stored(rows(3, 70, 2), rows(3, 70, 3), v_format)
+    want = attend_reference(q8, qs, k8, ks, v, vs, v_format=v_format, half=half)
+    out = far(torch.zeros_like(want))
+    bits = far(v.view(torch.uint8)).view(v.dtype) if v_format == "fp8" else far(v)
+    attention_triton.attend(out, far(q8), qs, far(k8), ks, bits, vs, v_format=v_format, half=half, tile=TILE)
+    assert (out - want).norm() < TOLERANCE * want.norm()

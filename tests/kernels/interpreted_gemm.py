@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -227,3 +229,20 @@ def test_what_is_not_finite_is_in_the_scale(form: Form, group: int, bad: float) 
         assert (values.float()[[0, 2]].abs().amax(1) == PEAK[form]).all()
     reference = quantise(x, group, form)
     assert torch.isnan(reference.scale).tolist() == [False, True, False]
+
+
+def test_rows_beyond_what_32_bits_count(far: Callable[[Tensor], Tensor]) -> None:
+    x, w, bias = operands(3, 3, 64, torch.float32)
+    a, b, out = far(x.values), far(w.values), far(torch.zeros(3, 3))
+    gemm_triton.linear(out, a, x.scale, b, w.scale, bias, None, None, None, TILE)
+    assert torch.equal(out, int8_linear(x, w, bias))
+    gate, residual = normal(1, 3, seed=7), out.clone()
+    gemm_triton.linear(out, a, x.scale, b, w.scale, bias, gate, None, None, TILE)
+    assert torch.equal(out, gated(residual, int8_linear(x, w, bias), gate))
+    rows = normal(3, 256, seed=1).half()
+    shift = normal(3, 256, seed=2)
+    near(quantise_triton.quantise(far(rows), 0, "int8"), quantise(rows, 0))
+    near(
+        quantise_triton.modulate(far(rows), far(shift), shift, 0, "int8"),
+        modulate_quantise(rows, shift, shift, 0),
+    )

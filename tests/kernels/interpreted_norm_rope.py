@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -110,3 +112,25 @@ def test_modulation_activation_and_residual(dtype: torch.dtype, rows: int) -> No
     want = modulate.gelu(got.float()).to(dtype)
     modulate_triton.gelu(got)
     close(got, want, 4)
+
+
+def test_rows_beyond_what_32_bits_count(far: Callable[[Tensor], Tensor]) -> None:
+    n, width = 3, 256
+    x, y, row = normal(n, width).half(), normal(n, width, seed=1).half(), normal(n, width, seed=2)
+    close(modulate_triton.modulate(far(x), far(row), row), modulate.modulate(x, row, row), 16)
+    got = far(x)
+    modulate_triton.gated(got, far(y), far(row))
+    close(got, modulate.gated(x, y, row))
+    got = far(x)
+    modulate_triton.gelu(got)
+    close(got, modulate.gelu(x.float()).half(), 4)
+    close(norm_rope_triton.rms_factor(far(x)), norm_rope.rms_factor(x), 8)
+    x, weight, rope = normal(n, 3 * 128).half(), normal(3 * 128, seed=1), angles(n)
+    want, out = expected(x, weight, rope, None), far(torch.zeros(3, n, 128).half())
+    norm_rope_triton.norm_rope(out, None, far(x), weight, rope, None, None)
+    assert (out.float() - want.float()).abs().max() <= 3 * 2**-10 * want.float().abs().max()
+    values, scale = norm_rope.quantise_values(norm_rope.heads(x), "fp16")
+    out, scales = far(values * 0), far(scale * 0)
+    norm_rope_triton.quantise_values(out, scales, far(x), "fp16")
+    close(scales, scale)
+    close(out, values)

@@ -15,7 +15,10 @@ from lowvram.errors import UsageError
 @partial(o.with_job_flags, hidden=("image", "last_image", "size", "frames"), model="nano-animate")
 def animate(
     folder: Annotated[
-        Path, typer.Argument(help="What Wan-Animate's preprocessing wrote: src_pose.mp4, src_face.mp4, ...")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="What Wan-Animate's preprocessing wrote: src_pose.mp4, src_face.mp4, ..."
+        ),
     ],
     flags: o.JobFlags,
     mode: Annotated[

@@ -27,12 +27,18 @@ def bench(
     ] = Path("bench.json"),
     folder: Annotated[
         Path | None,
-        typer.Option("--folder", help="Where random checkpoints are written and kept: about 40 GB."),
+        typer.Option(
+            "--folder", metavar="FOLDER", help="Where random checkpoints are written and kept: about 40 GB."
+        ),
     ] = None,
-    weights: Annotated[str | None, typer.Option("--weights", help="Their encoding; fp8 if left out.")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="FORMAT", help="Their encoding; fp8 if left out.")
+    ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option("--repeats", min=1, help="Rounds of each case; the median counts. 3 if left out."),
+        typer.Option(
+            "--repeats", min=1, metavar="N", help="Rounds of each case; the median counts. 3 if left out."
+        ),
     ] = None,
     only: Annotated[
         list[str] | None,

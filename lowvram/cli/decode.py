@@ -28,12 +28,17 @@ def decode(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Whose VAE decodes a latent file; nano's if --vae is not given either."
+            "--model",
+            "-m",
+            metavar="NAME|FOLDER",
+            help="Whose VAE decodes a latent file; nano's if --vae is not given either.",
         ),
     ] = None,
-    vae: Annotated[str | None, typer.Option("--vae", help="The VAE that decodes a latent file.")] = None,
+    vae: Annotated[
+        str | None, typer.Option("--vae", metavar="FILE", help="The VAE that decodes a latent file.")
+    ] = None,
     fps: Annotated[
-        float | None, typer.Option("--fps", help="Frames a second of a latent file's video.")
+        float | None, typer.Option("--fps", metavar="N", help="Frames a second of a latent file's video.")
     ] = None,
     report: o.Report = None,
     vram: o.Vram = None,

@@ -16,7 +16,8 @@ PROMPT = "a red circle moves left on a teal background"
 
 def demo(
     prompt: Annotated[
-        str | None, typer.Argument(help="a COLOUR SHAPE moves DIRECTION on a BACKGROUND background")
+        str | None,
+        typer.Argument(metavar="PROMPT", help="a COLOUR SHAPE moves DIRECTION on a BACKGROUND background"),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The mp4 to write.")] = Path(
         "demo.mp4"
@@ -28,7 +29,9 @@ def demo(
     drive: Annotated[
         Path | None,
         typer.Option(
-            "--drive", help="Write sample driving videos into this folder, and animate them instead."
+            "--drive",
+            metavar="FOLDER",
+            help="Write sample driving videos into this folder, and animate them instead.",
         ),
     ] = None,
 ) -> None:

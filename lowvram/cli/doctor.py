@@ -20,12 +20,17 @@ def doctor(
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--folder", help="Where the models lie: the disk that is measured; this one if left out."
+            "--folder",
+            metavar="FOLDER",
+            help="Where the models lie: the disk that is measured; this one if left out.",
         ),
     ] = None,
     device: o.Device = None,
     machine: Annotated[
-        str | None, typer.Option("--machine", help="Show what a plan assumes of a card, such as rtx4090.")
+        str | None,
+        typer.Option(
+            "--machine", metavar="NAME", help="Show what a plan assumes of a card, such as rtx4090."
+        ),
     ] = None,
     as_json: o.Json = False,
 ) -> None:

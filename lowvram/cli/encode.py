@@ -11,17 +11,23 @@ from lowvram.cli import options as o
 
 
 def encode(
-    video: Annotated[Path, typer.Argument(help="The video to read.")],
+    video: Annotated[Path, typer.Argument(metavar="FILE", help="The video to read.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The latent file to write.")
     ] = Path("latents.safetensors"),
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Whose VAE encodes; nano's if --vae is not given either."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME|FOLDER",
+            help="Whose VAE encodes; nano's if --vae is not given either.",
+        ),
     ] = None,
     vae: o.Vae = None,
     frames: Annotated[
-        int | None, typer.Option("--frames", help="Take the first so many frames, 4n+1; all if left out.")
+        int | None,
+        typer.Option("--frames", metavar="N", help="Take the first so many frames, 4n+1; all if left out."),
     ] = None,
     vram: o.Vram = None,
     ram: o.Ram = None,

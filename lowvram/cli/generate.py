@@ -12,7 +12,7 @@ from lowvram.cli import options as o
 
 @o.with_job_flags
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the video shows.")],
     flags: o.JobFlags,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The mp4 to write.")] = Path(
         "out.mp4"
@@ -25,7 +25,8 @@ def generate(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Make a video from a prompt, and from pictures. Which of them, the model says."""
+    """Make a video from a prompt, and from pictures. Which of them, the model says, and what every setting is that is
+    left out."""
     settings = flags.settings()
     from lowvram.cli.carry import Output
     from lowvram.cli.work import start

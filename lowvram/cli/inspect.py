@@ -23,7 +23,7 @@ MAX_METADATA = 65_536
 
 def inspect(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Checkpoints, LoRAs, folders, videos or PNGs.")
+        list[Path], typer.Argument(metavar="FILE", help="Checkpoints, LoRAs, folders, videos or PNGs.")
     ],
     as_json: o.Json = False,
 ) -> None:

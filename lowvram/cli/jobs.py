@@ -39,7 +39,7 @@ def jobs(context: typer.Context, as_json: o.Json = False) -> None:
 
 
 def rm(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[JOB...]", help="Jobs by name.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="JOB", help="Jobs by name.")] = None,
     older_than: Annotated[
         int | None,
         typer.Option("--older-than", metavar="DAYS", help="All that nobody has worked on for so many days."),

@@ -86,7 +86,7 @@ def list_(models_dir: o.ModelsDir = None, as_json: o.Json = False, quiet: o.Quie
 def verify(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE...]", help="Files to verify; all that are found if left out."),
+        typer.Argument(metavar="FILE", help="Files to verify; all that are found if left out."),
     ] = None,
     models_dir: o.ModelsDir = None,
     as_json: o.Json = False,
@@ -124,9 +124,14 @@ def verify(
 def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A known model, such as wan2.2-t2v-a14b.")],
     weights: Annotated[
-        str | None, typer.Option("--weights", help="Encoding of the transformers, such as fp8 or q4_k_m.")
+        str | None,
+        typer.Option(
+            "--weights", metavar="FORMAT", help="Encoding of the transformers, such as fp8 or q4_k_m."
+        ),
     ] = None,
-    text: Annotated[str, typer.Option("--text", help="Encoding of the text encoder: fp8 or fp16.")] = "fp8",
+    text: Annotated[
+        str, typer.Option("--text", metavar="FORMAT", help="Encoding of the text encoder: fp8 or fp16.")
+    ] = "fp8",
     models_dir: o.ModelsDir = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,

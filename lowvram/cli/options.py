@@ -66,7 +66,10 @@ Frames = Annotated[
     typer.Option("--frames", metavar="N", help="Number of frames, 4n+1."),
 ]
 Fps = Annotated[
-    int | None, typer.Option("--fps", metavar="N", help="Frames a second; the model's own if left out.")
+    int | None,
+    typer.Option(
+        "--fps", metavar="N", help="Frames a second; the model's own if left out, or the driving video's."
+    ),
 ]
 Negative = Annotated[
     str | None, typer.Option("--negative", metavar="TEXT", help="What the video should not show.")
@@ -166,13 +169,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Preview = Annotated[
     int | None,
     typer.Option(
-        "--preview", min=1, help="Every so many steps, show what the video will be: OUTPUT.preview.webp."
+        "--preview",
+        min=1,
+        metavar="N",
+        help="Every so many steps, show what the video will be: OUTPUT.preview.webp.",
     ),
 ]
 PreviewDecoder = Annotated[
     Path | None,
     typer.Option(
         "--preview-decoder",
+        metavar="FILE",
         help="Show it sharp, by a small decoder: taew2_1 or taew2_2.safetensors. It is part of the plan.",
     ),
 ]

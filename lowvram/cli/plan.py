@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 @o.with_job_flags
 def plan(
     flags: o.JobFlags,
-    prompt: Annotated[str, typer.Argument(help="Not needed for a plan.")] = "",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Not needed for a plan.")] = "",
     machine: Annotated[
-        str | None, typer.Option("--machine", help="Plan for a card, such as rtx4090.")
+        str | None, typer.Option("--machine", metavar="NAME", help="Plan for a card, such as rtx4090.")
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
-            "--weights", help="How the transformers are stored: an encoding, such as fp8, or a file."
+            "--weights",
+            metavar="FORMAT|FILE",
+            help="How the transformers are stored: an encoding, such as fp8, or a file.",
         ),
     ] = None,
     preview_decoder: o.PreviewDecoder = None,

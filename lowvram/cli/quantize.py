@@ -21,7 +21,10 @@ def quantize(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, or a folder.")],
     to: Annotated[
-        str, typer.Option("--to", help="fp8, int8, nf4, q4_k_m, ...: every format that --weights takes.")
+        str,
+        typer.Option(
+            "--to", metavar="FORMAT", help="fp8, int8, nf4, q4_k_m, ...: every format that --weights takes."
+        ),
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     as_json: o.Json = False,

@@ -11,7 +11,7 @@ from lowvram.cli import options as o
 
 
 def resume(
-    name: Annotated[str, typer.Argument(help="The job's name, or `last`.")] = "last",
+    name: Annotated[str, typer.Argument(metavar="JOB", help="The job's name, or `last`.")] = "last",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="The mp4 to write; the job's own if left out."),

@@ -273,6 +273,14 @@ def test_help_and_version_need_no_torch() -> None:
         assert f"\n  {verb} " in done.stdout
 
 
+def test_help_names_what_every_value_is_and_the_flag_that_errors_speak_of(cli: Callable[..., Any]) -> None:
+    assert "--debug" in cli("--help").out
+    for verb in (*(verb.__name__ for verb in main.VERBS), "models pull", "models verify", "jobs rm"):
+        said = cli(*verb.split(), "--help")
+        assert said.code == 0 and not re.search(r"^  -.*<", said.out, re.MULTILINE), verb
+        assert "[[" not in said.out and "......" not in said.out
+
+
 def test_flags_of_wan_itself_are_understood(folder: Path, cli: Callable[..., Any]) -> None:
     flags = "--frame_num 5 --sample_steps 2 --sample_solver dpm++ --sample_shift 5 --sample_guide_scale 4,3 --base_seed 7"
     made = cli(

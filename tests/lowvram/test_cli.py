@@ -52,7 +52,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 USAGE: list[tuple[list[str], list[str]]] = [
     (["frobnicate"], ["frobnicate"]),
     (["generate", "x", "--stepz", "4"], ["--stepz", "--steps"]),
-    (["generate"], ["prompt"]),
+    (["generate"], ["PROMPT"]),
     (["plan", "one", "two"], ["two"]),
     ([*GENERATE, "--lora", ""], ["--lora", "FILE"]),
     ([*GENERATE, "--size", "480p"], ["480p", "--image"]),

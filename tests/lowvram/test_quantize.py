@@ -7,6 +7,7 @@ import base64
 import json
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,20 @@ def test_shards_stay_shards_and_can_become_one_file(sharded: Path, state: State,
     alone = numbers(identify_path(tmp_path / "one.safetensors", FileReader))
     assert together.keys() == alone.keys() == state.keys()
     assert all(torch.equal(together[n], alone[n]) for n in state)
+
+
+@pytest.mark.parametrize("to", ["fp8", "nf4", "q4_k"])
+def test_what_is_written_has_every_block_in_one_run_of_bytes(to: str, sharded: Path, tmp_path: Path) -> None:
+    """However it was scattered before: a block is then one read."""
+    out = tmp_path / f"out.{'gguf' if to in GGUF else 'safetensors'}"
+    run(sharded, out, to)
+    spans: dict[str, list[int]] = {}
+    for name, ref in identify_path(out, FileReader).refs.items():
+        block = name.split(".")[1] if name.startswith("blocks.") else "outside"
+        spans.setdefault(block, []).extend(n for p in ref.parts for n in (p.offset, p.offset + p.nbytes))
+    runs = sorted((min(ends), max(ends)) for ends in spans.values())
+    assert len(runs) == SPEC.layers + 1
+    assert all(end <= start for (_, end), (start, _) in pairwise(runs))
 
 
 def test_a_diffusers_folder_gets_the_configuration_that_loads_it(state: State, tmp_path: Path) -> None:

@@ -186,7 +186,19 @@ def make_job(
             expected=" or ".join(RESIDUALS),
             advice="leave --residual out for auto",
         )
+    if spec.experts == 1 and guidance is not None and guidance[0] != guidance[1]:
+        raise UsageError(
+            f"two scales, but {model} has one expert",
+            where=f"--guidance {guidance[0]:g},{guidance[1]:g}",
+            advice=f"give one, such as --guidance {guidance[0]:g}",
+        )
     schedule = _schedule(spec, width * height, steps, solver, shift, guidance, preset)
+    if negative and max(schedule.guidance) == 1:
+        raise UsageError(
+            "a negative prompt where guidance is 1: no step looks at it",
+            where="--negative",
+            advice="leave --negative out, or give a --guidance above 1 if the model is not distilled",
+        )
     for lora in loras:
         if not 1 <= len(lora.strengths) <= len(schedule):
             raise UsageError(

@@ -30,7 +30,7 @@ def rest_of_driven(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out:
     driving = job.driving
     assert driving is not None
     stand = load_stand(folder)
-    total, decoder = driving.segments(job.frames), preview_decoder(out, pipe.model.spec)
+    total, decoder = driving.segments(job.frames), preview_decoder(out, pipe.model.spec, job)
 
     def make(progress: Progress) -> Report:
         preview = open_preview(out, pipe.model.spec, decoder, job, progress)

@@ -28,9 +28,17 @@ def preview_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}.preview.webp")
 
 
-def preview_decoder(out: Output, spec: ModelSpec) -> Decoder | None:
-    """What makes the previews, if not a linear map. UsageError if no preview can be made as asked, FileError for a file
-    that is no decoder for the model."""
+def preview_decoder(out: Output, spec: ModelSpec, job: Job) -> Decoder | None:
+    """What makes the previews of the job, if not a linear map. UsageError if none can be made as asked, FileError for a
+    file that is no decoder for the model."""
+    steps = len(job.schedule)
+    if out.preview is not None and out.preview > steps:
+        raise UsageError(
+            f"after every {out.preview} steps, but there are {steps}",
+            where="--preview",
+            expected=f"1 to {steps}",
+            advice=f"for example --preview {max(1, steps // 4)}",
+        )
     if out.preview is None and out.preview_decoder is not None:
         raise UsageError(
             "a preview decoder, but no previews are asked for",

@@ -48,5 +48,5 @@ def resume(
     )
     with out.reserved():
         pipe = reopen(saved)
-        plan = pipe.plan_job(saved.job, opened(out, pipe.model.spec))
+        plan = pipe.plan_job(saved.job, opened(out, pipe.model.spec, saved.job))
         work(folder, pipe, saved.job, plan, out)

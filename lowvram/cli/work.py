@@ -50,7 +50,7 @@ def start(
         job = pipe.job(prompt, **settings)
         check_complete(pipe.model.spec, job)
     tell_preset(pipe, flags, job, silent)
-    plan = pipe.plan_job(job, preview_decoder(out, pipe.model.spec))  # known before a folder is made
+    plan = pipe.plan_job(job, preview_decoder(out, pipe.model.spec, job))  # known before a folder is made
     check_space(jobs_folder(), plan)
     work(new_folder(pipe.runtime, job, out), pipe, job, plan, out)
 
@@ -111,7 +111,7 @@ def work(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output) -
 def rest_of(folder: JobFolder, pipe: Pipeline, job: Job, plan: Plan, out: Output) -> Rest:
     """The steps that are not saved, and the video."""
     latent, state = load_latent(folder), load_state(folder)
-    decoder = preview_decoder(out, pipe.model.spec)
+    decoder = preview_decoder(out, pipe.model.spec, job)
     done = state.step if state else 0
     forecast = [Forecast(s.name, s.steps, s.seconds, done if s.name == "denoise" else 0) for s in plan.stages]
 

@@ -96,7 +96,9 @@ def clips(seed: int) -> Iterator[Clip]:
             image=picture if shown else None,
             last_image=picture if both and rng.random() < 0.5 else None,
             steps=rng.choice([1, 4, 20, 50]),
-            guidance=rng.choice([(1.0, 1.0), (4.0, 3.0), (1.0, 3.5)]),
+            guidance=rng.choice(
+                [(1.0, 1.0), (4.0, 3.0), (1.0, 3.5)] if spec.experts == 2 else [1.0, 4.0, 1.0]
+            ),
             solver=rng.choice(["unipc", "dpm++", "euler"]),
             attention=Choice("int8-fp16", "sdpa") if quantised else SDPA,
             matmul=Matmul("int8") if weights == "int8" and rng.random() < 0.5 else EXACT,

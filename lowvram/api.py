@@ -239,7 +239,8 @@ class Pipeline:
     def __call__(self, prompt: str, *, listener: Listener | None = None, **settings: Any) -> Video:
         """Make a video as far as its latent; `settings` as for `job`. Frames are decoded when it is saved or iterated.
 
-        listener: told of progress. BudgetError before anything is loaded if the job does not fit; OutOfMemoryError,
+        listener: told of progress by `begin(stage, done)`, `step(vram)`, `end()` and `note(text)`, see
+        `lowvram.stages.run.Listener`; what it raises ends the job, and nothing is held then. BudgetError before anything is loaded if the job does not fit; OutOfMemoryError,
         DeviceLostError, NonFiniteError, FileError and StorageError for what goes wrong on the way.
         """
         return self.run(self.job(prompt, **settings), listener=listener)

@@ -25,7 +25,7 @@ def compare(kind: str, *, small: bool) -> Iterator[dict[str, Fact]]:
     device, shape = torch.device(kind), (256, 1024) if small else SHAPE
     out = torch.empty(shape, dtype=torch.bfloat16, device=device)
     source = torch.ones_like(out)
-    copy = _rate(lambda: out.copy_(source), 2 * source.nbytes, kind)
+    copy = rate(lambda: out.copy_(source), 2 * source.nbytes, kind)
     facts: dict[str, Fact] = {"copy: bytes/s": copy}
     for encoding in dict.fromkeys(encoding_by_name(name) for name in encoding_names()):
         name = encoding.name
@@ -33,19 +33,19 @@ def compare(kind: str, *, small: bool) -> Iterator[dict[str, Fact]]:
             continue
         parts = fused.random_parts(encoding, shape, device)
         moved = encoding.nbytes(shape) + out.nbytes
-        by_torch = _rate(lambda e=encoding, p=parts: e.decode(p, shape, out.dtype, out), moved, kind)  # type: ignore[misc]
+        by_torch = rate(lambda e=encoding, p=parts: e.decode(p, shape, out.dtype, out), moved, kind)  # type: ignore[misc]
         facts[f"{name}, torch: share of a copy's rate"] = by_torch / copy
         yield dict(facts)
         if kind == "cpu" or not fused.has_kernel(encoding):
             continue
         facts[f"{name}, kernel"] = fused.try_encoding(encoding, shape, device, (out.dtype,)) or "right"
         if facts[f"{name}, kernel"] == "right":
-            by_kernel = _rate(lambda e=encoding, p=parts: fused.decode(e, p, out), moved, kind)  # type: ignore[misc]
+            by_kernel = rate(lambda e=encoding, p=parts: fused.decode(e, p, out), moved, kind)  # type: ignore[misc]
             facts[f"{name}, kernel: share of a copy's rate"] = by_kernel / copy
         yield dict(facts)
 
 
-def _rate(run: Callable[[], object], nbytes: int, kind: str) -> float:
+def rate(run: Callable[[], object], nbytes: int, kind: str) -> float:
     """Bytes/s, the median of three."""
     run()
     return nbytes / max(1e-9, median((_on_card if kind == "cuda" else _on_cpu)(run) for _ in range(3)))

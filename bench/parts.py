@@ -253,6 +253,19 @@ def multiplication(setup: Setup) -> Found:
         yield Verdict("passed", facts)
 
 
+def producers(setup: Setup) -> Found:
+    """What stands between multiplications, against the rate of a copy."""
+    from lowvram.bench import producer_rates
+    from lowvram.triton_kernels.tiles import arch_of
+
+    cannot = "" if setup.dry else dispatch.kernels_obstacle(arch_of(torch.device(setup.kind)))
+    if cannot:
+        yield Verdict("not possible here", {}, cannot)
+        return
+    for facts in producer_rates.compare(setup.kind, small=setup.dry):
+        yield Verdict("passed", facts)
+
+
 def decoding_rates(setup: Setup) -> Found:
     """Weights of every encoding are made dense, in torch and by kernels that have to give its bits."""
     for facts in dequant_rates.compare(setup.kind, small=setup.dry):
@@ -390,6 +403,7 @@ PARTS: Mapping[str, tuple[float, Callable[[Setup], Found]]] = {
     "job at 12 GB": (300, lambda s: real(s, "pair", 12)),
     "tax": (300, tax),
     "decoding": (120, decoding_rates),
+    "producers": (60, producers),
     "speed": (120, speed),
     "attention": (240, attending),
     "multiplication": (120, multiplication),

@@ -174,6 +174,7 @@ def test_the_acceptance_run_goes_through_its_parts_and_goes_on(
         "kernels",
         "ceilings",
         "decoding",
+        "producers",
         "speed",
         "multiplication",
         "vae",

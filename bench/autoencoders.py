@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from lowvram.bench.results import Fact
 from lowvram.codings import Decodings
+from lowvram.footprint import with_holes
 from lowvram.imagined import imagined_model
 from lowvram.model import vae_group
 from lowvram.models import vae, vae_clip
 from lowvram.models.vae_tiles import Tiling
+from lowvram.offload.allocator import ROOM
 from lowvram.offload.budget import Ledger, segment_size
 from lowvram.offload.device import CpuDevice, Device
 from lowvram.offload.estimate import track
@@ -23,8 +26,8 @@ from lowvram.quant.names import vae_renames
 from lowvram.quant.spec import VaeSpec
 from lowvram.sampling.presets import model_preset
 from lowvram.stages.outbox import Outbox
-from lowvram.stages.tiles import Shelf
-from lowvram.survey import identify
+from lowvram.stages.tiles import Shelf, settled
+from lowvram.survey import CONTEXT, WORKSPACES, identify
 from lowvram.tiling_search import forecast
 from lowvram.triton_kernels.dispatch import ops_obstacle
 from lowvram.triton_kernels.ops import ops_for
@@ -66,10 +69,13 @@ def compare(kind: str, *, small: bool) -> Iterator[dict[str, Fact]]:
             ways["diffusers untiled"] = lambda x=scaled: _whole(reference, x)  # type: ignore[misc]
             ways["diffusers tiled"] = lambda x=scaled: _tiled(reference, x)  # type: ignore[misc]
             for name, work in ways.items():
-                seconds, peak = _measured(work, kind)
+                refused = _refused(kind)
+                with settled() if name.startswith("ours") else nullcontext():
+                    seconds, peak = _measured(work, kind)
                 size = f"{plane[1] * 8}x{plane[0] * 8}x{frames}"
                 facts[f"{size} {name}: seconds"] = seconds
                 facts[f"{size} {name}: peak bytes"] = peak
+                facts[f"{size} {name}: allocations refused"] = _refused(kind) - refused
                 yield dict(facts)
 
 
@@ -83,18 +89,22 @@ def _tilings(spec: VaeSpec, shape: tuple[int, ...], kind: str, dtype: torch.dtyp
     group, (_, z, latents, rows, columns) = vae_group(model, vae.DECODER), shape
     frame = 3 * 64 * rows * columns
     ways = Decodings(spec, group, (z, latents, rows, columns), frame, dtype, segment_size)
-    fixed = GB // 2 + sum(ref.nbytes for ref in group.refs)
-    yield ways.choose(BUDGET - fixed, 32 * GB, lambda cost: forecast(cost, 8, 20 * GB)).tiling
+    fixed = CONTEXT + WORKSPACES + ROOM + sum(ref.nbytes for ref in group.refs)
+    with with_holes():  # as jobs are planned for a card
+        yield ways.choose(BUDGET - fixed, 32 * GB, lambda cost: forecast(cost, 8, 20 * GB)).tiling
 
 
-def _device(kind: str) -> Device:
+def _device(kind: str, fixed: int | None) -> Device:
+    """With the cap of the budget, beside what is held already, if `fixed`: bytes of our weights, which are among that."""
     ram = Ledger(None, "RAM")
     if kind == "cpu":
         return CpuDevice(ram=ram)
     from lowvram.offload.cuda import CudaDevice
 
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    return CudaDevice(0, free, ram=ram)
+    room = free if fixed is None else BUDGET - fixed
+    return CudaDevice(0, min(free, room) + torch.cuda.memory_reserved(), ram=ram)
 
 
 def _decode(
@@ -103,7 +113,8 @@ def _decode(
     """As the decode stage has it, frames converted and copied to the host."""
     plane, arch = (z.shape[3], z.shape[4]), identify(kind).arch
     memories = vae_clip.decoder(spec).memories(tiling, plane, spec.shapes())
-    visits, device = -(-z.shape[2] // tiling.visit), _device(kind)
+    ours = sum(v.nbytes for name, v in w.items() if name.startswith(vae.DECODER))
+    visits, device = -(-z.shape[2] // tiling.visit), _device(kind, ours if tiling.count > 1 else None)
     norm = ops_for(arch, ops_obstacle(device.torch_device, arch)).rms_silu
     try:
         with (
@@ -128,6 +139,12 @@ def _whole(reference: Any, x: Tensor) -> None:
 def _tiled(reference: Any, x: Tensor) -> None:
     reference.enable_tiling()
     reference.decode(x)
+
+
+def _refused(kind: str) -> int:
+    """Allocations so far that found no room. Nobody is told of the workspace of a convolution: cuDNN takes another algorithm,
+    which is slower and may give other last bits."""
+    return int(torch.cuda.memory_stats().get("num_ooms", 0)) if kind == "cuda" else 0
 
 
 def _measured(work: Callable[[], object], kind: str) -> tuple[Fact, Fact]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from lowvram.models.vae_clip import FRAMES, Piece
 from lowvram.models.vae_tiles import Span, Tiling
 from lowvram.stages.outbox import Outbox, Sent
 from lowvram.stages.run import Run
-from lowvram.stages.tiles import Shelf, in_tiles
+from lowvram.stages.tiles import Shelf, in_tiles, settled
 from lowvram.stages.weights import Dense
 from lowvram.triton_kernels.ops import ops_for
 
@@ -106,7 +105,7 @@ def _converted(
     """
     under_way: list[tuple[int, Span, Span, Sent]] = []
     while True:
-        with torch.inference_mode():  # entered anew for every piece: it must not leak into who takes them
+        with settled():  # entered anew for every piece: it must not leak into who takes them
             piece = next(pieces, None)
             if piece is not None:
                 number, rows, columns, frame = piece

@@ -16,7 +16,7 @@ from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.device import exhausted
 from lowvram.planning.encode import EncodePlan
 from lowvram.stages.run import Run, Traffic
-from lowvram.stages.tiles import Shelf, in_tiles
+from lowvram.stages.tiles import Shelf, in_tiles, settled
 from lowvram.stages.weights import Dense
 from lowvram.triton_kernels.ops import ops_for
 
@@ -57,7 +57,7 @@ def encode(run: Run, model: Model, frames: Iterable[Tensor], plan: EncodePlan, t
                 Shelf(
                     device, memories, dtype, visits, kept=tiling.kept, ahead=tiling.ahead, norm=norm
                 ) as shelf,
-                torch.inference_mode(),
+                settled(),
             ):
                 clip = _checked(frames, plan.shape)
                 latents = vae_clip.encode(

@@ -112,6 +112,23 @@ class Shelf:
             self._host.free()
 
 
+@contextmanager
+def settled() -> Iterator[None]:
+    """No gradients, and convolutions by the algorithm that cuDNN's heuristics put first.
+
+    A program around this one may have asked torch to try all of them (`cudnn.benchmark`): that takes whatever workspace is
+    free, which no plan knows of, and what wins depends on the moment, and with it the last bits.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
 def in_tiles(
     device: Device,
     ways: Codings,

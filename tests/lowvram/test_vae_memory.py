@@ -13,8 +13,10 @@ import pytest
 import torch
 from tilings import TILINGS
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram import Runtime, codings
+from lowvram.autoencoder import Autoencoder
 from lowvram.codings import Decodings
 from lowvram.footprint import with_holes
 from lowvram.imagined import imagined_model
@@ -284,6 +286,35 @@ def test_histories_that_move_beside_the_work_change_no_bit(tiling: Tiling) -> No
     assert len(clips[0]) == 13 * tiling.count
     for clip in clips[1:]:
         assert all(torch.equal(a, b) for a, b in zip(clip, clips[0], strict=True))
+
+
+@pytest.mark.parametrize("half", ["decode", "encode"])
+def test_convolutions_are_planar_and_their_algorithm_is_not_a_matter_of_chance(
+    tiny_model: Path, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's 3-D ones take three times the memory with torch 2.9; its search for the fastest, whatever is free. What the
+    program around set is as it was whenever a frame is its own."""
+    cudnn, seen = torch.backends.cudnn, list[tuple[int, bool, bool]]()
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "conv" in str(func) and args[0].device.type != "meta":
+                seen.append((args[0].ndim, cudnn.benchmark, cudnn.deterministic))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    with Watched():  # type: ignore[no-untyped-call]
+        runtime = Runtime(GB, 2 * GB, device="cpu")
+        vae_alone = Autoencoder(runtime, runtime.load(str(tiny_model)).model)
+        if half == "encode":
+            plan = vae_alone.plan_encode((5, 32, 32))
+            vae_alone.encode([torch.zeros(3, 32, 32)] * 5, plan)
+        else:
+            latent = torch.zeros(16, 2, 4, 4)
+            for _ in vae_alone.frames(latent, vae_alone.plan_decode(latent)):
+                assert cudnn.benchmark and not cudnn.deterministic
+    assert seen and set(seen) == {(4, False, True)}
+    assert cudnn.benchmark and not cudnn.deterministic
 
 
 def test_moves_are_hidden_where_there_is_room_for_two_histories() -> None:

@@ -114,10 +114,10 @@ class Pickles:
     def read(self) -> object:
         """What the next of them makes; see `read_pickle`."""
         self.stack, self.memo = [], {}
-        while self._left:
-            self._left -= 1
+        for left in range(self._left, 0, -1):
             code = self.take(1)[0]
             if code == 0x2E:  # STOP
+                self._left = left - 1
                 return self.pop()
             work = _WORK.get(code)
             if work is None:

@@ -35,7 +35,7 @@ def choices(facts: Facts, budget: Budget, stage: StagePlan, way: Way, room: Room
         weights["weights"] = "decoded once a block, the fastest"
     slots = f"{way.slots} on the device, {room.ring} between disk and device"
     if way.slots == 1:
-        slots += ": nothing is copied while the device computes, every other way that fits is slower"
+        slots += ": nothing is copied while the device computes, every other way with such chunks that fits is slower"
     job = facts.job
     return {
         "job": f"{job.model}, {job.width}x{job.height}, {job.frames} frames, {len(job.schedule)} steps, "

@@ -78,15 +78,9 @@ def field_of(layers: Sequence[Layer], span: Span) -> Span:
 
 def extent(layer: Layer, size: int) -> int:
     """Output cells for `size` input cells."""
-    match layer:
-        case Up():
-            return 2 * size
-        case Down():
-            return size // 2
-        case Stage(space=space, up=up):
-            return size * space if up else size // space
-        case _:
-            return size
+    if isinstance(layer, Stage):
+        return size * layer.space if layer.up else size // layer.space
+    return 2 * size if isinstance(layer, Up) else size // 2 if isinstance(layer, Down) else size
 
 
 def extents(layers: Sequence[Layer], size: int) -> list[int]:

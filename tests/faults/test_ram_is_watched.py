@@ -22,8 +22,9 @@ from lowvram.models.vae_tiles import Tiling
 from lowvram.offload.budget import Budget, Ledger
 from lowvram.offload.device import CpuDevice
 from lowvram.planning.choose import make_plan
+from lowvram.planning.facts import PROGRAM_RAM
 from lowvram.stages import denoise, text
-from lowvram.stages.room import SqueezedError
+from lowvram.stages.room import GROWTH, SqueezedError, check_ram
 from lowvram.stages.run import Run
 from lowvram.stages.tiles import in_tiles
 
@@ -79,6 +80,19 @@ def test_stages_that_cannot_take_less_say_so_and_leave_nothing_behind(
     assert told.value.excess == EXCESS and "larger --ram" in told.value.advice
     assert run.device.ledger.used == run.device.ram.used == 0 and run.under_way is None
     prepared(run, pipe, job)  # the next look finds nothing
+
+
+@pytest.mark.parametrize("began", [300_000_000, PROGRAM_RAM - 10_000_000, 3 * GB])
+def test_a_program_may_grow_beside_its_job_however_large_it_was(began: int, pipe: Pipeline, job: Job) -> None:
+    """Libraries are loaded while a job runs, as much in a program that held 690 MB before as in one that held 300."""
+    run = made(pipe, job)
+    stage = run.plan.stage("denoise")
+    own = run.device.ram.cap or 0
+    check_ram(run.device, stage, began + 46_000_000 + stage.vram + own - PROGRAM_RAM, began)
+    with pytest.raises(SqueezedError):
+        check_ram(
+            run.device, stage, max(began + GROWTH, PROGRAM_RAM) + stage.vram + own - PROGRAM_RAM + 1, began
+        )
 
 
 CODINGS = (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lowvram.errors import FileError, LowvramError, StorageError, UsageError
 from lowvram.library.downloads import Download
@@ -209,9 +209,13 @@ def _network_error(error: Exception, where: str) -> LowvramError:
         return FileError(
             "the Hub asks for an account here", where=where, advice="accept the terms there and set HF_TOKEN"
         )
-    first = (str(error).splitlines() or [kind])[0]
+    while (
+        error.__cause__ is not None
+    ):  # "please check your connection" is said of a refused one, and of a name not found
+        error = cast(Exception, error.__cause__)
+    first = (str(error).splitlines() or [""])[0]
     return StorageError(
-        f"the download failed ({kind}: {first[:160]})",
+        f"the download failed ({type(error).__name__}: {first[:160]})",
         where=where,
         advice="check the connection (or HF_ENDPOINT) and run the command again: it goes on where it stopped",
     )

@@ -19,10 +19,12 @@ settings.load_profile("same everywhere")
 
 
 @pytest.fixture(autouse=True)
-def no_models_of_ones_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the model files of the person who runs it, nor what was remembered of them."""
+def nothing_of_ones_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the model files of the person who runs it, what was remembered of them, or jobs, nor adds to these."""
+    own = tmp_path_factory.mktemp("own")
     monkeypatch.setenv("LOWVRAM_MODELS", "")
-    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("LOWVRAM_CACHE", str(own / "cache"))
+    monkeypatch.setenv("LOWVRAM_STATE", str(own / "jobs"))
 
 
 Entries = Mapping[str, tuple[str, Shape]]

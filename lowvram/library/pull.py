@@ -209,9 +209,8 @@ def _network_error(error: Exception, where: str) -> LowvramError:
         return FileError(
             "the Hub asks for an account here", where=where, advice="accept the terms there and set HF_TOKEN"
         )
-    while (
-        error.__cause__ is not None
-    ):  # "please check your connection" is said of a refused one, and of a name not found
+    # The Hub says "please check your connection" of every failure: what the system said is further down.
+    while error.__cause__ is not None:
         error = cast(Exception, error.__cause__)
     first = (str(error).splitlines() or [""])[0]
     return StorageError(

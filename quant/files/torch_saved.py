@@ -95,7 +95,12 @@ def _refuse_other(reader: Reader, head: bytes) -> NoReturn:
     content = recognise_content(head)
     found = content.found if content is not None else f"something that starts with {ascii(head[:4])[1:]}"
     advice = content.advice if content is not None else _AGAIN
-    _refuse(reader, f"not a file of torch.save but {found}", "a zip archive", advice)
+    _refuse(
+        reader,
+        f"not a file of torch.save but {found}",
+        "a zip archive, or what torch before 1.6 wrote",
+        advice,
+    )
 
 
 def _refuse(reader: Reader, found: str, expected: str, advice: str) -> NoReturn:
